@@ -1,0 +1,183 @@
+"""Physical memory: RAM shared with the engine, device windows, and nothing.
+
+RAM is one anonymous mapping, so the model and the engine see the same bytes without copies. As on a PC, RAM above
+3 GiB continues at 4 GiB. An address that is neither RAM nor a device reads as ones and ignores writes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+from collections.abc import Callable
+from typing import Protocol
+
+from attrs import frozen
+
+from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
+
+LOW_RAM_END = 0xC000_0000
+HIGH_RAM_START = 0x1_0000_0000
+
+
+class MmioDevice(Protocol):
+    """A device seen through a window of physical addresses; offsets only, no knowledge of where it sits."""
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        """Value of ``size`` bytes (1, 2, 4 or 8) at ``offset``."""
+        ...
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        """Store ``size`` bytes at ``offset``."""
+        ...
+
+
+@frozen
+class RamRange:
+    """``size`` bytes of RAM at physical address ``start``, at ``offset`` in the backing mapping."""
+
+    start: int
+    size: int
+    offset: int
+
+
+@frozen
+class MmioWindow:
+    """A device's window; start and size are page-aligned."""
+
+    start: int
+    size: int
+    device: MmioDevice
+
+
+class PhysicalMemory:
+    """The physical address space of a machine.
+
+    ``size`` is the RAM size in bytes, a multiple of the page size. ``code_written`` is called with the page number
+    whenever the model writes to a page listed in ``code_pages`` (pages the engine has translated code from).
+    """
+
+    def __init__(self, size: int) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"RAM size {size:#x} is not a positive multiple of {PAGE_SIZE:#x}")
+        self.size = size
+        self.backing = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._bytes = memoryview(self.backing)
+        self._qwords = self._bytes.cast("Q")
+        self._dwords = self._bytes.cast("I")
+        low = min(size, LOW_RAM_END)
+        self.ram: tuple[RamRange, ...] = (RamRange(0, low, 0),)
+        if size > low:
+            self.ram += (RamRange(HIGH_RAM_START, size - low, low),)
+        self._low_end = low
+        self._high_end = HIGH_RAM_START + (size - low)
+        self.windows: list[MmioWindow] = []
+        self.code_pages: set[int] = set()
+        self.code_written: Callable[[int], None] = lambda page: None
+
+    def add_window(self, start: int, size: int, device: MmioDevice) -> None:
+        """Map ``device`` at page-aligned ``start``; windows do not overlap RAM or each other."""
+        bisect.insort(self.windows, MmioWindow(start, size, device), key=lambda window: window.start)
+
+    def window_at(self, address: int) -> MmioWindow | None:
+        """The device window that holds ``address``, if any."""
+        for window in self.windows:
+            if window.start <= address < window.start + window.size:
+                return window
+        return None
+
+    def ram_offset(self, address: int) -> int | None:
+        """Offset of physical ``address`` in the backing mapping, or None where there is no RAM."""
+        if 0 <= address < self._low_end:
+            return address
+        if HIGH_RAM_START <= address < self._high_end:
+            return address - HIGH_RAM_START + self._low_end
+        return None
+
+    def is_backed(self, address: int, size: int = 1) -> bool:
+        """Whether RAM holds all of ``size`` bytes at ``address``."""
+        first = self.ram_offset(address)
+        last = self.ram_offset(address + size - 1)
+        return first is not None and last is not None and last - first == size - 1
+
+    def read(self, address: int, size: int) -> bytes:
+        """``size`` bytes at ``address``; ones where nothing answers."""
+        offset = self.ram_offset(address)
+        if offset is not None and self.is_backed(address, size):
+            return self._bytes[offset : offset + size].tobytes()
+        pieces = bytearray()
+        while size:
+            length = min(size, PAGE_SIZE - address % PAGE_SIZE)
+            offset = self.ram_offset(address)
+            if offset is not None:
+                pieces += self._bytes[offset : offset + length]
+            elif (window := self.window_at(address)) and length in (1, 2, 4, 8):
+                value = window.device.mmio_read(address - window.start, length)
+                pieces += value.to_bytes(length, "little")
+            else:
+                pieces += b"\xff" * length
+            address += length
+            size -= length
+        return bytes(pieces)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data`` at ``address``; dropped where nothing answers."""
+        position = 0
+        while position < len(data):
+            length = min(len(data) - position, PAGE_SIZE - address % PAGE_SIZE)
+            piece = data[position : position + length]
+            offset = self.ram_offset(address)
+            if offset is not None:
+                self._bytes[offset : offset + length] = piece
+                if address >> PAGE_SHIFT in self.code_pages:
+                    self.code_written(address >> PAGE_SHIFT)
+            elif (window := self.window_at(address)) and length in (1, 2, 4, 8):
+                window.device.mmio_write(address - window.start, length, int.from_bytes(piece, "little"))
+            address += length
+            position += length
+
+    def read_u64(self, address: int) -> int:
+        """The 8-byte value at ``address``."""
+        if not address & 7:
+            offset = self.ram_offset(address)
+            if offset is not None:
+                return self._qwords[offset >> 3]
+        return int.from_bytes(self.read(address, 8), "little")
+
+    def write_u64(self, address: int, value: int) -> None:
+        """Store an 8-byte value."""
+        if not address & 7:
+            offset = self.ram_offset(address)
+            if offset is not None:
+                self._qwords[offset >> 3] = value
+                if address >> PAGE_SHIFT in self.code_pages:
+                    self.code_written(address >> PAGE_SHIFT)
+                return
+        self.write(address, value.to_bytes(8, "little"))
+
+    def read_u32(self, address: int) -> int:
+        """The 4-byte value at ``address``."""
+        if not address & 3:
+            offset = self.ram_offset(address)
+            if offset is not None:
+                return self._dwords[offset >> 2]
+        return int.from_bytes(self.read(address, 4), "little")
+
+    def write_u32(self, address: int, value: int) -> None:
+        """Store a 4-byte value."""
+        self.write(address, value.to_bytes(4, "little"))
+
+    def read_u16(self, address: int) -> int:
+        """The 2-byte value at ``address``."""
+        return int.from_bytes(self.read(address, 2), "little")
+
+    def write_u16(self, address: int, value: int) -> None:
+        """Store a 2-byte value."""
+        self.write(address, value.to_bytes(2, "little"))
+
+    def read_u8(self, address: int) -> int:
+        """The byte at ``address``."""
+        return self.read(address, 1)[0]
+
+    def write_u8(self, address: int, value: int) -> None:
+        """Store a byte."""
+        self.write(address, bytes((value,)))
