@@ -217,9 +217,7 @@ class Efer(enum.IntFlag):
 
 def _reset_segments() -> list[Segment]:
     segments = [Segment() for _ in SegmentRegister]
-    segments[SegmentRegister.CS] = Segment(
-        selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, access_rights=0x9B
-    )
+    segments[SegmentRegister.CS] = Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, access_rights=0x9B)
     return segments
 
 
