@@ -1,0 +1,175 @@
+"""Sensitive operations: what a virtualization extension may intercept, as a closed union.
+
+A handler of the processor checks an instruction's own faults, then describes what it is about to do with one of these
+records and asks the extension whether that exits. Whether it does is a pure function of the record and the control
+structure, for VMX as for SVM.
+
+Spec: SDM Vol. 3, "VMX Non-Root Operation", "Instructions That Cause VM Exits"; APM Vol. 2, "Intercepts".
+"""
+
+from __future__ import annotations
+
+import enum
+
+from attrs import frozen
+
+from vtx.x86.outcome import Fault
+
+
+class Plain(enum.Enum):
+    """Operations without parameters that matter to an interception."""
+
+    CPUID = enum.auto()
+    HLT = enum.auto()
+    INVD = enum.auto()
+    WBINVD = enum.auto()
+    RDTSC = enum.auto()
+    RDTSCP = enum.auto()
+    RDPMC = enum.auto()
+    PAUSE = enum.auto()
+    MONITOR = enum.auto()
+    MWAIT = enum.auto()
+    XSETBV = enum.auto()
+    RDRAND = enum.auto()
+    RDSEED = enum.auto()
+    RSM = enum.auto()
+    GETSEC = enum.auto()
+
+
+@frozen
+class Simple:
+    """An operation of `Plain`."""
+
+    kind: Plain
+
+
+@frozen
+class MoveToControlRegister:
+    """MOV to CR0, CR3, CR4 or CR8; ``register`` is the source GPR, ``value`` what it holds."""
+
+    number: int
+    register: int
+    value: int
+
+
+@frozen
+class MoveFromControlRegister:
+    """MOV from CR3 or CR8 (reads of CR0 and CR4 never exit in VMX); ``register`` is the destination GPR."""
+
+    number: int
+    register: int
+
+
+@frozen
+class ClearTaskSwitched:
+    """CLTS."""
+
+
+@frozen
+class LoadMachineStatusWord:
+    """LMSW; ``source`` is the 16-bit operand, ``linear`` its address if it is in memory."""
+
+    source: int
+    linear: int | None
+
+
+@frozen
+class MoveDebugRegister:
+    """MOV to or from a debug register; ``register`` is the GPR."""
+
+    number: int
+    register: int
+    write: bool
+
+
+@frozen
+class InvalidatePage:
+    """INVLPG of a linear address."""
+
+    linear: int
+
+
+@frozen
+class InvalidateProcessContext:
+    """INVPCID."""
+
+
+@frozen
+class DescriptorTableAccess:
+    """SGDT, SIDT, LGDT, LIDT (``local`` false) or SLDT, STR, LLDT, LTR (``local`` true)."""
+
+    local: bool
+
+
+@frozen
+class ReadMsr:
+    """RDMSR of ``index``."""
+
+    index: int
+
+
+@frozen
+class WriteMsr:
+    """WRMSR of ``value`` to ``index``."""
+
+    index: int
+    value: int
+
+
+@frozen
+class PortIo:
+    """IN, OUT, INS or OUTS of ``size`` bytes; ``linear`` is the address of a string operand's memory."""
+
+    port: int
+    size: int
+    is_in: bool
+    string: bool
+    rep: bool
+    immediate: bool
+    linear: int | None = None
+
+
+class TaskSwitchSource(enum.IntEnum):
+    """What initiated a task switch, in the encoding of the VM-exit qualification."""
+
+    CALL = 0
+    IRET = 1
+    JMP = 2
+    GATE = 3
+
+
+@frozen
+class TaskSwitch:
+    """A task switch to the TSS of ``selector``."""
+
+    selector: int
+    source: TaskSwitchSource
+
+
+@frozen
+class RaiseException:
+    """An exception about to be delivered by the instruction or its accesses.
+
+    ``software`` is None for hardware exceptions, else the instruction's mnemonic name: INT3, INTO or INT1.
+    """
+
+    fault: Fault
+    software: str | None = None
+
+
+Operation = (
+    Simple
+    | MoveToControlRegister
+    | MoveFromControlRegister
+    | ClearTaskSwitched
+    | LoadMachineStatusWord
+    | MoveDebugRegister
+    | InvalidatePage
+    | InvalidateProcessContext
+    | DescriptorTableAccess
+    | ReadMsr
+    | WriteMsr
+    | PortIo
+    | TaskSwitch
+    | RaiseException
+)

@@ -1,0 +1,132 @@
+"""The seam between the processor and a virtualization extension (VMX or SVM).
+
+The processor executes instructions and delivers events; in VMX non-root operation (SVM guest mode) it asks the
+extension before every sensitive step. Each question that can end in a VM exit returns True when it did: by then the
+extension has saved the guest, loaded the host, and the processor simply goes on with the new state.
+
+Spec: SDM Vol. 3, "VMX Non-Root Operation"; APM Vol. 2, "Secure Virtual Machine".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vtx.x86.decode import Instruction
+    from vtx.x86.delivery import Event
+    from vtx.x86.memory import PhysicalMemory
+    from vtx.x86.mmu import Mmu
+    from vtx.x86.msrs import MsrFile
+    from vtx.x86.operations import Operation
+    from vtx.x86.outcome import Fault
+    from vtx.x86.paging import SecondLevelFault
+    from vtx.x86.profile import Profile
+    from vtx.x86.state import CpuState
+
+
+class Processor(Protocol):
+    """What an extension may use of the processor it extends."""
+
+    index: int
+    state: CpuState
+    memory: PhysicalMemory
+    mmu: Mmu
+    msrs: MsrFile
+    profile: Profile
+
+    def tsc(self) -> int:
+        """The time-stamp counter without any guest offset, exact to the current instruction."""
+        ...
+
+    def load_control_state(self) -> None:
+        """Tell the processor that CR0, CR3, CR4, EFER or segments changed behind its back."""
+        ...
+
+    def interrupt_pending(self) -> bool:
+        """Whether the local APIC or PIC has an interrupt to deliver, ignoring RFLAGS.IF."""
+        ...
+
+    def acknowledge_interrupt(self) -> int:
+        """Acknowledge the highest-priority pending interrupt and return its vector."""
+        ...
+
+    def task_priority(self) -> int:
+        """CR8, 0 to 15."""
+        ...
+
+    def set_task_priority(self, value: int) -> None:
+        """Write CR8."""
+        ...
+
+    def shut_down(self, reason: str) -> None:
+        """Enter the shutdown state (triple fault, VMX abort) for ``reason``."""
+        ...
+
+
+class Virtualization(Protocol):
+    """What the processor asks its virtualization extension."""
+
+    non_root: bool
+
+    def execute(self, instruction: Instruction) -> bool:
+        """Execute one of the extension's own instructions, in any mode, and commit RIP, RFLAGS or a VM exit.
+
+        False if the instruction is not the extension's (the processor then raises #UD). Faults are raised as
+        `InstructionAborted`.
+        """
+        ...
+
+    def intercept(self, operation: Operation, instruction: Instruction) -> bool:
+        """Non-root only: whether ``operation`` caused a VM exit. Called after the instruction's own faults."""
+        ...
+
+    def intercept_event(self, event: Event, fault: Fault | None) -> bool:
+        """Non-root only: whether the exception (or INT3, INTO, INT1) about to be delivered caused a VM exit.
+
+        ``fault`` carries the CR2 or DR6 payload of a hardware exception.
+        """
+        ...
+
+    def delivery_fault(self, delivering: Event, fault: Fault | None) -> bool:
+        """Non-root only: an exception arose while ``delivering``; record IDT-vectoring information.
+
+        ``fault`` is the second exception (already combined into a double fault if so) or None for a triple fault.
+        Returns whether a VM exit happened.
+        """
+        ...
+
+    def second_level_fault(self, fault: SecondLevelFault, delivering: Event | None) -> bool:
+        """Non-root only: a second-level translation failed; always a VM exit in VMX without #VE."""
+        ...
+
+    def boundary(self) -> bool:
+        """Called before each instruction that follows an event; performs the highest-priority pending VM exit.
+
+        Covers, in the manual's order, pending trap exits: MTF, preemption timer, NMI window, interrupt window,
+        NMI exiting, external-interrupt exiting. Returns whether a VM exit happened.
+        """
+        ...
+
+    def next_deadline(self) -> int | None:
+        """Absolute TSC at which `boundary` must be called again (preemption timer), or None."""
+        ...
+
+    def wants_boundary(self) -> bool:
+        """Whether `boundary` must be called before every instruction (monitor trap flag and the like)."""
+        ...
+
+    def read_control_register(self, number: int) -> int:
+        """Non-root only: what MOV from CR0 or CR4, or SMSW, sees through the guest/host mask and read shadow."""
+        ...
+
+    def merge_control_register(self, number: int, value: int) -> int:
+        """Non-root only: the value a non-exiting guest write gives CR0 or CR4 (masked bits keep the host's)."""
+        ...
+
+    def control_register_fixed_ok(self, number: int, value: int) -> bool:
+        """Whether VMX operation allows ``value`` in CR0 or CR4 (IA32_VMX_CR0_FIXED0 and companions)."""
+        ...
+
+    def guest_tsc(self, tsc: int) -> int:
+        """What RDTSC returns for the raw counter ``tsc`` (TSC offsetting and scaling)."""
+        ...
