@@ -134,7 +134,8 @@ def _explicit_memory(raw: IcedInstruction, bits: int) -> MemoryOperand:
     )
 
 
-def _general_register(register: Register) -> RegisterOperand | None:
+def _general_register(raw: IcedInstruction, operand: int) -> RegisterOperand | None:
+    register = raw.op_register(operand)
     if not RegisterExt.is_gpr(register):
         return None
     high = register in (Register.AH, Register.CH, Register.DH, Register.BH)
@@ -142,7 +143,8 @@ def _general_register(register: Register) -> RegisterOperand | None:
     return RegisterOperand(number - 4 if high else number, RegisterExt.size(register), high)
 
 
-def _system_register(register: Register) -> int | None:
+def _system_register(raw: IcedInstruction, operand: int) -> int | None:
+    register = raw.op_register(operand)
     if (
         RegisterExt.is_cr(register)
         or RegisterExt.is_dr(register)
@@ -175,11 +177,11 @@ def decode(encoding: bytes, bits: int) -> Instruction | None:
     if raw.code == Code.INVALID:
         return None
     registers = tuple(
-        _general_register(raw.op_register(i)) if raw.op_kind(i) == OpKind.REGISTER else None
+        _general_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None
         for i in range(raw.op_count)
     )
     system = tuple(
-        _system_register(raw.op_register(i)) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count)
+        _system_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count)
     )
     immediates = [raw.immediate(i) for i in range(raw.op_count) if raw.op_kind(i) in _IMMEDIATES]
     head = encoding[: raw.len]
