@@ -87,29 +87,31 @@ MISC: Final = Layout(
 EPT_VPID: Final = Layout(
     "IA32_VMX_EPT_VPID_CAP",
     64,
-    flags(
-        (
-            (0, "execute-only translations"),
-            (6, "page-walk length 4"),
-            (7, "page-walk length 5"),
-            (8, "uncacheable paging structures"),
-            (14, "write-back paging structures"),
-            (16, "2-MByte pages"),
-            (17, "1-GByte pages"),
-            (20, "INVEPT"),
-            (21, "accessed and dirty flags"),
-            (22, "advanced VM-exit information for EPT violations"),
-            (23, "supervisor shadow-stack control"),
-            (25, "single-context INVEPT"),
-            (26, "all-context INVEPT"),
-            (32, "INVVPID"),
-            (40, "individual-address INVVPID"),
-            (41, "single-context INVVPID"),
-            (42, "all-context INVVPID"),
-            (43, "single-context-retaining-globals INVVPID"),
-        )
-    )
-    + (Slice("maximum HLAT prefix size", 48, 6),),
+    (
+        *flags(
+            (
+                (0, "execute-only translations"),
+                (6, "page-walk length 4"),
+                (7, "page-walk length 5"),
+                (8, "uncacheable paging structures"),
+                (14, "write-back paging structures"),
+                (16, "2-MByte pages"),
+                (17, "1-GByte pages"),
+                (20, "INVEPT"),
+                (21, "accessed and dirty flags"),
+                (22, "advanced VM-exit information for EPT violations"),
+                (23, "supervisor shadow-stack control"),
+                (25, "single-context INVEPT"),
+                (26, "all-context INVEPT"),
+                (32, "INVVPID"),
+                (40, "individual-address INVVPID"),
+                (41, "single-context INVVPID"),
+                (42, "all-context INVVPID"),
+                (43, "single-context-retaining-globals INVVPID"),
+            )
+        ),
+        Slice("maximum HLAT prefix size", 48, 6),
+    ),
 )
 
 # The MSR that reports each word, and the one that replaces it when IA32_VMX_BASIC bit 55 is 1. The last two report
@@ -148,6 +150,10 @@ def _allowed_settings(msrs: Mapping[int, int], word: ControlWord, true_controls:
     return AllowedSettings(value & MASK32, value >> 32)
 
 
+def _frozen_copy(msrs: Mapping[int, int]) -> Mapping[int, int]:
+    return MappingProxyType(dict(msrs))
+
+
 @frozen(eq=False)
 class Capabilities:
     """The VMX capabilities of one processor; ``msrs`` maps MSR indexes to 64-bit values, absent ones reading as 0.
@@ -155,7 +161,7 @@ class Capabilities:
     ``fields`` maps every encoding VMREAD accepts, high accesses included, to its field.
     """
 
-    msrs: Mapping[int, int] = field(repr=False, converter=lambda msrs: MappingProxyType(dict(msrs)))
+    msrs: Mapping[int, int] = field(repr=False, converter=_frozen_copy)
     basic: int = field(init=False)
     misc: int = field(init=False)
     ept_vpid: int = field(init=False)

@@ -9,6 +9,7 @@ Spec: SDM Vol. 3, "Virtual Machine Control Structures", "Format of the VMCS Regi
 from __future__ import annotations
 
 import enum
+from functools import lru_cache
 from typing import Final
 
 from vmcs.bits import MASK32
@@ -17,22 +18,35 @@ from vmcs.fields import FIELDS, HIGH_ACCESS, Field
 
 SHADOW_INDICATOR: Final = 1 << 31  # of the first word, which holds the revision identifier below it
 
-_HEADER_SIZE: Final = 16  # revision identifier, VMX-abort indicator, launch state, zero
-_SLOT_OFFSETS: Final[dict[int, tuple[int, int]]] = {}  # encoding -> (offset, size) in the image
+HEADER_SIZE: Final = 16  # revision identifier, VMX-abort indicator, launch state, zero
 
 
-def _lay_out() -> int:
-    # Widest fields first, so that all slots are naturally aligned without padding.
-    offset = _HEADER_SIZE
-    for bits in (64, 32, 16):
-        for each in FIELDS:
-            if each.bits == bits:
-                _SLOT_OFFSETS[each.encoding] = (offset, bits // 8)
-                offset += bits // 8
-    return offset
+# Bytes that hold a VMCS with every field the manual knows; `image_size` is what one processor's fields take.
+IMAGE_SIZE: Final = HEADER_SIZE + sum(each.bits // 8 for each in FIELDS)
 
 
-IMAGE_SIZE: Final = _lay_out()  # bytes of a region that carry information; the rest of the region is zero
+def image_size(capabilities: Capabilities) -> int:
+    """Bytes of the region that carry information on this processor; the rest of the region is zero."""
+    return HEADER_SIZE + sum(each.bits // 8 for each in FIELDS if capabilities.has(each))
+
+
+@lru_cache(maxsize=32)
+def slots(capabilities: Capabilities) -> tuple[tuple[int, int, int], ...]:
+    """Where the image keeps each field this processor has: (encoding, byte offset, bytes), one after the other.
+
+    ValueError if the fields do not fit the region size the processor reports.
+    """
+    # Widest fields first, so that every slot is naturally aligned without padding.
+    present = [each for each in FIELDS if capabilities.has(each)]
+    present.sort(key=lambda each: -each.bits)
+    offset = HEADER_SIZE
+    layout: list[tuple[int, int, int]] = []
+    for each in present:
+        layout.append((each.encoding, offset, each.bits // 8))
+        offset += each.bits // 8
+    if offset > capabilities.region_size:
+        raise ValueError(f"the VMCS needs {offset} bytes, IA32_VMX_BASIC reports {capabilities.region_size}")
+    return tuple(layout)
 
 
 class LaunchState(enum.IntEnum):
@@ -100,15 +114,15 @@ class Vmcs:
         other.launch_state, other.shadow, other.abort_indicator = self.launch_state, self.shadow, self.abort_indicator
         return other
 
-    def to_image(self, capabilities: Capabilities | None = None) -> bytes:
+    def to_image(self) -> bytes:
         """The region as VMCLEAR leaves it in memory: `Capabilities.region_size` bytes."""
-        capabilities = capabilities or self.capabilities
-        image = bytearray(max(capabilities.region_size, IMAGE_SIZE))
+        capabilities = self.capabilities
+        image = bytearray(capabilities.region_size)
         first = capabilities.revision_identifier | (SHADOW_INDICATOR if self.shadow else 0)
         image[0:4] = first.to_bytes(4, "little")
         image[4:8] = (self.abort_indicator & MASK32).to_bytes(4, "little")
         image[8:12] = self.launch_state.to_bytes(4, "little")
-        for encoding, (offset, size) in _SLOT_OFFSETS.items():
+        for encoding, offset, size in slots(capabilities):
             image[offset : offset + size] = self.values[encoding].to_bytes(size, "little")
         return bytes(image)
 
@@ -121,12 +135,11 @@ class Vmcs:
         judge, before.
         """
         vmcs = cls(capabilities)
-        data = image[:IMAGE_SIZE].ljust(IMAGE_SIZE, b"\0")
+        data = image.ljust(capabilities.region_size, b"\0")
         vmcs.shadow = bool(int.from_bytes(data[0:4], "little") & SHADOW_INDICATOR)
         vmcs.abort_indicator = int.from_bytes(data[4:8], "little")
         if int.from_bytes(data[8:12], "little") == LaunchState.LAUNCHED:
             vmcs.launch_state = LaunchState.LAUNCHED
-        for encoding, (offset, size) in _SLOT_OFFSETS.items():
-            if encoding in capabilities.fields:
-                vmcs.values[encoding] = int.from_bytes(data[offset : offset + size], "little")
+        for encoding, offset, size in slots(capabilities):
+            vmcs.values[encoding] = int.from_bytes(data[offset : offset + size], "little")
         return vmcs
