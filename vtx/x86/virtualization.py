@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from vtx.x86.msrs import MsrFile
     from vtx.x86.operations import Operation
     from vtx.x86.outcome import Fault
-    from vtx.x86.paging import SecondLevelFault
     from vtx.x86.profile import Profile
+    from vtx.x86.second_level import SecondLevelFault
     from vtx.x86.state import CpuState
 
 

@@ -1,0 +1,355 @@
+"""The memory-management unit of one logical processor: paging, second level and TLB behind one door.
+
+Two users: the engine asks `Mmu.fill` on each miss of its own TLB; the model itself reads and writes linear memory
+(descriptor tables, stacks, operands) with the accessors, which raise `InstructionAborted` when the access faults.
+
+The engine's TLB is a cache of the grants given here. Whenever they may no longer hold, ``flush_engine`` is called,
+with a linear page number, or with None for everything.
+
+Spec: SDM Vol. 3, "Paging", "VMX Support for Address Translation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, LinearAddress, PhysicalAddress
+from vtx.x86.memory import PhysicalMemory
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.page_rights import Privilege
+from vtx.x86.paging import (
+    CR0_PAGING,
+    CR4_PAGING,
+    EFER_PAGING,
+    InvalidPdpte,
+    PageFault,
+    PagingContext,
+    PagingMode,
+    Translation,
+    WalkStep,
+    is_canonical,
+    load_pdptrs,
+    walk,
+)
+from vtx.x86.second_level import AccessKind, IdentitySecondLevel, SecondLevel, SecondLevelFault
+from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
+from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
+
+PCID_MASK: Final = 0xFFF
+
+Refusal = Fault | SecondLevelFault
+"""Why an access cannot be made: an exception, or an event of the second level."""
+
+
+class Grant(NamedTuple):
+    """What the engine may do with a linear page: ``permissions`` is a mask of `AccessKind` (1, 2, 4).
+
+    ``physical_page`` is a page *number*. The grant holds for the privilege it was asked with, until a flush.
+    """
+
+    physical_page: int
+    permissions: int
+
+    @property
+    def readable(self) -> bool:
+        """Data reads are allowed."""
+        return bool(self.permissions & AccessKind.READ)
+
+    @property
+    def writable(self) -> bool:
+        """Data writes are allowed."""
+        return bool(self.permissions & AccessKind.WRITE)
+
+    @property
+    def executable(self) -> bool:
+        """Instruction fetches are allowed."""
+        return bool(self.permissions & AccessKind.EXECUTE)
+
+
+def _invalidates_all(old: PagingContext, new: PagingContext) -> bool:
+    """Whether going from ``old`` to ``new`` by MOV to CR0 or CR4 or WRMSR invalidates all translations.
+
+    The manual asks for less in some of these cases (the current PCID only, or one direction of CR0.PG); dropping more
+    is always allowed.
+
+    Spec: SDM Vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches".
+    """
+    shape = Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.LA57
+    rising, falling = new.cr4 & ~old.cr4, old.cr4 & ~new.cr4
+    return bool(
+        (old.cr0 ^ new.cr0) & Cr0.PG
+        or (old.cr4 ^ new.cr4) & shape
+        or falling & Cr4.PCIDE
+        or rising & Cr4.SMEP
+        or (old.efer ^ new.efer) & (Efer.LMA | Efer.NXE)
+    )
+
+
+class Mmu:
+    """Address translation for one logical processor; starts in the reset state (paging disabled, no second level)."""
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        physical_address_width: int,
+        *,
+        page1gb: bool = True,
+        flush_engine: Callable[[int | None], None] = lambda page: None,
+        tlb: Tlb | None = None,
+    ) -> None:
+        self.memory = memory
+        self.physical_address_width = physical_address_width
+        self.page1gb = page1gb
+        self.flush_engine = flush_engine
+        self.tlb = tlb or Tlb()
+        self.second_level: SecondLevel = IdentitySecondLevel()
+        self.asid = 0
+        self._inputs: tuple[object, ...] = ()
+        self._large_granted: set[tuple[int, int]] = set()
+        self.update(CpuState())
+
+    # Following the registers.
+
+    def update(self, state: CpuState, pkru: int = 0, pkrs: int = 0) -> None:
+        """Follow the control registers, PDPTE registers, ``second_level`` and ``asid`` as they now are.
+
+        Invalidates nothing in the TLB: that is a property of the operation that changed them, not of their values.
+        """
+        inputs = (
+            state.cr0 & CR0_PAGING,
+            state.cr3,
+            state.cr4 & CR4_PAGING,
+            state.efer & EFER_PAGING,
+            *state.pdptrs,
+            pkru,
+            pkrs,
+            self.asid,
+            self.second_level,
+        )
+        if inputs == self._inputs:
+            return
+        self._inputs = inputs
+        pdptrs = (state.pdptrs[0], state.pdptrs[1], state.pdptrs[2], state.pdptrs[3])
+        self.context = context = PagingContext(
+            state.cr0 & CR0_PAGING,
+            state.cr3,
+            state.cr4 & CR4_PAGING,
+            state.efer & EFER_PAGING,
+            self.physical_address_width,
+            pdptrs,
+            pkru,
+            pkrs,
+            self.page1gb,
+        )
+        self._permissions = context.permissions
+        self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
+        self.tlb.select(TlbTag(self.asid, self.second_level.tag, self._pcid(context)))
+        self._flush_engine_all()
+
+    @staticmethod
+    def _pcid(context: PagingContext) -> int:
+        if context.mode is PagingMode.NONE:
+            return NO_PAGING
+        return context.cr3 & PCID_MASK if context.cr4 & Cr4.PCIDE else 0
+
+    def controls_written(self, state: CpuState, pkru: int = 0, pkrs: int = 0) -> None:
+        """The guest wrote CR0, CR4 or IA32_EFER: invalidate what that invalidates, and follow."""
+        old = self.context
+        self.update(state, pkru, pkrs)
+        if _invalidates_all(old, self.context):
+            self.tlb.invalidate_asid(self.asid)
+            self._flush_engine_all()
+
+    def cr3_written(self, state: CpuState, *, preserve: bool = False, pkru: int = 0, pkrs: int = 0) -> None:
+        """The guest wrote CR3; ``preserve`` is bit 63 of the source with CR4.PCIDE = 1.
+
+        Spec: SDM Vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches".
+        """
+        self.update(state, pkru, pkrs)
+        if not preserve:
+            self.tlb.invalidate_pcid(self.tlb.tag.pcid)
+            self._flush_engine_all()
+
+    def vm_transition(
+        self, state: CpuState, second_level: SecondLevel, asid: int, *, flush: bool, pkru: int = 0, pkrs: int = 0
+    ) -> None:
+        """A VM entry or VM exit loaded ``state``; ``flush`` when mappings of identifier 0 do not survive it.
+
+        Spec: SDM Vol. 3, "Operations that Invalidate Cached Mappings" (VM entries and VM exits without VPID).
+        """
+        if flush:
+            self.tlb.invalidate_asid(0)
+        self.second_level = second_level
+        self.asid = asid
+        self.update(state, pkru, pkrs)
+        if flush:
+            self._flush_engine_all()
+
+    def load_pdptrs(self, cr3: int) -> tuple[int, int, int, int]:
+        """The PDPTEs that ``cr3`` references, for the caller to put into the PDPTE registers.
+
+        Raises `InstructionAborted` with #GP(0) for reserved bits, or with the second level's fault.
+        """
+        result = load_pdptrs(cr3, self.physical_address_width, self.memory, self.second_level)
+        if isinstance(result, InvalidPdpte):
+            raise InstructionAborted(Fault(Vector.GP, 0))
+        if isinstance(result, SecondLevelFault):
+            raise InstructionAborted(result)
+        return result
+
+    # Invalidations. Their operands have been checked by the instruction.
+
+    def invlpg(self, linear: int) -> None:
+        """INVLPG."""
+        page = (linear & self._linear_mask) >> PAGE_SHIFT
+        self.tlb.invalidate_page(page)
+        self._flush_engine_page(page)
+
+    def invpcid(self, kind: int, pcid: int, linear: int) -> None:
+        """INVPCID of type ``kind`` (0 to 3)."""
+        page = (linear & self._linear_mask) >> PAGE_SHIFT
+        if kind == 0:
+            self.tlb.invalidate_pcid_page(pcid, page)
+        elif kind == 1:
+            self.tlb.invalidate_pcid(pcid)
+        else:
+            self.tlb.invalidate_asid(self.asid, keep_global=kind == 3)
+        self._flush_engine_all()
+
+    def invvpid(self, kind: int, vpid: int, linear: int) -> None:
+        """INVVPID of type ``kind`` (0 to 3)."""
+        if kind == 0:
+            self.tlb.invalidate_asid_page(vpid, linear >> PAGE_SHIFT)
+        elif kind == 2:
+            self.tlb.invalidate_asids()
+        else:
+            self.tlb.invalidate_asid(vpid, keep_global=kind == 3)
+        self._flush_engine_all()
+
+    def invept(self, kind: int, eptp: int) -> None:
+        """INVEPT of type ``kind`` (1 or 2)."""
+        if kind == 1:
+            self.tlb.invalidate_root(eptp)
+        else:
+            self.tlb.invalidate_roots()
+        self._flush_engine_all()
+
+    def _flush_engine_all(self) -> None:
+        self._large_granted.clear()
+        self.flush_engine(None)
+
+    def _flush_engine_page(self, page: int) -> None:
+        if any((size, page // (size >> PAGE_SHIFT)) in self._large_granted for size in LARGE_SIZES):
+            # The engine holds pieces of a large page that the TLB may already have evicted.
+            self._flush_engine_all()
+        else:
+            self.flush_engine(page)
+
+    # Translation.
+
+    def fill(self, linear: int, kind: AccessKind, cpl: int, ac: bool, *, implicit: bool = False) -> Grant | Refusal:
+        """Answer a miss of the engine's TLB at ``linear`` (any address in the page; a fault reports it as given)."""
+        privilege = Privilege.of(cpl, ac, implicit)
+        result = self.resolve(linear, kind, privilege)
+        if isinstance(result, Translation):
+            if result.size > PAGE_SIZE:
+                page = (linear & self._linear_mask) >> PAGE_SHIFT
+                self._large_granted.add((result.size, page // (result.size >> PAGE_SHIFT)))
+            permissions = self._permissions[privilege][result.attributes] & result.cacheable
+            return Grant(result.physical >> PAGE_SHIFT, permissions)
+        return result
+
+    def resolve(self, linear: int, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
+        """The translation for one access, from the TLB or by a walk, with its flags set; or why there is none."""
+        linear &= self._linear_mask
+        page = linear >> PAGE_SHIFT
+        cached = self.tlb.find(page)
+        if cached is not None and self._permissions[privilege][cached.attributes] & cached.cacheable & kind:
+            return cached
+        return self._walk(LinearAddress(linear), kind, privilege)
+
+    def _walk(self, linear: LinearAddress, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
+        if not is_canonical(self.context, linear):
+            # A stack reference would be #SS(0): the one who knows it is one replaces the vector.
+            return Fault(Vector.GP, 0)
+        result = walk(self.context, linear, kind, privilege, self.memory, self.second_level)
+        if isinstance(result, Translation):
+            self.tlb.insert(linear >> PAGE_SHIFT, result)
+            return result
+        self.tlb.invalidate_page(linear >> PAGE_SHIFT)
+        if isinstance(result, PageFault):
+            return Fault(Vector.PF, result.error_code, result.linear)
+        return result
+
+    def trace_walk(
+        self, linear: int, kind: AccessKind, privilege: Privilege
+    ) -> tuple[list[WalkStep], Translation | PageFault | SecondLevelFault]:
+        """Walk past the TLB, recording each entry used. Sets flags like the access would."""
+        steps: list[WalkStep] = []
+        linear &= self._linear_mask
+        result = walk(self.context, LinearAddress(linear), kind, privilege, self.memory, self.second_level, steps)
+        return steps, result
+
+    def translate(self, linear: int, kind: AccessKind, *, user: bool = False, ac: bool = False) -> PhysicalAddress:
+        """Physical address of one byte; raises `InstructionAborted` with the fault or the second level's event.
+
+        ``user`` and ``ac`` here and below: an access made at CPL 3; an explicit supervisor-mode access with RFLAGS.AC
+        set. The default is the implicit supervisor-mode access of descriptor tables, TSS and inner stacks.
+        """
+        return self._translate(linear, kind, _privilege(user, ac))
+
+    def _translate(self, linear: int, kind: AccessKind, privilege: Privilege) -> PhysicalAddress:
+        result = self.resolve(linear, kind, privilege)
+        if isinstance(result, Translation):
+            return PhysicalAddress(result.physical | linear & PAGE_OFFSET_MASK)
+        raise InstructionAborted(result)
+
+    def _pieces(
+        self, linear: int, size: int, kind: AccessKind, privilege: Privilege
+    ) -> list[tuple[PhysicalAddress, int]]:
+        """Physical address and length of each page's part of an access; every page is checked before any is used."""
+        pieces = []
+        while size > 0:
+            length = min(size, PAGE_SIZE - (linear & PAGE_OFFSET_MASK))
+            pieces.append((self._translate(linear, kind, privilege), length))
+            linear += length
+            size -= length
+        return pieces
+
+    # Memory accesses of the model itself.
+
+    def read_bytes(self, linear: int, size: int, *, user: bool = False, ac: bool = False) -> bytes:
+        """``size`` bytes at ``linear``; wraps at the end of the address space."""
+        privilege = _privilege(user, ac)
+        if (linear & PAGE_OFFSET_MASK) + size <= PAGE_SIZE:
+            return self.memory.read(self._translate(linear, AccessKind.READ, privilege), size)
+        pieces = self._pieces(linear, size, AccessKind.READ, privilege)
+        return b"".join(self.memory.read(physical, length) for physical, length in pieces)
+
+    def write_bytes(
+        self, linear: int, data: bytes | bytearray | memoryview, *, user: bool = False, ac: bool = False
+    ) -> None:
+        """Store ``data`` at ``linear``: all of it, or, when any page faults, nothing."""
+        position = 0
+        for physical, length in self._pieces(linear, len(data), AccessKind.WRITE, _privilege(user, ac)):
+            self.memory.write(physical, data[position : position + length])
+            position += length
+
+    def read(self, linear: int, size: int, *, user: bool = False, ac: bool = False) -> int:
+        """Unsigned little-endian integer of ``size`` bytes at ``linear``."""
+        return int.from_bytes(self.read_bytes(linear, size, user=user, ac=ac), "little")
+
+    def write(self, linear: int, size: int, value: int, *, user: bool = False, ac: bool = False) -> None:
+        """Store the low ``size`` bytes of ``value`` at ``linear``, little-endian."""
+        self.write_bytes(linear, (value & (1 << 8 * size) - 1).to_bytes(size, "little"), user=user, ac=ac)
+
+    def check(self, linear: int, size: int, kind: AccessKind, *, user: bool = False, ac: bool = False) -> None:
+        """Raise what an access of ``size`` bytes at ``linear`` would raise, without making it."""
+        self._pieces(linear, size, kind, _privilege(user, ac))
+
+
+def _privilege(user: bool, ac: bool) -> Privilege:
+    if user:
+        return Privilege.USER
+    return Privilege.SUPERVISOR_AC if ac else Privilege.SUPERVISOR

@@ -1,0 +1,108 @@
+"""Second-level address translation as the page walker sees it: EPT, nested paging, or none.
+
+Everything the walker touches with a guest-physical address goes through a `SecondLevel`: the paging-structure entries
+it reads, the accessed and dirty flags it sets, and at last the page itself. These are two different kinds of access,
+and every vendor treats them differently, so the protocol has one method for each.
+
+Spec: SDM Vol. 3, "The Extended Page Table Mechanism (EPT)"; APM Vol. 2, "Nested Paging".
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, Protocol
+
+from attrs import frozen
+
+from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+
+
+class AccessKind(enum.IntEnum):
+    """How memory is accessed. The values are also the bits of a permission mask (see `ALL_PERMISSIONS`)."""
+
+    READ = 1
+    WRITE = 2
+    EXECUTE = 4
+
+
+ALL_PERMISSIONS: Final = 7
+
+
+@frozen
+class SecondLevelFault:
+    """An access the second level refused; each vendor derives its own closed set from this base.
+
+    ``guest_physical`` is exact to the byte. ``linear`` is the linear address being translated (None when there is
+    none: the load of the PAE page-directory-pointer-table entries).
+    """
+
+    guest_physical: GuestPhysicalAddress
+    linear: LinearAddress | None
+
+
+@frozen
+class SecondLevelPage:
+    """Where a guest-physical page is.
+
+    ``physical`` is the 4-KByte-aligned address of the 4-KByte page that holds the access. ``permissions`` is the mask
+    of `AccessKind` that may be cached: a page whose dirty flag is still clear has no WRITE here, so that the first
+    write comes back to the walker. ``size`` is the size in bytes of the page that maps it.
+    """
+
+    physical: PhysicalAddress
+    permissions: int
+    size: int
+
+
+class SecondLevel(Protocol):
+    """Translates guest-physical addresses. ``tag`` identifies the translation in TLB tags; None means there is none.
+
+    Bits 51:12 of a tag are the physical address of the root; the other bits distinguish configurations.
+    """
+
+    @property
+    def tag(self) -> int | None:
+        """Identity of this translation, for TLB tags."""
+        ...
+
+    def paging_structure(
+        self, address: GuestPhysicalAddress, update: bool, linear: LinearAddress | None
+    ) -> PhysicalAddress | SecondLevelFault:
+        """Translate the address of a guest paging-structure entry.
+
+        ``update`` tells an update of its accessed or dirty flag from a read.
+        """
+        ...
+
+    def translate(
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+    ) -> SecondLevelPage | SecondLevelFault:
+        """Translate the address that ``linear`` translates to; ``rights`` are those of the guest's page.
+
+        ``rights`` has the layout of `vtx.x86.page_rights`: some second levels treat user-mode pages differently.
+        """
+        ...
+
+
+class IdentitySecondLevel:
+    """No second level: guest-physical addresses are physical addresses."""
+
+    @property
+    def tag(self) -> int | None:
+        """There is no second level to tag."""
+        return None
+
+    def paging_structure(
+        self,
+        address: GuestPhysicalAddress,
+        update: bool,
+        linear: LinearAddress | None,
+    ) -> PhysicalAddress | SecondLevelFault:
+        """The address itself."""
+        return PhysicalAddress(address)
+
+    def translate(
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+    ) -> SecondLevelPage | SecondLevelFault:
+        """The page of the address, with every permission."""
+        return SecondLevelPage(PhysicalAddress(address & ~PAGE_OFFSET_MASK), ALL_PERMISSIONS, 1 << 52)
