@@ -1,0 +1,52 @@
+"""Linear addresses as event delivery, IRET and task switches use them: memory behind paging, and canonical addresses.
+
+Spec: SDM Vol. 3, "Supervisor-Mode and User-Mode Accesses"; SDM Vol. 1, "Canonical Addressing".
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vtx.x86.outcome import gp
+from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
+
+
+class LinearMemory(Protocol):
+    """Memory at linear addresses, paging applied; little-endian values of 1, 2, 4 or 8 bytes.
+
+    The default access is an implicit supervisor access (descriptor tables, TSS, stacks of inner privilege levels);
+    ``user`` marks one made at CPL 3. An access may cross a page boundary. Either method raises `InstructionAborted`
+    with the page fault (or what a hypervisor makes of it) when the access is refused.
+    """
+
+    def read(self, linear: int, size: int, *, user: bool = False) -> int:
+        """The value of ``size`` bytes at ``linear``."""
+        ...
+
+    def write(self, linear: int, size: int, value: int, *, user: bool = False) -> None:
+        """Store the low ``size`` bytes of ``value`` at ``linear``."""
+        ...
+
+
+def linear_address_width(state: CpuState) -> int:
+    """Bits of a linear address in IA-32e mode: 57 with 5-level paging, else 48."""
+    return 57 if state.cr4 & Cr4.LA57 else 48
+
+
+def is_canonical(address: int, width: int) -> bool:
+    """Whether bits 63 to ``width`` - 1 of ``address`` are all equal."""
+    high = address >> (width - 1)
+    return high in (0, MASK64 >> (width - 1))
+
+
+def system_address(state: CpuState, base: int, offset: int) -> int:
+    """Linear address of byte ``offset`` of a system structure (GDT, LDT, IDT, TSS) at ``base``.
+
+    Raises #GP(0) for a non-canonical address in IA-32e mode; outside it addresses wrap at 4 GiB.
+    """
+    if not state.long_mode:
+        return (base + offset) & MASK32
+    address = (base + offset) & MASK64
+    if not is_canonical(address, linear_address_width(state)):
+        raise gp(0)
+    return address

@@ -1,0 +1,102 @@
+"""A stack while a frame is pushed on it or popped from it, before SS and RSP are committed.
+
+Spec: SDM Vol. 1, "Procedure Stack"; SDM Vol. 3, "Limit Checking", "Stack Switching in IA-32e Mode".
+"""
+
+from __future__ import annotations
+
+from attrs import define
+
+from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Segment
+
+
+def within_limit(segment: Segment, offset: int, size: int) -> bool:
+    """Whether ``size`` bytes at ``offset`` lie within the limit of ``segment``, expand-down segments included."""
+    last = offset + size - 1
+    if segment.access_rights & 0xC == AccessRights.EXPAND_DOWN_OR_CONFORMING:
+        return offset > segment.limit and last <= (MASK32 if segment.big else 0xFFFF)
+    return last <= segment.limit
+
+
+@define(slots=True)
+class Stack:
+    """The stack at ``pointer`` of ``segment``.
+
+    ``bits`` is the stack-address size: 16, 32 or 64. ``user`` marks accesses made at CPL 3. A reference outside the
+    segment, or to a non-canonical address, raises #SS with ``error_code``.
+    """
+
+    memory: LinearMemory
+    segment: Segment
+    pointer: int
+    bits: int
+    user: bool
+    error_code: int
+    linear_width: int
+
+    @classmethod
+    def of(
+        cls,
+        state: CpuState,
+        memory: LinearMemory,
+        *,
+        segment: Segment | None = None,
+        pointer: int | None = None,
+        cpl: int | None = None,
+        bits: int | None = None,
+        error_code: int = 0,
+    ) -> Stack:
+        """The current stack of ``state``, with the parts a transfer of control replaces given by name."""
+        segment = state.ss if segment is None else segment
+        if bits is None:
+            bits = 64 if state.in_64_bit_mode else 32 if segment.big else 16
+        return cls(
+            memory,
+            segment,
+            state.gpr[Gpr.RSP] if pointer is None else pointer,
+            bits,
+            (state.cpl if cpl is None else cpl) == 3,
+            error_code,
+            linear_address_width(state),
+        )
+
+    def check_room(self, count: int, size: int) -> None:
+        """Raise #SS unless ``count`` values of ``size`` bytes can be pushed as far as segmentation is concerned."""
+        pointer = self.pointer
+        for _ in range(count):
+            pointer = self._moved(pointer, -size)
+            self._linear(pointer, size)
+
+    def push(self, *values: int, size: int) -> None:
+        """Push ``values``, the first one first, ``size`` bytes each; whatever does not fit is cut off."""
+        for value in values:
+            pointer = self._moved(self.pointer, -size)
+            self.memory.write(self._linear(pointer, size), size, value & ((1 << size * 8) - 1), user=self.user)
+            self.pointer = pointer
+
+    def pop(self, size: int) -> int:
+        """Pop a value of ``size`` bytes."""
+        value = self.memory.read(self._linear(self._moved(self.pointer, 0), size), size, user=self.user)
+        self.pointer = self._moved(self.pointer, size)
+        return value
+
+    def _moved(self, pointer: int, distance: int) -> int:
+        """``pointer`` moved by ``distance`` bytes; a 16-bit stack leaves the bits above SP alone."""
+        if self.bits == 64:
+            return (pointer + distance) & MASK64
+        if self.bits == 32:
+            return (pointer + distance) & MASK32
+        return pointer & ~0xFFFF | (pointer + distance) & 0xFFFF
+
+    def _linear(self, pointer: int, size: int) -> int:
+        if self.bits == 64:
+            width = self.linear_width
+            if is_canonical(pointer, width) and is_canonical((pointer + size - 1) & MASK64, width):
+                return pointer
+        else:
+            offset = pointer & (0xFFFF if self.bits == 16 else MASK32)
+            if self.segment.usable and within_limit(self.segment, offset, size):
+                return (self.segment.base + offset) & MASK32
+        raise InstructionAborted(Fault(Vector.SS, self.error_code))
