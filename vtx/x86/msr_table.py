@@ -1,0 +1,276 @@
+"""The architectural MSRs as data: which exist on a profile, what they hold at reset, what software may write.
+
+Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3A, "Memory Type Range Registers (MTRRs)", "Machine-Check MSRs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from attrs import evolve, field, frozen
+
+from vmcs.capabilities import CapabilityMsr
+from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR
+from vtx.x86.state import MASK32, MASK64, Efer
+
+if TYPE_CHECKING:
+    from vtx.x86.profile import Profile
+
+IA32_TIME_STAMP_COUNTER: Final = 0x10
+IA32_APIC_BASE: Final = 0x1B
+IA32_FEATURE_CONTROL: Final = 0x3A
+IA32_TSC_ADJUST: Final = 0x3B
+IA32_MTRRCAP: Final = 0xFE
+IA32_SYSENTER_CS: Final = 0x174
+IA32_SYSENTER_ESP: Final = 0x175
+IA32_SYSENTER_EIP: Final = 0x176
+IA32_MCG_CAP: Final = 0x179
+IA32_MISC_ENABLE: Final = 0x1A0
+IA32_DEBUGCTL: Final = 0x1D9
+IA32_PAT: Final = 0x277
+IA32_TSC_DEADLINE: Final = 0x6E0
+X2APIC_MSRS: Final = range(0x800, 0x900)
+IA32_EFER: Final = 0xC000_0080
+IA32_STAR: Final = 0xC000_0081
+IA32_LSTAR: Final = 0xC000_0082
+IA32_CSTAR: Final = 0xC000_0083
+IA32_FMASK: Final = 0xC000_0084
+IA32_FS_BASE: Final = 0xC000_0100
+IA32_GS_BASE: Final = 0xC000_0101
+IA32_KERNEL_GS_BASE: Final = 0xC000_0102
+IA32_TSC_AUX: Final = 0xC000_0103
+
+APIC_BASE_BSP: Final = 1 << 8
+APIC_BASE_EXTD: Final = 1 << 10
+APIC_BASE_EN: Final = 1 << 11
+FEATURE_CONTROL_LOCK: Final = 1 << 0
+FEATURE_CONTROL_VMX_IN_SMX: Final = 1 << 1
+FEATURE_CONTROL_VMX_OUTSIDE_SMX: Final = 1 << 2
+
+Check = Callable[["Profile", int, int], bool]
+"""Whether WRMSR may change an MSR of a profile from an old to a new value; both passed the reserved-bit masks."""
+
+
+@frozen
+class Msr:
+    """One MSR.
+
+    ``writable`` are the bits software changes, ``ignored`` those whose writes have no effect; setting any other bit
+    faults. ``writable_with`` adds writable bits that come with a CPUID feature. ``address`` makes bits 12 up to the
+    physical-address width writable. ``features``: CPUID features of which one makes the MSR exist (none: it always
+    exists). ``check`` is a condition beyond masks.
+    """
+
+    index: int
+    name: str
+    reset: int = 0
+    writable: int = field(default=MASK64, converter=int)  # a flag's complement would know named bits only
+    ignored: int = field(default=0, converter=int)
+    writable_with: tuple[tuple[str, int], ...] = ()
+    address: bool = False
+    read_only: bool = False
+    features: tuple[str, ...] = ()
+    check: Check | None = None
+
+
+def is_canonical(profile: Profile, value: int) -> bool:
+    """Whether a 64-bit linear address is canonical on ``profile``."""
+    upper = value >> (profile.linear_address_width - 1)
+    return upper in (0, (1 << (65 - profile.linear_address_width)) - 1)
+
+
+def _canonical(profile: Profile, old: int, new: int) -> bool:
+    return is_canonical(profile, new)
+
+
+PAT_TYPES: Final = frozenset((0, 1, 4, 5, 6, 7))
+MTRR_TYPES: Final = frozenset((0, 1, 4, 5, 6))
+
+
+def pat_is_valid(value: int) -> bool:
+    """Whether each of the eight bytes of ``value`` encodes a memory type for the PAT.
+
+    Spec: SDM Vol. 3A, "IA32_PAT MSR".
+    """
+    return all(byte in PAT_TYPES for byte in value.to_bytes(8, "little"))
+
+
+def _pat(profile: Profile, old: int, new: int) -> bool:
+    return pat_is_valid(new)
+
+
+def _mtrr_type(profile: Profile, old: int, new: int) -> bool:
+    return new & 0xFF in MTRR_TYPES
+
+
+def _mtrr_types(profile: Profile, old: int, new: int) -> bool:
+    return all(byte in MTRR_TYPES for byte in new.to_bytes(8, "little"))
+
+
+def _unlocked(profile: Profile, old: int, new: int) -> bool:
+    return not old & FEATURE_CONTROL_LOCK
+
+
+_APIC_MODES: Final = APIC_BASE_EN | APIC_BASE_EXTD
+# Modes (EN and EXTD in place) reachable from each mode.
+_APIC_TRANSITIONS: Final[Mapping[int, tuple[int, ...]]] = {
+    0: (0, APIC_BASE_EN),
+    APIC_BASE_EN: (0, APIC_BASE_EN, _APIC_MODES),
+    _APIC_MODES: (0, _APIC_MODES),
+}
+
+
+def _apic_mode_transition(profile: Profile, old: int, new: int) -> bool:
+    """Spec: SDM Vol. 3A, "x2APIC State Transitions"."""
+    return new & _APIC_MODES in _APIC_TRANSITIONS[old & _APIC_MODES]
+
+
+# Fast strings on; branch trace storage and PEBS reported as unavailable; MONITOR/MWAIT on.
+_MISC_ENABLE_RESET: Final = 1 << 0 | 1 << 11 | 1 << 12 | MISC_ENABLE_MONITOR
+_PAT_RESET: Final = 0x0007_0406_0007_0406
+
+_TABLE: Final[tuple[Msr, ...]] = (
+    Msr(IA32_TIME_STAMP_COUNTER, "IA32_TIME_STAMP_COUNTER", features=("TSC",)),
+    Msr(0x17, "IA32_PLATFORM_ID", read_only=True),
+    Msr(
+        IA32_APIC_BASE,
+        "IA32_APIC_BASE",
+        reset=0xFEE0_0000 | APIC_BASE_EN,
+        writable=APIC_BASE_EN | APIC_BASE_BSP,
+        writable_with=(("x2APIC", APIC_BASE_EXTD),),
+        address=True,
+        features=("APIC",),
+        check=_apic_mode_transition,
+    ),
+    Msr(
+        IA32_FEATURE_CONTROL,
+        "IA32_FEATURE_CONTROL",
+        writable=FEATURE_CONTROL_LOCK,
+        writable_with=(
+            ("VMX", FEATURE_CONTROL_VMX_OUTSIDE_SMX),
+            ("SMX", FEATURE_CONTROL_VMX_IN_SMX),
+            ("SMX", 0xFF00),  # SENTER local and global enables
+        ),
+        features=("VMX", "SMX"),
+        check=_unlocked,
+    ),
+    Msr(IA32_TSC_ADJUST, "IA32_TSC_ADJUST", features=("IA32_TSC_ADJUST",)),
+    Msr(
+        0x48,
+        "IA32_SPEC_CTRL",
+        writable=0,
+        writable_with=(("SPEC_CTRL", 1), ("STIBP", 2), ("SSBD", 4)),
+        features=("SPEC_CTRL", "STIBP", "SSBD"),
+    ),
+    # Software clears it and executes CPUID to read the microcode revision; the model always shows the revision.
+    Msr(0x8B, "IA32_BIOS_SIGN_ID", writable=0, ignored=MASK64),
+    Msr(0xE7, "IA32_MPERF", features=("APERFMPERF",)),
+    Msr(0xE8, "IA32_APERF", features=("APERFMPERF",)),
+    Msr(IA32_MTRRCAP, "IA32_MTRRCAP", read_only=True, features=("MTRR",)),
+    Msr(0x10A, "IA32_ARCH_CAPABILITIES", read_only=True, features=("ARCH_CAPABILITIES",)),
+    Msr(IA32_SYSENTER_CS, "IA32_SYSENTER_CS", writable=MASK32, ignored=MASK32 << 32, features=("SEP",)),
+    Msr(IA32_SYSENTER_ESP, "IA32_SYSENTER_ESP", features=("SEP",), check=_canonical),
+    Msr(IA32_SYSENTER_EIP, "IA32_SYSENTER_EIP", features=("SEP",), check=_canonical),
+    Msr(IA32_MCG_CAP, "IA32_MCG_CAP", read_only=True, features=("MCA",)),
+    Msr(0x17A, "IA32_MCG_STATUS", writable=0b111, features=("MCA",)),
+    Msr(0x198, "IA32_PERF_STATUS", read_only=True),
+    Msr(0x199, "IA32_PERF_CTL", writable=0xFFFF | 1 << 32, features=("EIST",)),
+    Msr(
+        IA32_MISC_ENABLE,
+        "IA32_MISC_ENABLE",
+        reset=_MISC_ENABLE_RESET,
+        writable=1 | MISC_ENABLE_LIMIT_CPUID,
+        ignored=1 << 7 | 1 << 11 | 1 << 12,  # read-only: performance monitoring, BTS and PEBS
+        writable_with=(("MONITOR", MISC_ENABLE_MONITOR), ("EIST", 1 << 16)),
+    ),
+    Msr(IA32_DEBUGCTL, "IA32_DEBUGCTL", writable=0b11, writable_with=(("BUS_LOCK_DETECT", 1 << 2),)),
+    # A last-branch record of one entry, as the P6 family has it, and the branch before the last exception.
+    Msr(0x1DB, "MSR_LASTBRANCHFROMIP", read_only=True),
+    Msr(0x1DC, "MSR_LASTBRANCHTOIP", read_only=True),
+    Msr(0x1DD, "MSR_LER_FROM_LIP", read_only=True),
+    Msr(0x1DE, "MSR_LER_TO_LIP", read_only=True),
+    Msr(IA32_PAT, "IA32_PAT", reset=_PAT_RESET, features=("PAT",), check=_pat),
+    Msr(0x2FF, "IA32_MTRR_DEF_TYPE", writable=0xCFF, features=("MTRR",), check=_mtrr_type),
+    Msr(IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE", features=("TSC-Deadline",)),
+    Msr(0xDA0, "IA32_XSS", writable=0, features=("XSAVES",)),
+    Msr(
+        IA32_EFER,
+        "IA32_EFER",
+        writable=0,
+        ignored=Efer.LMA,
+        writable_with=(("SYSCALL", Efer.SCE), ("LM", Efer.LME), ("NX", Efer.NXE)),
+        features=("LM", "NX", "SYSCALL"),
+    ),
+    Msr(IA32_STAR, "IA32_STAR", features=("SYSCALL",)),
+    Msr(IA32_LSTAR, "IA32_LSTAR", features=("SYSCALL",), check=_canonical),
+    Msr(IA32_CSTAR, "IA32_CSTAR", features=("SYSCALL",), check=_canonical),
+    Msr(IA32_FMASK, "IA32_FMASK", writable=MASK32, features=("SYSCALL",)),
+    Msr(IA32_FS_BASE, "IA32_FS_BASE", features=("LM",), check=_canonical),
+    Msr(IA32_GS_BASE, "IA32_GS_BASE", features=("LM",), check=_canonical),
+    Msr(IA32_KERNEL_GS_BASE, "IA32_KERNEL_GS_BASE", features=("LM",), check=_canonical),
+    Msr(IA32_TSC_AUX, "IA32_TSC_AUX", writable=MASK32, features=("RDTSCP", "RDPID")),
+)
+
+ARCHITECTURAL_MSRS: Final[Mapping[str, Msr]] = MappingProxyType({msr.name: msr for msr in _TABLE})
+
+_MTRR_FIXED: Final[tuple[tuple[int, str], ...]] = (
+    (0x250, "IA32_MTRR_FIX64K_00000"),
+    (0x258, "IA32_MTRR_FIX16K_80000"),
+    (0x259, "IA32_MTRR_FIX16K_A0000"),
+    *((0x268 + n, f"IA32_MTRR_FIX4K_{0xC0000 + n * 0x8000:X}") for n in range(8)),
+)
+
+
+def _mtrrs(variable: int) -> Iterable[Msr]:
+    for index, name in _MTRR_FIXED:
+        yield Msr(index, name, features=("MTRR",), check=_mtrr_types)
+    for n in range(variable):
+        base, mask = 0x200 + 2 * n, 0x201 + 2 * n
+        yield Msr(base, f"IA32_MTRR_PHYSBASE{n}", 0, 0xFF, address=True, features=("MTRR",), check=_mtrr_type)
+        yield Msr(mask, f"IA32_MTRR_PHYSMASK{n}", 0, 1 << 11, address=True, features=("MTRR",))
+
+
+def _machine_check_banks(count: int) -> Iterable[Msr]:
+    # No error ever happens: what hardware would fill in reads zero, and only zero may be written there.
+    for n in range(count):
+        yield Msr(0x400 + 4 * n, f"IA32_MC{n}_CTL", features=("MCA",))
+        yield Msr(0x401 + 4 * n, f"IA32_MC{n}_STATUS", writable=0, features=("MCA",))
+        yield Msr(0x402 + 4 * n, f"IA32_MC{n}_ADDR", writable=0, features=("MCA",))
+        yield Msr(0x403 + 4 * n, f"IA32_MC{n}_MISC", writable=0, features=("MCA",))
+
+
+MTRRCAP_FIXED: Final = 1 << 8
+MTRRCAP_WRITE_COMBINING: Final = 1 << 10
+
+
+def msrs_of(profile: Profile) -> dict[int, Msr]:
+    """The MSRs that exist on ``profile``, by index, with its masks and reset values worked in."""
+    rows = [*_TABLE, *_mtrrs(profile.variable_mtrrs), *_machine_check_banks(profile.machine_check_banks)]
+    resets = {
+        "IA32_MTRRCAP": profile.variable_mtrrs | MTRRCAP_FIXED | MTRRCAP_WRITE_COMBINING,
+        "IA32_MCG_CAP": profile.machine_check_banks,
+        "IA32_BIOS_SIGN_ID": profile.microcode_revision << 32,
+    }
+    by_index = {row.index: evolve(row, reset=resets.get(row.name, row.reset)) for row in rows}
+    by_index.update((row.index, row) for row in profile.msrs)
+    existing = {
+        index: _specialize(profile, row)
+        for index, row in by_index.items()
+        if not row.features or profile.features.intersection(row.features)
+    }
+    for index, value in profile.vmx_capabilities.items():
+        existing[index] = Msr(index, f"IA32_VMX_{CapabilityMsr(index).name}", reset=value, read_only=True)
+    return existing
+
+
+def _specialize(profile: Profile, row: Msr) -> Msr:
+    writable = row.writable
+    for feature, bits in row.writable_with:
+        if feature in profile.features:
+            writable |= bits
+    if row.address:
+        writable |= (1 << profile.physical_address_width) - 0x1000
+    reset = row.reset if row.read_only else row.reset & (writable | row.ignored)
+    return evolve(row, writable=writable, reset=reset)
