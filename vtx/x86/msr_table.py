@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve, field, frozen
 
+from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
 from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR
 from vtx.x86.state import MASK32, MASK64, Efer
@@ -75,14 +76,8 @@ class Msr:
     check: Check | None = None
 
 
-def is_canonical(profile: Profile, value: int) -> bool:
-    """Whether a 64-bit linear address is canonical on ``profile``."""
-    upper = value >> (profile.linear_address_width - 1)
-    return upper in (0, (1 << (65 - profile.linear_address_width)) - 1)
-
-
 def _canonical(profile: Profile, old: int, new: int) -> bool:
-    return is_canonical(profile, new)
+    return is_canonical(new, profile.linear_address_width)
 
 
 PAT_TYPES: Final = frozenset((0, 1, 4, 5, 6, 7))
@@ -185,6 +180,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
         ignored=1 << 7 | 1 << 11 | 1 << 12,  # read-only: performance monitoring, BTS and PEBS
         writable_with=(("MONITOR", MISC_ENABLE_MONITOR), ("EIST", 1 << 16)),
     ),
+    # LBR and BTF. Branches are not recorded: the record below stays zero.
     Msr(IA32_DEBUGCTL, "IA32_DEBUGCTL", writable=0b11, writable_with=(("BUS_LOCK_DETECT", 1 << 2),)),
     # A last-branch record of one entry, as the P6 family has it, and the branch before the last exception.
     Msr(0x1DB, "MSR_LASTBRANCHFROMIP", read_only=True),

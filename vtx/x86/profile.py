@@ -198,6 +198,8 @@ def _xsave_components(cpuid: Section, features: frozenset[str]) -> tuple[str, ..
         raise cpuid.fail("xsave_components", "at least x87 with the feature XSAVE, none without it")
     if names and "x87" not in names:
         raise cpuid.fail("xsave_components", "x87 among the components")
+    if ("PKRU" in names) != ("XSAVE" in features and "PKU" in features):
+        raise cpuid.fail("xsave_components", "PKRU if and only if cpuid.features has PKU")
     return tuple(names)
 
 
@@ -220,7 +222,15 @@ def _cache(section: Section) -> Cache:
 
 def _msrs(top: Section) -> tuple[Msr, ...]:
     section = top.optional_section("msrs")
-    return tuple(_msr(name, row) for name, row in section.keyed_sections()) if section else ()
+    if section is None:
+        return ()
+    by_index: dict[int, Msr] = {}
+    for name, row in section.keyed_sections():
+        msr = _msr(name, row)
+        if msr.index in by_index:
+            raise row.fail("index", f"an index of its own, not {msr.index:#x} of {by_index[msr.index].name}")
+        by_index[msr.index] = msr
+    return tuple(by_index.values())
 
 
 def _msr(name: str, row: Section) -> Msr:

@@ -161,6 +161,17 @@ MISTAKES = [
     ("[vmx]", "[vmx", "x.toml: expected TOML:"),
     ("[msrs]", "[[msrs]]", "x.toml: msrs: expected a table, not"),
     ("index = 0xCE", "index = 0x1B", "x.toml: msrs.MSR_PLATFORM_INFO.index: expected the index of an MSR that is not"),
+    (
+        "[msrs]",
+        "[msrs]\nMSR_FIRST = { index = 0xCE }",
+        "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an index of its own, not 0xce of MSR_FIRST",
+    ),
+    (
+        '["x87", "SSE"]',
+        '["x87", "SSE", "PKRU"]',
+        "x.toml: cpuid.xsave_components: expected PKRU if and only if cpuid.features has PKU",
+    ),
+    ('["x87", "SSE"]', '["SSE"]', "x.toml: cpuid.xsave_components: expected x87 among the components"),
     ("index = 0xCE, ", "", "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an integer from 0x0 to 0xffffffff, but"),
 ]
 
