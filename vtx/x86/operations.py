@@ -13,6 +13,7 @@ import enum
 
 from attrs import frozen
 
+from vtx.x86.event import Event
 from vtx.x86.outcome import Fault
 
 
@@ -140,10 +141,11 @@ class TaskSwitchSource(enum.IntEnum):
 
 @frozen
 class TaskSwitch:
-    """A task switch to the TSS of ``selector``."""
+    """A task switch to the TSS of ``selector``; ``delivering`` is the event that goes through a task gate."""
 
     selector: int
     source: TaskSwitchSource
+    delivering: Event | None = None
 
 
 @frozen

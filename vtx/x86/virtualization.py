@@ -50,6 +50,18 @@ class Processor(Protocol):
         """Acknowledge the highest-priority pending interrupt and return its vector."""
         ...
 
+    def nmi_pending(self) -> bool:
+        """Whether a non-maskable interrupt waits to be delivered, ignoring blocking."""
+        ...
+
+    def acknowledge_nmi(self) -> None:
+        """Take the pending non-maskable interrupt: it is being delivered or has caused a VM exit."""
+        ...
+
+    def deliver(self, event: Event) -> None:
+        """Deliver ``event`` through the IDT now, with all that may happen on the way: further exceptions, VM exits."""
+        ...
+
     def task_priority(self) -> int:
         """CR8, 0 to 15."""
         ...
@@ -68,6 +80,11 @@ class Virtualization(Protocol):
 
     non_root: bool
 
+    @property
+    def transitions(self) -> int:
+        """How many VM entries and VM exits there have been; unchanged after `execute` means an ordinary instruction."""
+        ...
+
     def execute(self, instruction: Instruction) -> bool:
         """Execute one of the extension's own instructions, in any mode, and commit RIP, RFLAGS or a VM exit.
 
@@ -76,8 +93,18 @@ class Virtualization(Protocol):
         """
         ...
 
+    def is_disabled(self, instruction: Instruction) -> bool:
+        """Non-root only: whether controls make ``instruction`` an invalid opcode (RDTSCP, RDPID, INVPCID, XSAVES...).
+
+        Comes before the instruction's own faults.
+        """
+        ...
+
     def intercept(self, operation: Operation, instruction: Instruction) -> bool:
-        """Non-root only: whether ``operation`` caused a VM exit. Called after the instruction's own faults."""
+        """Non-root only: whether ``operation`` was taken care of: it caused a VM exit, or was virtualized and retired.
+
+        Called after the instruction's own faults.
+        """
         ...
 
     def intercept_event(self, event: Event, fault: Fault | None) -> bool:
@@ -112,7 +139,11 @@ class Virtualization(Protocol):
         ...
 
     def wants_boundary(self) -> bool:
-        """Whether `boundary` must be called before every instruction (monitor trap flag and the like)."""
+        """Whether `boundary` must be called exactly once before every instruction (monitor trap flag and the like)."""
+        ...
+
+    def wants_interrupt_window(self) -> bool:
+        """Whether `boundary` must be called as soon as RFLAGS.IF is 1 (interrupt-window exiting)."""
         ...
 
     def read_control_register(self, number: int) -> int:
