@@ -207,7 +207,7 @@ void vmcs_write_guest_state_64(uint64_t rip, uint64_t rsp)
     vmwrite(GUEST_INTERRUPTIBILITY_STATE, 0);
     vmwrite(GUEST_ACTIVITY_STATE, 0);
     vmwrite(GUEST_PENDING_DEBUG_EXCEPTIONS, 0);
-    vmwrite(VMCS_LINK_POINTER, ~0ull);
+    vmwrite(VMCS_LINK_POINTER, ~0ul);
     if (vmread(ENTRY_CONTROLS) & ENTRY_LOAD_IA32_EFER)
         vmwrite(GUEST_IA32_EFER, rdmsr(IA32_EFER));
 }

@@ -35,11 +35,14 @@ enum {
 };
 
 enum { FEATURE_CONTROL_LOCK = 1u << 0, FEATURE_CONTROL_VMX_OUTSIDE_SMX = 1u << 2 };
-#define VMX_BASIC_TRUE_CONTROLS (1ull << 55)
+#define VMX_BASIC_TRUE_CONTROLS (1ul << 55)
 #define CPUID_1_ECX_VMX (1u << 5)
 
 /* Controls. Spec: SDM volume 3, "VM-Execution Control Fields" and the exit and entry ones. */
 enum {
+    PIN_EXTERNAL_INTERRUPT_EXITING = 1u << 0,
+    PIN_NMI_EXITING = 1u << 3,
+
     PRIMARY_TSC_OFFSETTING = 1u << 3,
     PRIMARY_HLT_EXITING = 1u << 7,
     PRIMARY_INVLPG_EXITING = 1u << 9,
