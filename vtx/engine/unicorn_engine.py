@@ -1,0 +1,445 @@
+"""The execution engine on Unicorn: load a state, run to the next event, read the state.
+
+Unicorn's core still carries the AMD-SVM interception code of the emulator it came from. With the guest-mode flag set in
+the processor state and every interception bit on, each sensitive instruction reaches our interrupt hook before it
+executes, in every mode; every translation reaches our fill hook. Nothing else of that SVM code is used: no VMRUN is
+executed, because the state, guest-mode flag included, can be written straight into a context and restored.
+
+What Unicorn does not intercept (port I/O, SYSCALL, SYSENTER) calls a hook in the middle of a block. Where the model
+must act before the instruction, the rest of the block is run to nowhere: the state is saved, every further translation
+refused, and the saved state restored after the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from vtx.engine import layout, native
+from vtx.engine.clock import STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
+from vtx.engine.coherence import Coherence
+from vtx.engine.selfcheck import require_known_library
+from vtx.x86.execution import (
+    BudgetSpent,
+    EngineClient,
+    EngineEvent,
+    ExceptionTrap,
+    InstructionTrap,
+    Interrupted,
+    RefusedFill,
+    Stepped,
+    WindowOpen,
+)
+from vtx.x86.memory import MmioWindow, PhysicalMemory
+from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.outcome import Vector
+from vtx.x86.second_level import AccessKind
+from vtx.x86.state import MASK32, CpuState, Rflags, Shadow
+
+# Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
+PRIVATE: Final = 1 << 45
+VMCB_FRAME: Final = PRIVATE  # the library reads its MSR permission map through it
+PERMISSION_MAP: Final = PRIVATE + 0x1000
+PERMISSION_MAP_SIZE: Final = 0x3000
+VOID_CODE: Final = PRIVATE + 0x4000  # what is fetched where there is no RAM: all ones
+VOID_DATA: Final = PRIVATE + 0x5000  # what is read there: all ones; writes vanish
+_VMCB_MSRPM_BASE: Final = 0x48
+
+_KINDS: Final = {
+    native.MEM_READ: AccessKind.READ,
+    native.MEM_WRITE: AccessKind.WRITE,
+    native.MEM_FETCH: AccessKind.EXECUTE,
+}
+_TF: Final = int(Rflags.TF)
+_DF: Final = int(Rflags.DF)
+_EAGER: Final = ~(layout.ARITHMETIC_FLAGS | _DF)
+_STI_OPCODE: Final = 0xFB
+
+
+class UnicornEngine:
+    """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`)."""
+
+    def __init__(self, memory: PhysicalMemory, client: EngineClient, *, allow_compiled: bool = True) -> None:
+        require_known_library()
+        self._client = client
+        self._memory = memory
+        self._handle = ctypes.c_void_p()
+        native.check(
+            native.library.uc_open(native.ARCH_X86, native.MODE_64, ctypes.byref(self._handle)), "opening a processor"
+        )
+        native.control(self._handle, native.CTL_CPU_MODEL, native.CPU_MODEL)
+        native.control(self._handle, native.CTL_TLB_TYPE, native.TLB_VIRTUAL)
+        native.control(self._handle, native.CTL_USE_EXITS, 1)
+        self._keep: list[Any] = []
+        self._map_memory()
+        self._context = ctypes.c_void_p()
+        native.check(native.library.uc_context_alloc(self._handle, ctypes.byref(self._context)), "a context")
+        self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
+        self._image = memoryview(self._buffer).cast("B")
+        self._prepare_context()
+        self.coherence = Coherence(self._flush_now, self._retranslate)
+        self._scratch = ctypes.create_string_buffer(PAGE_SIZE)
+        self.clock = BlockClock(self._handle, allow_compiled=allow_compiled)
+        self._install_hooks()
+        memory.code_pages = self.coherence.executed
+        memory.code_written = self.coherence.written
+        self._flags = ctypes.c_uint64()
+        self._segment_bytes = b""
+        self._flush_wanted = False
+        self._running = False
+        self._stop_requested = False
+        self._trap: int | None = None
+        self._error_code = 0
+        self._refused: tuple[int, AccessKind, Refusal] | None = None
+        self._failure: BaseException | None = None
+        self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
+        self._callback_address: int | None = None
+
+    def close(self) -> None:
+        """Release the library's resources; the engine cannot be used afterwards."""
+        if self._handle:
+            self._image.release()
+            native.library.uc_context_free(self._context)
+            native.library.uc_close(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    # Construction.
+
+    def _map_memory(self) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.backing))
+        for ram in self._memory.ram:
+            pointer = ctypes.c_void_p(base + ram.offset)
+            status = native.library.uc_mem_map_ptr(
+                self._handle, ctypes.c_uint64(ram.start), ctypes.c_uint64(ram.size), native.PROT_ALL, pointer
+            )
+            native.check(status, "mapping RAM")
+        for window in self._memory.windows:
+            self._map_window(window)
+        native.check(native.library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
+        self._write_private(VMCB_FRAME + _VMCB_MSRPM_BASE, struct.pack("<Q", PERMISSION_MAP))
+        self._write_private(PERMISSION_MAP, b"\xff" * (PERMISSION_MAP_SIZE + PAGE_SIZE))  # VOID_CODE included
+        self._map_mmio(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
+
+    def _write_private(self, address: int, data: bytes) -> None:
+        native.check(native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, len(data)), "a write")
+
+    def _map_window(self, window: MmioWindow) -> None:
+        self._map_mmio(window.start, window.size, window.device.mmio_read, window.device.mmio_write)
+
+    def _map_mmio(
+        self, start: int, size: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]
+    ) -> None:
+        def on_read(handle: int, offset: int, length: int, data: int) -> int:
+            return 0 if self._aborted else self._guarded(0, read, offset, length)
+
+        def on_write(handle: int, offset: int, length: int, value: int, data: int) -> None:
+            if not self._aborted:
+                self._guarded(None, write, offset, length, value)
+
+        callbacks = native.MmioReadCallback(on_read), native.MmioWriteCallback(on_write)
+        self._keep.append(callbacks)
+        pointers = [ctypes.cast(callback, ctypes.c_void_p) for callback in callbacks]
+        status = native.library.uc_mmio_map(
+            self._handle, ctypes.c_uint64(start), ctypes.c_uint64(size), pointers[0], None, pointers[1], None
+        )
+        native.check(status, "mapping a device")
+
+    def _prepare_context(self) -> None:
+        """Save a pristine context and turn on guest mode and all interceptions in it, once."""
+        self._save()
+        image = self._image
+        struct.pack_into("<i", image, layout.OLD_EXCEPTION, -1)
+        struct.pack_into("<Q", image, layout.VMCB, VMCB_FRAME)
+        struct.pack_into("<QHHHHI", image, layout.INTERCEPTS, layout.INTERCEPT_ALWAYS, *[0xFFFF] * 4, 0xFFFF_FFFF)
+
+    def _install_hooks(self) -> None:
+        def install(kind: int, callback: Any, instruction: int | None = None) -> None:
+            self._keep.append(callback)
+            native.add_hook(self._handle, kind, callback, instruction=instruction)
+
+        install(native.HOOK_INTR, native.InterruptCallback(self._on_interrupt))
+        install(native.HOOK_TLB_FILL, native.FillCallback(self._on_fill))
+        install(native.HOOK_INSN, native.PortInCallback(self._on_port_in), native.INSN_IN)
+        install(native.HOOK_INSN, native.PortOutCallback(self._on_port_out), native.INSN_OUT)
+        install(native.HOOK_INSN, native.SyscallCallback(self._on_syscall), native.INSN_SYSCALL)
+        install(native.HOOK_INSN, native.SyscallCallback(self._on_syscall), native.INSN_SYSENTER)
+
+    # Hooks. An exception must never cross the library's frames: `_guarded` keeps it for after the run.
+
+    def _guarded(self, default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except BaseException as failure:
+            self._failure = self._failure or failure
+            native.library.uc_emu_stop(self._handle)
+            return default
+
+    def _on_interrupt(self, handle: int, number: int, data: int) -> None:
+        native.library.uc_emu_stop(self._handle)
+        if self._aborted or self._trap is not None:
+            return
+        self._save()
+        self._trap = number
+        if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
+            (self._error_code,) = struct.unpack_from("<I", self._image, layout.ERROR_CODE)
+
+    def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:
+        if self._aborted or self._failure:
+            return False
+        return bool(self._guarded(False, self._fill, address, _KINDS[access], entry.contents))
+
+    def _fill(self, address: int, kind: AccessKind, entry: native.TlbEntry) -> bool:
+        self._save()
+        (flags,) = struct.unpack_from("<Q", self._image, layout.EFLAGS)
+        cpl = self._image[layout.HFLAGS] & 3
+        grant = self._client.fill(address, kind, cpl, bool(flags & Rflags.AC))
+        if not isinstance(grant, Grant):
+            self._refused = (address, kind, grant)
+            return False
+        frame, permissions = grant
+        if self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
+            permissions = self.coherence.grant(frame, address >> PAGE_SHIFT, kind, permissions)
+            entry.paddr = frame << PAGE_SHIFT
+        elif kind is AccessKind.EXECUTE:
+            permissions = AccessKind.EXECUTE
+            entry.paddr = VOID_CODE
+        else:
+            permissions &= ~AccessKind.EXECUTE
+            entry.paddr = frame << PAGE_SHIFT if self._memory.window_at(frame << PAGE_SHIFT) else VOID_DATA
+        entry.perms = permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
+        return True
+
+    def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
+        if self._aborted:
+            return 0
+        value = self._guarded(None, self._port, lambda cpl: self._client.port_in(port, size, cpl))
+        if value is None:
+            self._abort()
+            return 0
+        return int(value)
+
+    def _on_port_out(self, handle: int, port: int, size: int, value: int, data: int) -> None:
+        if self._aborted:
+            return
+        if not self._guarded(False, self._port, lambda cpl: self._client.port_out(port, size, value, cpl)):
+            self._abort()
+
+    def _port(self, access: Callable[[int], Any]) -> Any:
+        self._save()
+        self._callback_address = self._linear_rip()
+        try:
+            return access(self._image[layout.HFLAGS] & 3)
+        finally:
+            self._callback_address = None
+
+    def _on_syscall(self, handle: int, data: int) -> None:
+        if not self._aborted:
+            self._save()
+            self._abort()
+
+    def _abort(self) -> None:
+        """Undo the rest of the block: nothing after the saved state may have an effect."""
+        shared = self.clock.shared
+        counters = (shared.elapsed, shared.instructions, shared.address, shared.size)
+        self._aborted = (bytes(self._image), counters)
+        self._flush_now()
+        native.library.uc_emu_stop(self._handle)
+
+    # State transfer.
+
+    def _save(self) -> None:
+        native.library.uc_context_save(self._handle, self._context)
+
+    def _linear_rip(self) -> int:
+        (rip,) = struct.unpack_from("<Q", self._image, layout.RIP)
+        (base,) = struct.unpack_from("<Q", self._image, layout.SEGMENTS + 24 + 8)
+        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
+        return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
+
+    def _load(self, state: CpuState, reload: bool, step: bool) -> None:
+        image, rflags = self._image, state.rflags
+        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
+        if reload:
+            self._load_system(state)
+        struct.pack_into(
+            "<QQQQIiII",
+            image,
+            layout.EFLAGS,
+            rflags & _EAGER | 2 | (_TF if step else 0),
+            0,
+            rflags & layout.ARITHMETIC_FLAGS,
+            0,
+            layout.CC_OP_EFLAGS,
+            -1 if rflags & _DF else 1,
+            layout.hidden_flags(state),
+            layout.GLOBAL_INTERRUPT_FLAG,
+        )
+        intercepts = layout.INTERCEPT_ALWAYS
+        if step:
+            intercepts |= layout.INTERCEPT_FLAGS | layout.INTERCEPT_IRET
+        elif state.nmi_blocked:
+            intercepts |= layout.INTERCEPT_IRET
+        struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
+        native.library.uc_context_restore(self._handle, self._context)
+
+    def _load_system(self, state: CpuState) -> None:
+        image = self._image
+        offset = layout.SEGMENTS
+        for segment in (*state.segments, state.ldtr, state.tr):
+            flags = layout.segment_flags(segment.access_rights)
+            layout.SEGMENT.pack_into(image, offset, segment.selector, segment.base, segment.limit, flags)
+            offset += layout.SEGMENT.size
+        for table in (state.gdtr, state.idtr):
+            layout.SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
+            offset += layout.SEGMENT.size
+        self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        cr4 = state.cr4 & layout.CR4_SEEN
+        struct.pack_into("<5Q", image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
+        struct.pack_into("<Q", image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
+        struct.pack_into("<Q", image, layout.KERNEL_GS_BASE, state.kernel_gs_base)
+        struct.pack_into("<IxxxxQQQ", image, layout.SYSENTER_CS, *self._client_fast_call_msrs())
+        if state.fpu:
+            image[layout.FPU : layout.FPU_END] = state.fpu
+
+    def _client_fast_call_msrs(self) -> tuple[int, int, int, int]:
+        return self._client.fast_call_msrs()
+
+    def _store(self, state: CpuState, arranged_tf: bool) -> None:
+        image = self._image
+        registers = layout.REGISTERS.unpack_from(image, layout.GPR)
+        state.gpr[:] = registers[:16]
+        state.rip = registers[16]
+        native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
+        state.rflags = self._flags.value & ~_TF if arranged_tf else self._flags.value
+        segments = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        if segments != self._segment_bytes:
+            self._segment_bytes = segments
+            self._store_segments(state, segments)
+        (state.kernel_gs_base,) = struct.unpack_from("<Q", image, layout.KERNEL_GS_BASE)
+        if image[layout.HFLAGS] & layout.INHIBIT_INTERRUPTS:
+            state.shadow = state.shadow or self._shadow(state)
+        else:
+            state.shadow = Shadow.NONE
+
+    def _store_segments(self, state: CpuState, data: bytes) -> None:
+        for i, segment in enumerate(state.segments):
+            segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(data, 24 * i)
+            segment.access_rights = layout.access_rights(flags)
+        if not state.segments[2].usable:
+            # A null SS keeps the privilege level, which the engine holds apart from the segment.
+            state.segments[2].access_rights |= (self._image[layout.HFLAGS] & 3) << 5
+
+    def _shadow(self, state: CpuState) -> Shadow:
+        """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
+        address = (self._linear_rip() - 1) & ((1 << 64) - 1)
+        grant = self._client.fill(address & ~PAGE_OFFSET_MASK, AccessKind.EXECUTE, state.cpl, False)
+        if isinstance(grant, Grant):
+            byte = self._memory.read_u8(grant.physical_page << PAGE_SHIFT | address & PAGE_OFFSET_MASK)
+            if byte == _STI_OPCODE:
+                return Shadow.STI
+        return Shadow.MOV_SS
+
+    # Running.
+
+    def run(
+        self, state: CpuState, *, reload: bool, budget: int | None, step: bool = False, watch_if: bool = False
+    ) -> EngineEvent:
+        """Run to the next event (see `ExecutionEngine.run`)."""
+        if self._flush_wanted:
+            self._flush_now()
+        shared = self.clock.shared
+        shared.limit = UNLIMITED if budget is None or step else shared.elapsed + budget
+        shared.watch_if = watch_if and not step
+        shared.stopped = 0
+        shared.size = 0
+        self._trap = self._refused = self._aborted = None
+        self._stop_requested = False
+        arranged_tf = step and not state.rflags & _TF
+        self._load(state, reload, step)
+        self._running = True
+        status = native.library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
+        self._running = False
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        event = self._event(status, step)
+        self._store(state, arranged_tf)
+        self.clock.take_back(self._linear_rip())
+        if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
+            return Stepped()
+        return event
+
+    def _event(self, status: int, step: bool) -> EngineEvent:
+        """What ended the run; afterwards the context image holds the state at the event."""
+        if self._aborted is not None:
+            image, counters = self._aborted
+            self._aborted = None
+            self._image[:] = image
+            native.library.uc_context_restore(self._handle, self._context)
+            shared = self.clock.shared
+            shared.elapsed, shared.instructions, shared.address, shared.size = counters
+            return InstructionTrap()
+        if self._trap is not None:
+            number = self._trap
+            if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
+                return ExceptionTrap(number - layout.TRAP_EXCEPTION, self._error_code)
+            if number >= layout.TRAP_BASE:
+                return InstructionTrap()
+            return ExceptionTrap(number, self._error_code)
+        self._save()
+        if status == native.ERR_EXCEPTION and self._refused is not None:
+            return RefusedFill(*self._refused)
+        if self.clock.shared.stopped == STOPPED_BY_LIMIT:
+            return BudgetSpent()
+        if self.clock.shared.stopped == STOPPED_BY_IF:
+            return WindowOpen()
+        if self._stop_requested and status == native.ERR_OK:
+            return Interrupted()
+        native.check(status, f"running at {self._linear_rip():#x}")
+        raise native.EngineUnusable(f"Unicorn stopped at {self._linear_rip():#x} without saying why")
+
+    def elapsed(self) -> int:
+        """Bytes of code executed since creation."""
+        elapsed: int = self.clock.shared.elapsed
+        if self._callback_address is not None:
+            elapsed -= self.clock.remaining_block(self._callback_address)
+        return elapsed
+
+    def instructions(self) -> int:
+        """Instructions executed since creation."""
+        count: int = self.clock.shared.instructions
+        return count
+
+    def request_stop(self) -> None:
+        """From within a callback: stop at the end of the current block."""
+        self._stop_requested = True
+        native.library.uc_emu_stop(self._handle)
+
+    def fpu(self) -> bytes:
+        """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
+        self._save()
+        return bytes(self._image[layout.FPU : layout.FPU_END])
+
+    # Translations.
+
+    def flush(self, page: int | None) -> None:
+        """Forget translations; the library can only forget all of them."""
+        if self._running:
+            self._flush_now()
+        else:
+            self._flush_wanted = True
+
+    def _flush_now(self) -> None:
+        self._flush_wanted = False
+        native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
+        self.coherence.tlb_flushed()
+
+    def _retranslate(self, frame: int) -> None:
+        """Drop the translations of a frame: writing its own bytes back makes the library notice."""
+        address = frame << PAGE_SHIFT
+        data = self._memory.read(address, PAGE_SIZE)
+        native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, PAGE_SIZE)
+        self.clock.code_changed()
