@@ -112,7 +112,8 @@ def deliver_with_faults(
     ``on_fault(event, fault)`` is asked about each exception during delivery of ``event`` before it is combined with
     it, and about a resulting double fault (``fault.vector`` is #DF); True stops there, with the registers as at the
     start of that delivery. Causes that are no `Fault` (a VM exit raised by the memory or by ``hooks``) stop in the same
-    way. CR2, DR6, DR7 and blocking by NMI show every event whose delivery was begun.
+    way. CR2, DR6, DR7 and blocking by NMI show every event and exception that was not stopped, even those that end in
+    a double or triple fault.
     """
     for _ in range(_LONGEST_CHAIN):
         recognize(state, event, block_nmi=block_nmi)
@@ -122,6 +123,7 @@ def deliver_with_faults(
             fault = aborted.cause
             if not isinstance(fault, Fault) or (on_fault is not None and on_fault(event, fault)):
                 return Intercepted(event, fault)
+            recognize(state, Event.from_fault(fault))
             combined = combine(event, fault)
             if isinstance(combined, TripleFault):
                 return combined

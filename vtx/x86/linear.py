@@ -14,16 +14,16 @@ from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
 class LinearMemory(Protocol):
     """Memory at linear addresses, paging applied; little-endian values of 1, 2, 4 or 8 bytes.
 
-    The default access is an implicit supervisor access (descriptor tables, TSS, stacks of inner privilege levels);
-    ``user`` marks one made at CPL 3. An access may cross a page boundary. Either method raises `InstructionAborted`
-    with the page fault (or what a hypervisor makes of it) when the access is refused.
+    The default is an implicit supervisor access (descriptor tables, TSS). ``user`` marks an access made at CPL 3,
+    ``ac`` an explicit one below CPL 3 with RFLAGS.AC set, which SMAP lets pass. An access may cross a page boundary.
+    Either method raises `InstructionAborted` with the page fault (or what a hypervisor makes of it) when it is refused.
     """
 
-    def read(self, linear: int, size: int, *, user: bool = False) -> int:
+    def read(self, linear: int, size: int, *, user: bool = False, ac: bool = False) -> int:
         """The value of ``size`` bytes at ``linear``."""
         ...
 
-    def write(self, linear: int, size: int, value: int, *, user: bool = False) -> None:
+    def write(self, linear: int, size: int, value: int, *, user: bool = False, ac: bool = False) -> None:
         """Store the low ``size`` bytes of ``value`` at ``linear``."""
         ...
 

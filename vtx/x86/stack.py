@@ -9,7 +9,7 @@ from attrs import define
 
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Segment
+from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Rflags, Segment
 
 
 def within_limit(segment: Segment, offset: int, size: int) -> bool:
@@ -24,8 +24,9 @@ def within_limit(segment: Segment, offset: int, size: int) -> bool:
 class Stack:
     """The stack at ``pointer`` of ``segment``.
 
-    ``bits`` is the stack-address size: 16, 32 or 64. ``user`` marks accesses made at CPL 3. A reference outside the
-    segment, or to a non-canonical address, raises #SS with ``error_code``.
+    ``bits`` is the stack-address size: 16, 32 or 64. ``user`` marks accesses made at CPL 3, ``ac`` those
+    made below it with RFLAGS.AC set. A reference outside the segment, or to a non-canonical address, raises #SS with
+    ``error_code``.
     """
 
     memory: LinearMemory
@@ -33,6 +34,7 @@ class Stack:
     pointer: int
     bits: int
     user: bool
+    ac: bool
     error_code: int
     linear_width: int
 
@@ -52,12 +54,14 @@ class Stack:
         segment = state.ss if segment is None else segment
         if bits is None:
             bits = 64 if state.in_64_bit_mode else 32 if segment.big else 16
+        user = (state.cpl if cpl is None else cpl) == 3
         return cls(
             memory,
             segment,
             state.gpr[Gpr.RSP] if pointer is None else pointer,
             bits,
-            (state.cpl if cpl is None else cpl) == 3,
+            user,
+            not user and bool(state.rflags & Rflags.AC),
             error_code,
             linear_address_width(state),
         )
@@ -73,12 +77,13 @@ class Stack:
         """Push ``values``, the first one first, ``size`` bytes each; whatever does not fit is cut off."""
         for value in values:
             pointer = self._moved(self.pointer, -size)
-            self.memory.write(self._linear(pointer, size), size, value & ((1 << size * 8) - 1), user=self.user)
+            linear = self._linear(pointer, size)
+            self.memory.write(linear, size, value & ((1 << size * 8) - 1), user=self.user, ac=self.ac)
             self.pointer = pointer
 
     def pop(self, size: int) -> int:
         """Pop a value of ``size`` bytes."""
-        value = self.memory.read(self._linear(self._moved(self.pointer, 0), size), size, user=self.user)
+        value = self.memory.read(self._linear(self._moved(self.pointer, 0), size), size, user=self.user, ac=self.ac)
         self.pointer = self._moved(self.pointer, size)
         return value
 
