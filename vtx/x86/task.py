@@ -197,7 +197,9 @@ def _read_task(state: CpuState, memory: LinearMemory, tss: Descriptor) -> _TaskI
     def word(offset: int, size: int = layout.word) -> int:
         return memory.read(system_address(state, tss.base, offset), size)
 
-    gpr = [word(layout.gpr + index * layout.word) for index in range(8)]
+    # A 16-bit TSS leaves ones above each register, as processors have been seen to do; the manual does not say.
+    upper = 0xFFFF_0000 if layout.word == 2 else 0
+    gpr = [upper | word(layout.gpr + index * layout.word) for index in range(8)]
     selectors = [word(layout.selectors + index * layout.word, 2) for index in range(layout.selector_count)]
     return _TaskImage(
         rip=word(layout.ip),
