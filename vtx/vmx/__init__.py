@@ -1,1 +1,9 @@
-"""TODO."""
+"""Intel VT-x: VMX instructions, VM entry, VM exit, and what makes a guest exit.
+
+Reading order: `outcome`, `operation`, `instructions`, `execution`, `view`, `entry`, `guest_state`, `host_state`,
+`exit`, `intercepts`, `events`, `boundary`, `vmx`.
+"""
+
+from vtx.vmx.vmx import Vmx
+
+__all__ = ["Vmx"]

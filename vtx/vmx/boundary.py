@@ -1,0 +1,98 @@
+"""VM exits at instruction boundaries: monitor trap flag, preemption timer, windows, NMIs and external interrupts.
+
+Spec: SDM Vol. 3, "VMX Non-Root Operation", "Other Causes of VM Exits"; "Interrupt and Exception Handling", "Priority
+Among Concurrent Events".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmcs import controls as c
+from vmcs import layouts
+from vmcs.exits import Reason
+from vtx.vmx.operation import VmxOperation
+from vtx.vmx.record import NMI_WORD, VmExit, interruption_word
+from vtx.vmx.view import ControlView
+from vtx.x86.state import Activity, CpuState, Rflags, Shadow
+
+_EXTERNAL_INTERRUPT_EXITING: Final = c.EXTERNAL_INTERRUPT_EXITING.mask
+_NMI_EXITING: Final = c.NMI_EXITING.mask
+_VIRTUAL_NMIS: Final = c.VIRTUAL_NMIS.mask
+_NMI_WINDOW: Final = c.NMI_WINDOW_EXITING.mask
+_INTERRUPT_WINDOW: Final = c.INTERRUPT_WINDOW_EXITING.mask
+_WINDOWS: Final = _NMI_WINDOW | _INTERRUPT_WINDOW
+_ACKNOWLEDGE: Final = c.EXIT_ACKNOWLEDGE_INTERRUPT_ON_EXIT.mask
+_IF: Final = int(Rflags.IF)
+_MOV_SS: Final = int(Shadow.MOV_SS)
+# Bits of "pending debug exceptions" that have a debug exception delivered: enabled breakpoint and BS.
+_DELIVERABLE_DEBUG: Final = 1 << 12 | 1 << 14
+
+
+def boundary_exit(operation: VmxOperation) -> VmExit | None:
+    """The VM exit of highest priority that is due before the next instruction, or None.
+
+    Between instructions, debug traps have priority over all but the monitor trap flag; delivering them is the
+    processor's business, so None is also the answer while one is waiting.
+    """
+    view, state = operation.view, operation.processor.state
+    assert view is not None
+    if operation.pending_trap:
+        return VmExit(Reason.MONITOR_TRAP_FLAG)
+    if operation.trap_flag and state.activity is Activity.ACTIVE:
+        operation.pending_trap = True
+    if state.pending_debug & _DELIVERABLE_DEBUG and not state.shadow & _MOV_SS:
+        return None
+    if state.activity is Activity.WAIT_FOR_SIPI:
+        return None
+    deadline = operation.timer_deadline
+    if deadline is not None and operation.processor.tsc() >= deadline:
+        return VmExit(Reason.PREEMPTION_TIMER_EXPIRED)
+    return _interrupt_exit(operation, view, state)
+
+
+def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState) -> VmExit | None:
+    processor = operation.processor
+    if view.primary & _NMI_WINDOW and not state.nmi_blocked and not state.shadow & _MOV_SS:
+        return VmExit(Reason.NMI_WINDOW)
+    if processor.nmi_pending() and not _nmi_is_blocked(view, state):
+        if not view.pin & _NMI_EXITING:
+            return None
+        processor.acknowledge_nmi()
+        return VmExit(Reason.EXCEPTION_OR_NMI, interruption=NMI_WORD)
+    if state.activity is Activity.SHUTDOWN:
+        return None
+    if view.primary & _INTERRUPT_WINDOW and state.rflags & _IF and not state.shadow:
+        return VmExit(Reason.INTERRUPT_WINDOW)
+    # With external-interrupt exiting, RFLAGS.IF and blocking by STI do not hold interrupts back.
+    if view.pin & _EXTERNAL_INTERRUPT_EXITING and not state.shadow & _MOV_SS and processor.interrupt_pending():
+        word = 0
+        if view.exit & _ACKNOWLEDGE:
+            word = interruption_word(processor.acknowledge_interrupt(), layouts.EXTERNAL_INTERRUPT)
+        return VmExit(Reason.EXTERNAL_INTERRUPT, interruption=word)
+    return None
+
+
+def _nmi_is_blocked(view: ControlView, state: CpuState) -> bool:
+    """Virtual NMIs leave NMIs themselves unblocked: blocking by NMI is then the guest's own."""
+    return bool(state.shadow & _MOV_SS) or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
+
+
+def wants_boundary(operation: VmxOperation) -> bool:
+    """Whether the very next boundaries matter one by one."""
+    if operation.trap_flag or operation.pending_trap:
+        return True
+    view = operation.view
+    if view is None or not view.primary & _WINDOWS:
+        return False
+    # A window can open at any instruction: the end of blocking by STI or MOV SS, or an IRET that unblocks NMIs.
+    state = operation.processor.state
+    if view.primary & _NMI_WINDOW:
+        return True
+    return bool(state.rflags & _IF)
+
+
+def wants_interrupt_window(operation: VmxOperation) -> bool:
+    """Whether an exit is due as soon as RFLAGS.IF is 1."""
+    view = operation.view
+    return view is not None and bool(view.primary & _INTERRUPT_WINDOW)

@@ -1,0 +1,89 @@
+"""VM exits of events: exceptions, and whatever goes wrong while an event is being delivered.
+
+Spec: SDM Vol. 3, "VM Exits", "Information for VM Exits Due to Vectored Events" and "Information for VM Exits During
+Event Delivery".
+"""
+
+from __future__ import annotations
+
+from vmcs import controls as c
+from vmcs.exits import Reason
+from vtx.vmx.ept import EptMisconfiguration, EptViolation, PageModificationLogFull
+from vtx.vmx.intercepts import exception_exit, resume_flag
+from vtx.vmx.operation import VmxOperation
+from vtx.vmx.record import NMI_UNBLOCKING, VmExit, interruption_word
+from vtx.vmx.view import ControlView
+from vtx.x86.event import Event
+from vtx.x86.outcome import Fault, NotModelled, Vector
+from vtx.x86.second_level import SecondLevelFault
+
+
+def _word(event: Event) -> int:
+    """Interruption or IDT-vectoring information of ``event``."""
+    return interruption_word(event.vector, event.kind, error_code=event.error_code is not None)
+
+
+def event_exit(operation: VmxOperation, event: Event, fault: Fault | None) -> VmExit | None:
+    """The exit that exception ``event`` causes instead of being delivered, or None."""
+    return exception_exit(operation.current_vmcs.values, operation.processor.state, event, fault)
+
+
+def _with_vectoring(record: VmExit, delivering: Event) -> VmExit:
+    record.vectoring = _word(delivering)
+    record.vectoring_error = delivering.error_code or 0
+    if delivering.is_software:
+        record.instruction_length = delivering.instruction_length
+    return record
+
+
+def delivery_exit(operation: VmxOperation, delivering: Event, fault: Fault | None) -> VmExit | None:
+    """The exit of an exception during delivery of ``delivering``; ``fault`` is None for a triple fault."""
+    if fault is None:
+        return VmExit(Reason.TRIPLE_FAULT)
+    record = event_exit(operation, Event.from_fault(fault), fault)
+    # A double fault that exits directly is not an exit during delivery of what led to it.
+    if record is None or fault.vector == Vector.DF:
+        return record
+    return _with_vectoring(record, delivering)
+
+
+def task_switch_exit(record: VmExit, delivering: Event | None) -> VmExit:
+    """The exit of a task switch, through a task gate of the IDT if something is being delivered."""
+    if delivering is None:
+        return record
+    if not delivering.is_software:
+        record.instruction_length = None
+    return _with_vectoring(record, delivering)
+
+
+def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, delivering: Event | None) -> VmExit:
+    """The exit of an EPT violation, an EPT misconfiguration or a full page-modification log."""
+    state = operation.processor.state
+    match fault:
+        case EptViolation():
+            record = VmExit(Reason.EPT_VIOLATION, fault.qualification, guest_physical=fault.guest_physical)
+            record.guest_linear = fault.linear
+        case EptMisconfiguration():
+            record = VmExit(Reason.EPT_MISCONFIGURATION, guest_physical=fault.guest_physical)
+        case PageModificationLogFull():
+            record = VmExit(Reason.PAGE_MODIFICATION_LOG_FULL)
+        case _:
+            raise NotModelled(f"second-level event {type(fault).__name__} in VMX non-root operation")
+    record.resume_flag = 1
+    if delivering is not None:
+        record.resume_flag = resume_flag(delivering, state)
+        return _with_vectoring(record, delivering)
+    return record
+
+
+def note_nmi_unblocking(view: ControlView, record: VmExit) -> None:
+    """An IRET that ended blocking by NMI faulted: say so, if the exit has a place for it.
+
+    Spec: SDM Vol. 3, "VM Exits", "Information About NMI Unblocking Due to IRET".
+    """
+    if view.pin & c.NMI_EXITING.mask and not view.pin & c.VIRTUAL_NMIS.mask:
+        return
+    if record.reason in (Reason.EPT_VIOLATION, Reason.PAGE_MODIFICATION_LOG_FULL):
+        record.qualification |= NMI_UNBLOCKING
+    elif record.interruption and record.interruption & 0xFF != Vector.DF:
+        record.interruption |= NMI_UNBLOCKING

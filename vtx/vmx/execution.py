@@ -1,0 +1,190 @@
+"""Executing VMX instructions of guest code: operands in, the instruction, results and flags out.
+
+Each handler is a row of one table; the operation itself is in `vtx.vmx.instructions` and `vtx.vmx.entry`. `commit`
+alone writes RFLAGS and RIP.
+
+Spec: SDM Vol. 3, "VMX Instruction Reference", "Conventions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from attrs import frozen
+from iced_x86 import Mnemonic
+
+from vmcs.exits import Reason
+from vtx.vmx import instructions as i
+from vtx.vmx.entry import enter
+from vtx.vmx.operation import VmxOperation
+from vtx.vmx.outcome import Outcome, VmFailInvalid, VmFailValid, VmSucceed
+from vtx.x86.decode import Instruction, linear_address, read_register, write_register
+from vtx.x86.linear import linear_address_width
+from vtx.x86.outcome import Fault, InstructionAborted
+from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Efer, Rflags, Shadow
+
+_STATUS_FLAGS: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
+_CF: Final = int(Rflags.CF)
+_ZF: Final = int(Rflags.ZF)
+_RF: Final = int(Rflags.RF)
+
+Admission = Callable[[VmxOperation, Reason, Instruction | None], Outcome | None]
+
+
+@frozen
+class Row:
+    """One instruction: what may stop it before its operands are read, and what executes it."""
+
+    name: str
+    reason: Reason
+    admit: Admission
+    execute: Callable[[VmxOperation, Instruction], Outcome]
+
+
+# Operands
+
+
+def _memory_address(operation: VmxOperation, instruction: Instruction, size: int, *, write: bool = False) -> int:
+    state = operation.processor.state
+    return linear_address(state, instruction, size, write=write, width=linear_address_width(state))
+
+
+def _read_memory(operation: VmxOperation, instruction: Instruction, size: int) -> int:
+    processor = operation.processor
+    address = _memory_address(operation, instruction, size)
+    # The CPL is 0 whenever an operand is accessed.
+    return processor.mmu.read(address, size, ac=bool(processor.state.rflags & Rflags.AC))
+
+
+def _register_value(operation: VmxOperation, instruction: Instruction, position: int) -> int:
+    operand = instruction.registers[position]
+    assert operand is not None
+    return read_register(operation.processor.state, operand)
+
+
+def _data_size(state: CpuState) -> int:
+    """Operand size of VMREAD and VMWRITE, in bytes."""
+    return 8 if state.in_64_bit_mode else 4
+
+
+def _store(operation: VmxOperation, instruction: Instruction, size: int, value: int) -> None:
+    processor = operation.processor
+    operand = instruction.registers[0] if instruction.memory is None else None
+    if operand is not None:
+        write_register(processor.state, operand, value)
+        return
+    address = _memory_address(operation, instruction, size, write=True)
+    processor.mmu.write(address, size, value, ac=bool(processor.state.rflags & Rflags.AC))
+
+
+# Handlers that do more than pass a physical address
+
+
+def _vmptrst(operation: VmxOperation, instruction: Instruction) -> Outcome:
+    outcome = i.vmptrst(operation)
+    if isinstance(outcome, VmSucceed):
+        _store(operation, instruction, 8, outcome.value)
+    return outcome
+
+
+def _vmread(operation: VmxOperation, instruction: Instruction) -> Outcome:
+    outcome = i.vmread(operation, _register_value(operation, instruction, 1))
+    if isinstance(outcome, VmSucceed):
+        _store(operation, instruction, _data_size(operation.processor.state), outcome.value)
+    return outcome
+
+
+def _vmwrite(operation: VmxOperation, instruction: Instruction) -> Outcome:
+    encoding = _register_value(operation, instruction, 0)
+    if instruction.memory is None:
+        value = _register_value(operation, instruction, 1)
+        return i.vmwrite(operation, encoding, lambda: value)
+    size = _data_size(operation.processor.state)
+    return i.vmwrite(operation, encoding, lambda: _read_memory(operation, instruction, size))
+
+
+def _with_address(perform: Callable[[VmxOperation, int], Outcome]) -> Callable[[VmxOperation, Instruction], Outcome]:
+    """An instruction whose operand is a 64-bit physical address in memory."""
+    return lambda operation, instruction: perform(operation, _read_memory(operation, instruction, 8))
+
+
+def _without_operand(perform: Callable[[VmxOperation], Outcome]) -> Callable[[VmxOperation, Instruction], Outcome]:
+    return lambda operation, instruction: perform(operation)
+
+
+def _invalidation(
+    perform: Callable[[VmxOperation, int, Callable[[], int]], Outcome],
+) -> Callable[[VmxOperation, Instruction], Outcome]:
+    """INVEPT or INVVPID: the kind in a register, a 128-bit descriptor in memory."""
+
+    def execute(operation: VmxOperation, instruction: Instruction) -> Outcome:
+        kind = _register_value(operation, instruction, 0)
+        return perform(operation, kind, lambda: _read_memory(operation, instruction, 16))
+
+    return execute
+
+
+ROWS: Final[dict[int, Row]] = {
+    Mnemonic.VMXON: Row("VMXON", Reason.VMXON, i.admit_vmxon, _with_address(i.vmxon)),
+    Mnemonic.VMXOFF: Row("VMXOFF", Reason.VMXOFF, i.admit, _without_operand(i.vmxoff)),
+    Mnemonic.VMCLEAR: Row("VMCLEAR", Reason.VMCLEAR, i.admit, _with_address(i.vmclear)),
+    Mnemonic.VMPTRLD: Row("VMPTRLD", Reason.VMPTRLD, i.admit, _with_address(i.vmptrld)),
+    Mnemonic.VMPTRST: Row("VMPTRST", Reason.VMPTRST, i.admit, _vmptrst),
+    Mnemonic.VMREAD: Row("VMREAD", Reason.VMREAD, i.admit, _vmread),
+    Mnemonic.VMWRITE: Row("VMWRITE", Reason.VMWRITE, i.admit, _vmwrite),
+    Mnemonic.VMLAUNCH: Row("VMLAUNCH", Reason.VMLAUNCH, i.admit, lambda o, _: enter(o, launching=True)),
+    Mnemonic.VMRESUME: Row("VMRESUME", Reason.VMRESUME, i.admit, lambda o, _: enter(o, launching=False)),
+    Mnemonic.VMCALL: Row("VMCALL", Reason.VMCALL, i.admit_vmcall, _without_operand(i.vmcall)),
+    Mnemonic.INVEPT: Row("INVEPT", Reason.INVEPT, i.admit_invept, _invalidation(i.invept)),
+    Mnemonic.INVVPID: Row("INVVPID", Reason.INVVPID, i.admit_invvpid, _invalidation(i.invvpid)),
+}
+BY_NAME: Final = {row.name: row for row in ROWS.values()}
+
+
+def execute_instruction(operation: VmxOperation, instruction: Instruction) -> bool:
+    """Execute ``instruction`` if it is a VMX instruction, and commit; raises `InstructionAborted` with a fault."""
+    row = ROWS.get(instruction.mnemonic)
+    if row is None:
+        return False
+    outcome = row.admit(operation, row.reason, instruction) or row.execute(operation, instruction)
+    if operation.observer is not None:
+        operation.observer.vm_instruction(row.name, outcome)
+    if isinstance(outcome, Fault):
+        raise InstructionAborted(outcome)
+    commit(operation.processor.state, outcome, instruction)
+    return True
+
+
+def execute_directly(operation: VmxOperation, name: str, perform: Callable[[], Outcome]) -> Outcome:
+    """Execute the instruction of that name with operands given by the caller; RIP stays where it is."""
+    row = BY_NAME[name]
+    outcome = row.admit(operation, row.reason, None) or perform()
+    if operation.observer is not None:
+        operation.observer.vm_instruction(name, outcome)
+    commit(operation.processor.state, outcome, None)
+    return outcome
+
+
+def commit(state: CpuState, outcome: Outcome, instruction: Instruction | None) -> None:
+    """Set RFLAGS as the outcome says and retire ``instruction``; entries and exits have loaded their own state."""
+    match outcome:
+        case VmSucceed():
+            flags = 0
+        case VmFailInvalid():
+            flags = _CF
+        case VmFailValid():
+            flags = _ZF
+        case _:
+            return
+    state.rflags = state.rflags & ~_STATUS_FLAGS | flags
+    if instruction is not None:
+        retire(state, instruction)
+
+
+def retire(state: CpuState, instruction: Instruction) -> None:
+    """Move RIP past ``instruction``, which has completed."""
+    long = state.efer & Efer.LMA and state.segments[1].access_rights & AccessRights.LONG
+    state.rip = (state.rip + instruction.length) & (MASK64 if long else MASK32)
+    state.rflags &= ~_RF
+    state.shadow = Shadow.NONE

@@ -1,0 +1,233 @@
+"""The VMX instructions, each as one function of its operands' values: VMfail conditions in the manual's order, then the
+operation.
+
+What all of them check first (#UD, the VM exit of a guest, CPL) is in `admit` and its variants, and `vtx.vmx.execution`
+fetches operands and commits results; so these functions are the same for guest code and for callers in Python.
+
+Spec: SDM Vol. 3, "VMX Instruction Reference", "VMX Instructions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from vmcs.exits import InstructionError, Reason
+from vmcs.region import LaunchState, Vmcs
+from vtx.vmx.exit import perform_exit
+from vtx.vmx.intercepts import vmx_instruction_exit
+from vtx.vmx.operation import NO_VMCS, ActiveVmcs, VmxOperation
+from vtx.vmx.outcome import FAIL_INVALID, SUCCEED, Outcome, VmSucceed
+from vtx.vmx.record import VmExit
+from vtx.x86.decode import Instruction, is_canonical
+from vtx.x86.msr_table import FEATURE_CONTROL_LOCK, FEATURE_CONTROL_VMX_OUTSIDE_SMX, IA32_FEATURE_CONTROL
+from vtx.x86.outcome import Fault, Vector
+from vtx.x86.state import AccessRights, CpuState, Cr0, Cr4, Efer, Rflags
+
+_UD: Final = Fault(Vector.UD)
+_GP: Final = Fault(Vector.GP, 0)
+_LAUNCH_STATE_OFFSET: Final = 8  # in the region's image
+
+# The kinds of INVEPT and INVVPID with the name of the capability bit of each.
+_INVEPT_KINDS: Final = {1: "single-context INVEPT", 2: "all-context INVEPT"}
+_INVVPID_KINDS: Final = {
+    0: "individual-address INVVPID",
+    1: "single-context INVVPID",
+    2: "all-context INVVPID",
+    3: "single-context-retaining-globals INVVPID",
+}
+
+
+# What comes before an instruction's operands
+
+
+def _guest_exit(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome:
+    """The unconditional VM exit of a VMX instruction in a guest."""
+    if instruction is None:
+        return perform_exit(operation, VmExit(reason, instruction_length=0, resume_flag=0))
+    return perform_exit(operation, vmx_instruction_exit(reason, instruction, operation.processor.state.rip))
+
+
+def _in_compatibility_mode(state: CpuState) -> bool:
+    return bool(state.efer & Efer.LMA) and not state.segments[1].access_rights & AccessRights.LONG
+
+
+def admit(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+    """#UD, VM exit and #GP(0) that most VMX instructions share; None to go on."""
+    state = operation.processor.state
+    if operation.vmxon_pointer is None or not state.cr0 & Cr0.PE or state.rflags & Rflags.VM:
+        return _UD
+    if _in_compatibility_mode(state):
+        return _UD
+    if operation.non_root:
+        return _guest_exit(operation, reason, instruction)
+    return _GP if state.cpl else None
+
+
+def admit_vmcall(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+    """VMCALL exits from guests in every mode."""
+    if operation.vmxon_pointer is None:
+        return _UD
+    if operation.non_root:
+        return _guest_exit(operation, reason, instruction)
+    return admit(operation, reason, instruction)
+
+
+def admit_vmxon(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+    """VMXON: outside VMX operation, more faults; inside, a failure before the operand is read."""
+    state = operation.processor.state
+    if not state.cr0 & Cr0.PE or not state.cr4 & Cr4.VMXE or state.rflags & Rflags.VM:
+        return _UD
+    if _in_compatibility_mode(state):
+        return _UD
+    if operation.non_root:
+        return _guest_exit(operation, reason, instruction)
+    if state.cpl:
+        return _GP
+    if operation.vmxon_pointer is not None:
+        return operation.fail(InstructionError.VMXON_IN_VMX_ROOT_OPERATION)
+    if not operation.fixed_bits_ok(0, state.cr0) or not operation.fixed_bits_ok(4, state.cr4):
+        return _GP
+    needed = FEATURE_CONTROL_LOCK | FEATURE_CONTROL_VMX_OUTSIDE_SMX
+    feature_control = operation.processor.msrs.read(IA32_FEATURE_CONTROL) or 0
+    return None if feature_control & needed == needed else _GP
+
+
+def admit_invept(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+    """INVEPT is an invalid opcode where it is not supported."""
+    return admit(operation, reason, instruction) if operation.capabilities.supports("INVEPT") else _UD
+
+
+def admit_invvpid(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+    """INVVPID is an invalid opcode where it is not supported."""
+    return admit(operation, reason, instruction) if operation.capabilities.supports("INVVPID") else _UD
+
+
+# VMX operation
+
+
+def vmxon(operation: VmxOperation, address: int) -> Outcome:
+    """Enter VMX root operation with the VMXON region at physical ``address``."""
+    if not operation.address_is_valid(address):
+        return FAIL_INVALID
+    # A set bit 31 can never match: the identifier has 31 bits.
+    if operation.processor.memory.read_u32(address) != operation.capabilities.revision_identifier:
+        return FAIL_INVALID
+    operation.vmxon_pointer = address
+    operation.current = None
+    return SUCCEED
+
+
+def vmxoff(operation: VmxOperation) -> Outcome:
+    """Leave VMX operation. VMCSs still active are written to memory, so that none is lost."""
+    for active in operation.active.values():
+        operation.write_out(active)
+    operation.active.clear()
+    operation.current = None
+    operation.vmxon_pointer = None
+    return SUCCEED
+
+
+def vmcall(operation: VmxOperation) -> Outcome:
+    """VMCALL in root operation: there is no dual-monitor treatment to call."""
+    return operation.fail(InstructionError.VMCALL_IN_VMX_ROOT_OPERATION)
+
+
+# VMCSs
+
+
+def vmclear(operation: VmxOperation, address: int) -> Outcome:
+    """Make the VMCS at physical ``address`` inactive and clear, with all its data in memory."""
+    if not operation.address_is_valid(address):
+        return operation.fail(InstructionError.VMCLEAR_WITH_INVALID_PHYSICAL_ADDRESS)
+    if address == operation.vmxon_pointer:
+        return operation.fail(InstructionError.VMCLEAR_WITH_VMXON_POINTER)
+    active = operation.active.pop(address, None)
+    if active is None:
+        operation.processor.memory.write_u32(address + _LAUNCH_STATE_OFFSET, LaunchState.CLEAR)
+        return SUCCEED
+    active.vmcs.launch_state = LaunchState.CLEAR
+    operation.write_out(active)
+    if operation.current is active:
+        operation.current = None
+    return SUCCEED
+
+
+def vmptrld(operation: VmxOperation, address: int) -> Outcome:
+    """Make the VMCS at physical ``address`` active and current."""
+    if not operation.address_is_valid(address):
+        return operation.fail(InstructionError.VMPTRLD_WITH_INVALID_PHYSICAL_ADDRESS)
+    if address == operation.vmxon_pointer:
+        return operation.fail(InstructionError.VMPTRLD_WITH_VMXON_POINTER)
+    memory, capabilities = operation.processor.memory, operation.capabilities
+    # VMCS shadowing is not modelled, so the shadow-VMCS indicator is part of what must match.
+    if memory.read_u32(address) != capabilities.revision_identifier:
+        return operation.fail(InstructionError.VMPTRLD_WITH_INCORRECT_VMCS_REVISION_IDENTIFIER)
+    active = operation.active.get(address)
+    if active is None:
+        image = memory.read(address, capabilities.region_size)
+        active = operation.active[address] = ActiveVmcs(address, Vmcs.from_image(image, capabilities))
+    operation.current = active
+    return SUCCEED
+
+
+def vmptrst(operation: VmxOperation) -> Outcome:
+    """The current-VMCS pointer."""
+    return VmSucceed(operation.current.pointer if operation.current else NO_VMCS)
+
+
+def vmread(operation: VmxOperation, encoding: int) -> Outcome:
+    """The value of the field, or of bits 63:32 of it, that ``encoding`` names."""
+    active = operation.current
+    if active is None:
+        return FAIL_INVALID
+    value = active.vmcs.read(encoding)
+    if value is None:
+        return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
+    return VmSucceed(value)
+
+
+def vmwrite(operation: VmxOperation, encoding: int, source: Callable[[], int]) -> Outcome:
+    """Write the field that ``encoding`` names; ``source`` reads the operand and is called only if it is needed."""
+    active = operation.current
+    if active is None:
+        return FAIL_INVALID
+    field = operation.capabilities.fields.get(encoding)
+    if field is None:
+        return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
+    if field.read_only and not operation.capabilities.vmwrite_any_field:
+        return operation.fail(InstructionError.VMWRITE_TO_READ_ONLY_COMPONENT)
+    active.vmcs.write(encoding, source())
+    return SUCCEED
+
+
+# Invalidations. ``source`` reads the 128-bit descriptor from memory.
+
+
+def invept(operation: VmxOperation, kind: int, source: Callable[[], int]) -> Outcome:
+    """Invalidate mappings derived from EPT: of one EPT pointer (``kind`` 1) or all (2)."""
+    name = _INVEPT_KINDS.get(kind)
+    if name is None or not operation.capabilities.supports(name):
+        return operation.fail(InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID)
+    eptp = source() & (1 << 64) - 1
+    if kind == 1 and not operation.eptp_is_valid(eptp):
+        return operation.fail(InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID)
+    operation.processor.mmu.invept(kind, eptp)
+    return SUCCEED
+
+
+def invvpid(operation: VmxOperation, kind: int, source: Callable[[], int]) -> Outcome:
+    """Invalidate mappings by VPID: one address (``kind`` 0), one VPID (1), all (2), one without globals (3)."""
+    error = InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID
+    name = _INVVPID_KINDS.get(kind)
+    if name is None or not operation.capabilities.supports(name):
+        return operation.fail(error)
+    descriptor = source()
+    low, linear = descriptor & (1 << 64) - 1, descriptor >> 64
+    vpid = low & 0xFFFF
+    if low != vpid or (kind != 2 and not vpid):
+        return operation.fail(error)
+    if kind == 0 and not is_canonical(linear, operation.processor.profile.linear_address_width):
+        return operation.fail(error)
+    operation.processor.mmu.invvpid(kind, vpid, linear)
+    return SUCCEED

@@ -1,0 +1,155 @@
+"""VMX operation of one logical processor: the VMXON and current-VMCS pointers, active VMCSs, root and non-root.
+
+Spec: SDM Vol. 3, "Introduction to VMX Operation"; "Virtual Machine Control Structures", "Overview" (active, current
+and launch state).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import define, field, frozen
+
+from vmcs import controls as c
+from vmcs import fields as f
+from vmcs.capabilities import Capabilities
+from vmcs.exits import InstructionError
+from vmcs.region import Vmcs
+from vmcs.rules import RULES, EntryContext, Stage, Violation
+from vtx.vmx.observer import Observer
+from vtx.vmx.outcome import FAIL_INVALID, Outcome, VmFailValid
+from vtx.vmx.view import ControlView
+from vtx.x86 import msr_table as m
+from vtx.x86.second_level import SecondLevel
+from vtx.x86.state import MASK64, Cr0
+from vtx.x86.virtualization import Processor
+
+NO_VMCS: Final = MASK64  # the current-VMCS pointer while there is no current VMCS
+_PERF_GLOBAL_CTRL: Final = 0x38F
+_PE_AND_PG: Final = int(Cr0.PE | Cr0.PG)
+_EPTP_RULES: Final = tuple(rule for rule in RULES[Stage.CONTROLS] if f.EPT_POINTER in rule.demand.reads)
+_ERROR_FIELD: Final = f.VM_INSTRUCTION_ERROR.encoding
+
+
+@define(slots=True, eq=False)
+class ActiveVmcs:
+    """An active VMCS: its region's address, its fields, and what VM entry last derived from them."""
+
+    pointer: int
+    vmcs: Vmcs
+    view: ControlView | None = None
+    second_level: SecondLevel | None = None
+    context: EntryContext | None = None
+
+
+@frozen
+class EntryFailure:
+    """Why the last failing VM entry failed.
+
+    ``outcome`` is what software saw. ``violations`` are the broken rules in order (empty if MSR loading failed), each
+    printable.
+    """
+
+    outcome: Outcome
+    violations: tuple[Violation, ...] = ()
+
+
+@define(slots=True, eq=False)
+class VmxOperation:
+    """The VMX state of one logical processor, outside VMX operation to begin with.
+
+    ``vmxon_pointer`` is None outside VMX operation. ``host_nmi_blocked`` is blocking by NMI as it was before the last
+    VM entry. ``timer_deadline`` is the TSC at which the VMX-preemption timer expires. ``trap_flag`` and
+    ``pending_trap`` are the monitor trap flag in its two stages: armed for the boundary after next, and pending now.
+    ``transitions`` counts VM entries and VM exits. ``always_saved_msrs`` lists (field, MSR) that every exit saves.
+    """
+
+    processor: Processor
+    capabilities: Capabilities
+    vmxon_pointer: int | None = None
+    current: ActiveVmcs | None = None
+    active: dict[int, ActiveVmcs] = field(factory=dict)
+    non_root: bool = False
+    view: ControlView | None = None
+    host_nmi_blocked: bool = False
+    timer_deadline: int | None = None
+    trap_flag: bool = False
+    pending_trap: bool = False
+    transitions: int = 0
+    last_failure: EntryFailure | None = None
+    observer: Observer | None = None
+    always_saved_msrs: tuple[tuple[int, int], ...] = ()
+    stores_ia32e_mode_guest: bool = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.stores_ia32e_mode_guest = self.capabilities.stores_ia32e_mode_guest
+
+    @property
+    def current_pointer(self) -> int:
+        """The current-VMCS pointer, `NO_VMCS` if there is no current VMCS."""
+        return self.current.pointer if self.current else NO_VMCS
+
+    @property
+    def current_vmcs(self) -> Vmcs:
+        """The current VMCS; only to be asked for when there is one."""
+        assert self.current is not None
+        return self.current.vmcs
+
+    def new_context(self, active: ActiveVmcs) -> EntryContext:
+        """What the rules of VM entry may know about this processor beside the VMCS."""
+        profile, msrs, memory = self.processor.profile, self.processor.msrs, self.processor.memory
+
+        def reserved(index: int) -> int:
+            msr = msrs.table.get(index)
+            return MASK64 if msr is None else MASK64 & ~(msr.writable | msr.ignored)
+
+        return EntryContext(
+            active.vmcs,
+            self.capabilities,
+            physical_address_width=profile.physical_address_width,
+            linear_address_width=profile.linear_address_width,
+            vmcs_address=active.pointer,
+            read_physical=lambda address, size: int.from_bytes(memory.read(address, size), "little"),
+            efer_reserved=reserved(m.IA32_EFER),
+            debugctl_reserved=reserved(m.IA32_DEBUGCTL),
+            perf_global_ctrl_reserved=reserved(_PERF_GLOBAL_CTRL),
+        )
+
+    def address_is_valid(self, address: int) -> bool:
+        """Whether a VMXON or VMCS region may be at ``address``: page-aligned and within the supported width."""
+        width = 32 if self.capabilities.addresses_limited_to_32_bits else self.processor.profile.physical_address_width
+        return not address & 0xFFF and not address >> width
+
+    def fixed_bits_ok(self, number: int, value: int) -> bool:
+        """Whether VMX operation supports ``value`` in CR0 or CR4; outside VMX operation: whether VMXON would accept it.
+
+        Spec: SDM Vol. 3, "VMX Capability Reporting Facility", "VMX-Fixed Bits in CR0", "VMX-Fixed Bits in CR4".
+        """
+        capabilities = self.capabilities
+        if number == 0:
+            must, may = capabilities.cr0_must_be_1, capabilities.cr0_may_be_1
+            if self.view is not None and self.view.unrestricted_guest:
+                must &= ~_PE_AND_PG
+        else:
+            must, may = capabilities.cr4_must_be_1, capabilities.cr4_may_be_1
+        return value & must == must and not value & ~may
+
+    def eptp_is_valid(self, eptp: int) -> bool:
+        """Whether VM entry would accept ``eptp``."""
+        vmcs = Vmcs(self.capabilities)
+        vmcs[f.PRIMARY_PROCESSOR_BASED_CONTROLS] = c.ACTIVATE_SECONDARY_CONTROLS.mask
+        vmcs[f.SECONDARY_PROCESSOR_BASED_CONTROLS] = c.ENABLE_EPT.mask
+        vmcs[f.EPT_POINTER] = eptp
+        context = self.new_context(ActiveVmcs(0, vmcs))
+        return all(rule.holds(context) for rule in _EPTP_RULES)
+
+    def fail(self, error: InstructionError) -> Outcome:
+        """VMfail: VMfailValid with ``error`` if there is a current VMCS, else VMfailInvalid."""
+        if self.current is None:
+            return FAIL_INVALID
+        self.current.vmcs.values[_ERROR_FIELD] = error
+        return VmFailValid(error)
+
+    def write_out(self, active: ActiveVmcs) -> None:
+        """Store all VMCS data in the region in memory."""
+        self.processor.memory.write(active.pointer, active.vmcs.to_image())

@@ -1,0 +1,73 @@
+"""What can come of a VMX instruction: a closed union, the same for guest code and for callers in Python.
+
+Spec: SDM Vol. 3, "VMX Instruction Reference", "Conventions"; "VM Instruction Error Numbers".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from vmcs.exits import AbortIndicator, InstructionError
+from vtx.x86.outcome import Fault
+
+
+@frozen
+class VmSucceed:
+    """VMsucceed. ``value`` is what VMREAD or VMPTRST delivers, 0 for the other instructions."""
+
+    value: int = 0
+
+
+@frozen
+class VmFailInvalid:
+    """VMfailInvalid: the instruction failed and there is no current VMCS to hold an error number."""
+
+
+@frozen
+class VmFailValid:
+    """VMfailValid: the instruction failed; ``error`` is in the current VMCS's VM-instruction error field."""
+
+    error: InstructionError
+
+
+@frozen
+class VmEntered:
+    """VM entry succeeded: the processor is in VMX non-root operation with the guest's state."""
+
+
+@frozen
+class EntryFailed:
+    """VM entry failed during or after loading guest state; the host state has been loaded.
+
+    ``reason`` is the 32-bit exit reason, bit 31 included.
+    """
+
+    reason: int
+    qualification: int
+
+
+@frozen
+class VmExited:
+    """The instruction, executed in VMX non-root operation, caused a VM exit; the host state has been loaded.
+
+    ``reason`` is the 32-bit exit reason.
+    """
+
+    reason: int
+    qualification: int
+
+
+@frozen
+class VmxAborted:
+    """A VM exit could not complete; the processor is in the shutdown state."""
+
+    indicator: AbortIndicator
+
+
+Outcome = VmSucceed | VmFailInvalid | VmFailValid | VmEntered | EntryFailed | VmExited | VmxAborted | Fault
+
+SUCCEED: Final = VmSucceed()
+FAIL_INVALID: Final = VmFailInvalid()
+ENTERED: Final = VmEntered()

@@ -1,0 +1,193 @@
+"""The control words of one VMCS as the processor uses them: gated, combined, ready for the hot paths.
+
+A `ControlView` is derived from the VMCS at VM entry and holds until the controls change; hypervisors change them
+rarely, so most entries reuse it. Fields that hypervisors do change often (masks, shadows, the exception bitmap) are
+read from the VMCS where they are needed instead.
+
+Spec: SDM Vol. 3, "Virtual Machine Control Structures", "VM-Execution Control Fields".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from attrs import define, field
+
+from vmcs import controls as c
+from vmcs import fields as f
+from vmcs.controls import Control
+from vmcs.exits import Reason
+from vtx.x86.operations import Plain
+
+# Fields that a ControlView depends on; a write to any of them makes the view stale.
+VIEW_FIELDS: Final = frozenset(
+    field_.encoding
+    for field_ in (
+        f.PIN_BASED_CONTROLS,
+        f.PRIMARY_PROCESSOR_BASED_CONTROLS,
+        f.SECONDARY_PROCESSOR_BASED_CONTROLS,
+        f.TERTIARY_PROCESSOR_BASED_CONTROLS,
+        f.VM_EXIT_CONTROLS,
+        f.SECONDARY_VM_EXIT_CONTROLS,
+        f.VM_ENTRY_CONTROLS,
+        f.EPT_POINTER,
+        f.VPID,
+        f.TSC_OFFSET,
+        f.TSC_MULTIPLIER,
+        f.IO_BITMAP_A_ADDRESS,
+        f.IO_BITMAP_B_ADDRESS,
+        f.MSR_BITMAP_ADDRESS,
+        f.CR3_TARGET_COUNT,
+        f.CR3_TARGET_VALUE_0,
+        f.CR3_TARGET_VALUE_1,
+        f.CR3_TARGET_VALUE_2,
+        f.CR3_TARGET_VALUE_3,
+    )
+)
+
+_CR3_TARGETS: Final = (
+    f.CR3_TARGET_VALUE_0.encoding,
+    f.CR3_TARGET_VALUE_1.encoding,
+    f.CR3_TARGET_VALUE_2.encoding,
+    f.CR3_TARGET_VALUE_3.encoding,
+)
+
+# Instructions without parameters that exit in every guest, and those that one control makes exit.
+_UNCONDITIONAL: Final = {
+    Plain.CPUID: Reason.CPUID,
+    Plain.GETSEC: Reason.GETSEC,
+    Plain.INVD: Reason.INVD,
+    Plain.XSETBV: Reason.XSETBV,
+}
+_PRIMARY: Final = (
+    (Plain.HLT, c.HLT_EXITING.mask, Reason.HLT),
+    (Plain.RDPMC, c.RDPMC_EXITING.mask, Reason.RDPMC),
+    (Plain.RDTSC, c.RDTSC_EXITING.mask, Reason.RDTSC),
+    (Plain.RDTSCP, c.RDTSC_EXITING.mask, Reason.RDTSCP),
+    (Plain.MWAIT, c.MWAIT_EXITING.mask, Reason.MWAIT),
+    (Plain.MONITOR, c.MONITOR_EXITING.mask, Reason.MONITOR),
+    (Plain.PAUSE, c.PAUSE_EXITING.mask, Reason.PAUSE),
+)
+_SECONDARY: Final = (
+    (Plain.WBINVD, c.WBINVD_EXITING.mask, Reason.WBINVD),
+    (Plain.RDRAND, c.RDRAND_EXITING.mask, Reason.RDRAND),
+    (Plain.RDSEED, c.RDSEED_EXITING.mask, Reason.RDSEED),
+)
+
+# Controls a profile could advertise that this model does not carry out.
+_UNMODELLED: Final = (
+    c.PROCESS_POSTED_INTERRUPTS,
+    c.VIRTUALIZE_APIC_ACCESSES,
+    c.VIRTUALIZE_X2APIC_MODE,
+    c.APIC_REGISTER_VIRTUALIZATION,
+    c.VIRTUAL_INTERRUPT_DELIVERY,
+    c.PAUSE_LOOP_EXITING,
+    c.ENABLE_VM_FUNCTIONS,
+    c.VMCS_SHADOWING,
+    c.ENABLE_ENCLS_EXITING,
+    c.EPT_VIOLATION_VE,
+    c.ENABLE_XSAVES_XRSTORS,
+    c.PASID_TRANSLATION,
+    c.SUB_PAGE_WRITE_PERMISSIONS_FOR_EPT,
+    c.INTEL_PT_USES_GUEST_PHYSICAL_ADDRESSES,
+    c.ENABLE_USER_WAIT_AND_PAUSE,
+    c.ENABLE_PCONFIG,
+    c.ENABLE_ENCLV_EXITING,
+    c.VMM_BUS_LOCK_DETECTION,
+    c.INSTRUCTION_TIMEOUT,
+    *(control for control in c.CONTROLS if control.word in (c.ControlWord.TERTIARY, c.ControlWord.SECONDARY_EXIT)),
+    c.ENTRY_TO_SMM,
+    c.ENTRY_DEACTIVATE_DUAL_MONITOR_TREATMENT,
+    c.ENTRY_LOAD_UINV,
+    c.ENTRY_LOAD_CET_STATE,
+    c.ENTRY_LOAD_FRED,
+    c.ENTRY_LOAD_IA32_SPEC_CTRL,
+    c.EXIT_CLEAR_UINV,
+    c.EXIT_LOAD_CET_STATE,
+)
+
+
+@define(slots=True)
+class ControlView:
+    """Control words with ungated ones zeroed, and what follows from them.
+
+    ``plain_exits`` gives the exit reason of each parameterless operation that exits. ``eptp`` is None without EPT;
+    ``vpid`` is 0 without VPIDs. ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
+    """
+
+    pin: int
+    primary: int
+    secondary: int
+    tertiary: int
+    exit: int
+    entry: int
+    plain_exits: Mapping[Plain, Reason]
+    eptp: int | None
+    vpid: int
+    tsc_offset: int
+    tsc_multiplier: int | None
+    cr3_targets: tuple[int, ...]
+    io_bitmaps: tuple[int, int] | None
+    msr_bitmaps: int | None
+    unrestricted_guest: bool = field(init=False)
+    window_or_flag: bool = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.unrestricted_guest = bool(self.secondary & c.UNRESTRICTED_GUEST.mask)
+        self.window_or_flag = bool(
+            self.primary & (c.MONITOR_TRAP_FLAG.mask | c.NMI_WINDOW_EXITING.mask | c.INTERRUPT_WINDOW_EXITING.mask)
+        )
+
+
+def build_view(values: Mapping[int, int]) -> ControlView:
+    """The view of the VMCS whose fields are ``values``, by encoding."""
+    primary = values[f.PRIMARY_PROCESSOR_BASED_CONTROLS.encoding]
+    secondary = tertiary = 0
+    if primary & c.ACTIVATE_SECONDARY_CONTROLS.mask:
+        secondary = values[f.SECONDARY_PROCESSOR_BASED_CONTROLS.encoding]
+    if primary & c.ACTIVATE_TERTIARY_CONTROLS.mask:
+        tertiary = values[f.TERTIARY_PROCESSOR_BASED_CONTROLS.encoding]
+    offsetting = primary & c.USE_TSC_OFFSETTING.mask
+    scaling = offsetting and secondary & c.USE_TSC_SCALING.mask
+    io_bitmaps = None
+    if primary & c.USE_IO_BITMAPS.mask:
+        io_bitmaps = (values[f.IO_BITMAP_A_ADDRESS.encoding], values[f.IO_BITMAP_B_ADDRESS.encoding])
+    msr_bitmaps = values[f.MSR_BITMAP_ADDRESS.encoding] if primary & c.USE_MSR_BITMAPS.mask else None
+    targets = _CR3_TARGETS[: values[f.CR3_TARGET_COUNT.encoding]]
+    return ControlView(
+        pin=values[f.PIN_BASED_CONTROLS.encoding],
+        primary=primary,
+        secondary=secondary,
+        tertiary=tertiary,
+        exit=values[f.VM_EXIT_CONTROLS.encoding],
+        entry=values[f.VM_ENTRY_CONTROLS.encoding],
+        plain_exits=_plain_exits(primary, secondary),
+        eptp=values[f.EPT_POINTER.encoding] if secondary & c.ENABLE_EPT.mask else None,
+        vpid=values[f.VPID.encoding] if secondary & c.ENABLE_VPID.mask else 0,
+        tsc_offset=values[f.TSC_OFFSET.encoding] if offsetting else 0,
+        tsc_multiplier=values[f.TSC_MULTIPLIER.encoding] if scaling else None,
+        cr3_targets=tuple(values[encoding] for encoding in targets),
+        io_bitmaps=io_bitmaps,
+        msr_bitmaps=msr_bitmaps,
+    )
+
+
+def unmodelled_control(view: ControlView, secondary_exit: int) -> Control | None:
+    """The first control in force that the model does not carry out; None if it carries out all of them."""
+    words = {
+        c.ControlWord.PIN_BASED: view.pin,
+        c.ControlWord.SECONDARY: view.secondary,
+        c.ControlWord.TERTIARY: view.tertiary,
+        c.ControlWord.EXIT: view.exit,
+        c.ControlWord.SECONDARY_EXIT: secondary_exit if view.exit & c.EXIT_ACTIVATE_SECONDARY_CONTROLS.mask else 0,
+        c.ControlWord.ENTRY: view.entry,
+    }
+    return next((control for control in _UNMODELLED if words[control.word] & control.mask), None)
+
+
+def _plain_exits(primary: int, secondary: int) -> dict[Plain, Reason]:
+    exits = dict(_UNCONDITIONAL)
+    exits |= {operation: reason for operation, mask, reason in _PRIMARY if primary & mask}
+    exits |= {operation: reason for operation, mask, reason in _SECONDARY if secondary & mask}
+    return exits

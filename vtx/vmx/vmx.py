@@ -1,0 +1,300 @@
+"""`Vmx`: Intel's virtualization extension of one logical processor.
+
+Two doors: the seam through which the processor executes VMX instructions and asks what exits
+(`vtx.x86.virtualization.Virtualization`), and the VMX instructions as methods, for driving VMX from Python without
+guest code. Behind both is the same code.
+
+Spec: SDM Vol. 3, "Introduction to Virtual Machine Extensions".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from iced_x86 import Mnemonic
+
+from vmcs import controls as c
+from vmcs import fields as f
+from vmcs.capabilities import Capabilities
+from vmcs.exits import Reason
+from vmcs.fields import Field
+from vmcs.region import Vmcs
+from vtx.vmx import events, instructions
+from vtx.vmx.boundary import boundary_exit, wants_boundary, wants_interrupt_window
+from vtx.vmx.entry import enter
+from vtx.vmx.execution import execute_directly, execute_instruction, retire
+from vtx.vmx.exit import perform_exit
+from vtx.vmx.guest_state import always_saved_msrs
+from vtx.vmx.intercepts import Guest, exit_of
+from vtx.vmx.observer import Observer
+from vtx.vmx.operation import ActiveVmcs, EntryFailure, VmxOperation
+from vtx.vmx.outcome import Outcome
+from vtx.vmx.record import VmExit
+from vtx.vmx.view import ControlView
+from vtx.x86.decode import Instruction
+from vtx.x86.event import Event
+from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, TaskSwitch
+from vtx.x86.outcome import Fault
+from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.state import MASK64
+from vtx.x86.virtualization import Processor
+
+_CR0_MASK: Final = f.CR0_GUEST_HOST_MASK.encoding
+_CR4_MASK: Final = f.CR4_GUEST_HOST_MASK.encoding
+_CR0_SHADOW: Final = f.CR0_READ_SHADOW.encoding
+_CR4_SHADOW: Final = f.CR4_READ_SHADOW.encoding
+_TPR_THRESHOLD: Final = f.TPR_THRESHOLD.encoding
+_VIRTUAL_APIC_ADDRESS: Final = f.VIRTUAL_APIC_ADDRESS.encoding
+_VIRTUAL_TPR: Final = 0x80  # offset of VTPR in the virtual-APIC page
+_TSC_FRACTION_BITS: Final = 48
+
+# Instructions that a clear secondary control turns into invalid opcodes.
+_ENABLED_BY: Final[dict[int, int]] = {
+    Mnemonic.RDTSCP: c.ENABLE_RDTSCP.mask,
+    Mnemonic.RDPID: c.ENABLE_RDTSCP.mask,
+    Mnemonic.INVPCID: c.ENABLE_INVPCID.mask,
+    Mnemonic.XSAVES: c.ENABLE_XSAVES_XRSTORS.mask,
+    Mnemonic.XSAVES64: c.ENABLE_XSAVES_XRSTORS.mask,
+    Mnemonic.XRSTORS: c.ENABLE_XSAVES_XRSTORS.mask,
+    Mnemonic.XRSTORS64: c.ENABLE_XSAVES_XRSTORS.mask,
+    Mnemonic.TPAUSE: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
+    Mnemonic.UMONITOR: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
+    Mnemonic.UMWAIT: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
+}
+
+
+class Vmx:
+    """VMX of ``processor``, with the capabilities of its profile; outside VMX operation to begin with.
+
+    ``observer`` is told of VMX instructions, entries and exits; None costs nothing. ``iret_unblocked_nmi`` is for the
+    processor to set while it executes an IRET that ended blocking by NMI.
+    """
+
+    def __init__(self, processor: Processor, observer: Observer | None = None) -> None:
+        capabilities = Capabilities(processor.profile.vmx_capabilities)
+        self.operation = VmxOperation(
+            processor, capabilities, observer=observer, always_saved_msrs=always_saved_msrs(capabilities)
+        )
+        self.iret_unblocked_nmi = False
+
+    # State, for reading
+
+    @property
+    def non_root(self) -> bool:
+        """VMX non-root operation: a guest is running."""
+        return self.operation.non_root
+
+    @property
+    def transitions(self) -> int:
+        """How many VM entries and VM exits there have been."""
+        return self.operation.transitions
+
+    @property
+    def in_vmx_operation(self) -> bool:
+        """Between VMXON and VMXOFF."""
+        return self.operation.vmxon_pointer is not None
+
+    @property
+    def current_vmcs(self) -> Vmcs | None:
+        """The current VMCS, for reading and for direct changes by tools; None if there is none."""
+        active = self.operation.current
+        return active.vmcs if active else None
+
+    @property
+    def current_pointer(self) -> int:
+        """The current-VMCS pointer; all ones without a current VMCS."""
+        return self.operation.current_pointer
+
+    @property
+    def last_failure(self) -> EntryFailure | None:
+        """Why the last failing VM entry failed."""
+        return self.operation.last_failure
+
+    # VMX instructions, called from Python. RFLAGS and state change as for guest code, but RIP stays.
+
+    def vmxon(self, address: int) -> Outcome:
+        """VMXON with the VMXON region at physical ``address``."""
+        return execute_directly(self.operation, "VMXON", lambda: instructions.vmxon(self.operation, address))
+
+    def vmxoff(self) -> Outcome:
+        """VMXOFF."""
+        return execute_directly(self.operation, "VMXOFF", lambda: instructions.vmxoff(self.operation))
+
+    def vmclear(self, address: int) -> Outcome:
+        """VMCLEAR of the VMCS at physical ``address``."""
+        return execute_directly(self.operation, "VMCLEAR", lambda: instructions.vmclear(self.operation, address))
+
+    def vmptrld(self, address: int) -> Outcome:
+        """VMPTRLD of the VMCS at physical ``address``."""
+        return execute_directly(self.operation, "VMPTRLD", lambda: instructions.vmptrld(self.operation, address))
+
+    def vmptrst(self) -> Outcome:
+        """VMPTRST; the pointer is the value of the outcome."""
+        return execute_directly(self.operation, "VMPTRST", lambda: instructions.vmptrst(self.operation))
+
+    def vmread(self, field: Field | int) -> Outcome:
+        """VMREAD of a field or encoding; what it reads is the value of the outcome."""
+        encoding = field.encoding if isinstance(field, Field) else field
+        return execute_directly(self.operation, "VMREAD", lambda: instructions.vmread(self.operation, encoding))
+
+    def vmwrite(self, field: Field | int, value: int) -> Outcome:
+        """VMWRITE of a 64-bit ``value`` to a field or encoding."""
+        encoding = field.encoding if isinstance(field, Field) else field
+        return execute_directly(
+            self.operation,
+            "VMWRITE",
+            lambda: instructions.vmwrite(self.operation, encoding, lambda: value & MASK64),
+        )
+
+    def vmlaunch(self) -> Outcome:
+        """VMLAUNCH."""
+        return execute_directly(self.operation, "VMLAUNCH", lambda: enter(self.operation, launching=True))
+
+    def vmresume(self) -> Outcome:
+        """VMRESUME."""
+        return execute_directly(self.operation, "VMRESUME", lambda: enter(self.operation, launching=False))
+
+    def vmcall(self) -> Outcome:
+        """VMCALL."""
+        return execute_directly(self.operation, "VMCALL", lambda: instructions.vmcall(self.operation))
+
+    def invept(self, kind: int, eptp: int = 0) -> Outcome:
+        """INVEPT of type ``kind`` with a descriptor that names ``eptp``."""
+        return execute_directly(
+            self.operation, "INVEPT", lambda: instructions.invept(self.operation, kind, lambda: eptp)
+        )
+
+    def invvpid(self, kind: int, vpid: int = 0, linear: int = 0) -> Outcome:
+        """INVVPID of type ``kind`` with a descriptor of ``vpid`` (64 bits, the upper 48 reserved) and ``linear``."""
+        descriptor = linear << 64 | vpid
+        return execute_directly(
+            self.operation, "INVVPID", lambda: instructions.invvpid(self.operation, kind, lambda: descriptor)
+        )
+
+    def exit(self, record: VmExit) -> Outcome:
+        """Perform the VM exit that ``record`` describes; non-root only. For tools that stand in for a guest."""
+        return self._exit(record)
+
+    # The seam
+
+    def execute(self, instruction: Instruction) -> bool:
+        """See `Virtualization.execute`."""
+        return execute_instruction(self.operation, instruction)
+
+    def is_disabled(self, instruction: Instruction) -> bool:
+        """See `Virtualization.is_disabled`."""
+        needed = _ENABLED_BY.get(instruction.mnemonic)
+        view = self.operation.view
+        return needed is not None and view is not None and not view.secondary & needed
+
+    def intercept(self, operation: Operation, instruction: Instruction) -> bool:
+        """See `Virtualization.intercept`."""
+        vmx = self.operation
+        active, view = self._running()
+        guest = Guest(active.vmcs.values, view, vmx.processor.memory, vmx.processor.state)
+        record = exit_of(guest, operation, instruction)
+        if record is None:
+            return self._virtualizes_task_priority(view, operation, instruction)
+        if type(operation) is TaskSwitch:
+            record = events.task_switch_exit(record, operation.delivering)
+        self._exit(record)
+        return True
+
+    def intercept_event(self, event: Event, fault: Fault | None) -> bool:
+        """See `Virtualization.intercept_event`."""
+        return self._exit_if(events.event_exit(self.operation, event, fault))
+
+    def delivery_fault(self, delivering: Event, fault: Fault | None) -> bool:
+        """See `Virtualization.delivery_fault`."""
+        return self._exit_if(events.delivery_exit(self.operation, delivering, fault), delivering)
+
+    def second_level_fault(self, fault: SecondLevelFault, delivering: Event | None) -> bool:
+        """See `Virtualization.second_level_fault`."""
+        return self._exit_if(events.second_level_exit(self.operation, fault, delivering), delivering)
+
+    def boundary(self) -> bool:
+        """See `Virtualization.boundary`."""
+        return self.operation.non_root and self._exit_if(boundary_exit(self.operation))
+
+    def next_deadline(self) -> int | None:
+        """See `Virtualization.next_deadline`."""
+        return self.operation.timer_deadline
+
+    def wants_boundary(self) -> bool:
+        """See `Virtualization.wants_boundary`."""
+        return wants_boundary(self.operation)
+
+    def wants_interrupt_window(self) -> bool:
+        """See `Virtualization.wants_interrupt_window`."""
+        return wants_interrupt_window(self.operation)
+
+    def read_control_register(self, number: int) -> int:
+        """See `Virtualization.read_control_register`."""
+        active, _ = self._running()
+        values, state = active.vmcs.values, self.operation.processor.state
+        if number == 0:
+            mask = values[_CR0_MASK]
+            return state.cr0 & ~mask | values[_CR0_SHADOW] & mask
+        mask = values[_CR4_MASK]
+        return state.cr4 & ~mask | values[_CR4_SHADOW] & mask
+
+    def merge_control_register(self, number: int, value: int) -> int:
+        """See `Virtualization.merge_control_register`."""
+        active, _ = self._running()
+        values, state = active.vmcs.values, self.operation.processor.state
+        current, mask = (state.cr0, values[_CR0_MASK]) if number == 0 else (state.cr4, values[_CR4_MASK])
+        return current & mask | value & ~mask
+
+    def control_register_fixed_ok(self, number: int, value: int) -> bool:
+        """See `Virtualization.control_register_fixed_ok`."""
+        return self.operation.vmxon_pointer is None or self.operation.fixed_bits_ok(number, value)
+
+    def guest_tsc(self, tsc: int) -> int:
+        """See `Virtualization.guest_tsc`."""
+        view = self.operation.view
+        if view is None:
+            return tsc
+        if view.tsc_multiplier is not None:
+            tsc = tsc * view.tsc_multiplier >> _TSC_FRACTION_BITS
+        return (tsc + view.tsc_offset) & MASK64
+
+    # Behind the seam
+
+    def _running(self) -> tuple[ActiveVmcs, ControlView]:
+        active, view = self.operation.current, self.operation.view
+        assert active is not None and view is not None, "asked about a guest while none is running"
+        return active, view
+
+    def _exit(self, record: VmExit) -> Outcome:
+        return perform_exit(self.operation, record)
+
+    def _exit_if(self, record: VmExit | None, delivering: Event | None = None) -> bool:
+        if record is None:
+            return False
+        if self.iret_unblocked_nmi and delivering is None:
+            events.note_nmi_unblocking(self._running()[1], record)
+        self._exit(record)
+        return True
+
+    def _virtualizes_task_priority(self, view: ControlView, operation: Operation, instruction: Instruction) -> bool:
+        """MOV CR8 with a TPR shadow: the virtual-APIC page stands for the TPR.
+
+        Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing CR8-Based TPR Accesses".
+        """
+        if not view.primary & c.USE_TPR_SHADOW.mask:
+            return False
+        processor, values = self.operation.processor, self._running()[0].vmcs.values
+        address = values[_VIRTUAL_APIC_ADDRESS] + _VIRTUAL_TPR
+        match operation:
+            case MoveFromControlRegister(number=8, register=register):
+                processor.state.gpr[register] = processor.memory.read_u8(address) >> 4
+                retire(processor.state, instruction)
+            case MoveToControlRegister(number=8, value=value):
+                priority = value & 0xF
+                processor.memory.write_u32(address, priority << 4)
+                retire(processor.state, instruction)
+                if priority < values[_TPR_THRESHOLD] & 0xF:
+                    self._exit(VmExit(Reason.TPR_BELOW_THRESHOLD))
+            case _:
+                return False
+        return True
