@@ -19,9 +19,12 @@ enum {
     CR0_ET = 1u << 4,
     CR0_NE = 1u << 5,
     CR0_PG = 1u << 31,
+    CR4_PAE = 1u << 5,
     CR4_VMXE = 1u << 13,
+    EFER_SCE = 1u << 0,
     EFER_LME = 1u << 8,
     EFER_LMA = 1u << 10,
+    EFER_NXE = 1u << 11,
     RFLAGS_FIXED = 1u << 1,
     RFLAGS_CF = 1u << 0,
     RFLAGS_PF = 1u << 2,
@@ -61,6 +64,11 @@ static inline struct cpuid_result cpuid(uint32_t leaf, uint32_t subleaf)
                      : "=a"(r.eax), "=b"(r.ebx), "=c"(r.ecx), "=d"(r.edx)
                      : "a"(leaf), "c"(subleaf));
     return r;
+}
+
+static inline bool is_canonical(uint64_t address)
+{
+    return (uint64_t)((int64_t)(address << 16) >> 16) == address;
 }
 
 static inline uint64_t rdmsr(uint32_t msr)

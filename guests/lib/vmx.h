@@ -36,6 +36,7 @@ enum {
 
 enum { FEATURE_CONTROL_LOCK = 1u << 0, FEATURE_CONTROL_VMX_OUTSIDE_SMX = 1u << 2 };
 #define VMX_BASIC_TRUE_CONTROLS (1ul << 55)
+#define VMX_MISC_VMWRITE_ANY_FIELD (1ul << 29)
 #define CPUID_1_ECX_VMX (1u << 5)
 
 /* Controls. Spec: SDM volume 3, "VM-Execution Control Fields" and the exit and entry ones. */

@@ -57,7 +57,7 @@ uint64_t ept01_build(void)
     /* Pages of 4 KiB below 2 MiB and of 2 MiB above: both kinds get their use. */
     for (uint64_t address = 0; address < LARGE_PAGE_SIZE; address += PAGE_SIZE)
         map(&ept01, address, L2_MEMORY_BASE + address, LEVEL_4K, EPT_ALL);
-    for (uint64_t address = LARGE_PAGE_SIZE; address < L2_MEMORY_SIZE; address += LARGE_PAGE_SIZE)
+    for (uint64_t address = LARGE_PAGE_SIZE; address < l2_memory_size; address += LARGE_PAGE_SIZE)
         map(&ept01, address, L2_MEMORY_BASE + address, LEVEL_2M, EPT_ALL);
     return pointer(&ept01);
 }

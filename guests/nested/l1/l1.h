@@ -33,7 +33,8 @@ extern uint64_t gpr[GPR_COUNT];         /* of L2 or L3, whichever ran last; entr
 /* --- l2_memory.c: L2's memory, from guest-physical 0 --------------------------------------- */
 
 #define L2_MEMORY_BASE 0x1000000ul      /* where it is in L1's physical memory */
-#define L2_MEMORY_SIZE 0x800000ul
+#define L2_MEMORY_MINIMUM 0x800000ul
+extern uint64_t l2_memory_size;         /* all memory from L2_MEMORY_BASE on, in pages of 2 MiB */
 
 /* Null unless all of `size` bytes is memory of L2. */
 void *l2_memory(uint64_t guest_physical, uint64_t size);
@@ -52,7 +53,7 @@ enum { EPT_READ = 1u << 0, EPT_WRITE = 1u << 1, EPT_EXECUTE = 1u << 2, EPT_ALL =
 enum { EPT_LARGE_PAGE = 1u << 7 };
 #define EPT_ADDRESS_MASK 0x000FFFFFFFFFF000ul
 
-/* EPT 01: guest-physical 0 to L2_MEMORY_SIZE. Returns its EPT pointer. */
+/* EPT 01: guest-physical 0 to l2_memory_size. Returns its EPT pointer. */
 uint64_t ept01_build(void);
 
 /* EPT 02, the shadow of L2's EPT 12: filled on demand, emptied when EPT 12 may have changed. */

@@ -8,9 +8,11 @@ enum { PAGE_FAULT_PRESENT = 1u << 0, PAGE_FAULT_WRITE = 1u << 1 };
 enum { TOP_LEVEL = 4, INDEX_BITS = 9, PAGE_BITS = 12 };
 #define PAGE_ADDRESS_MASK 0x000FFFFFFFFFF000ul
 
+uint64_t l2_memory_size;
+
 void *l2_memory(uint64_t guest_physical, uint64_t size)
 {
-    if (guest_physical >= L2_MEMORY_SIZE || size > L2_MEMORY_SIZE - guest_physical)
+    if (guest_physical >= l2_memory_size || size > l2_memory_size - guest_physical)
         return NULL;
     return (void *)(L2_MEMORY_BASE + guest_physical);
 }

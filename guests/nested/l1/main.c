@@ -11,12 +11,11 @@
 #include "descriptors.h"
 #include "l1.h"
 #include "memory.h"
+#include "multiboot.h"
 
-enum { MULTIBOOT_LOADER_MAGIC = 0x2BADB002, MULTIBOOT_INFO_ADDRESS = 0x1000, MULTIBOOT_INFO_MEMORY = 1 };
-
-struct multiboot_info {
-    uint32_t flags, memory_lower_kib, memory_upper_kib;
-};
+enum { MULTIBOOT_INFO_ADDRESS = 0x1000 };
+#define MIB 0x100000ul
+#define MAPPED_MEMORY (1024 * MIB)      /* what boot.S maps */
 
 const char console_tag[] = "[L1] ";
 
@@ -72,7 +71,7 @@ static void boot_l2(uint32_t entry_point)
     struct multiboot_info *info = l2_memory(MULTIBOOT_INFO_ADDRESS, sizeof *info);
 
     *info = (struct multiboot_info){
-        .flags = MULTIBOOT_INFO_MEMORY, .memory_lower_kib = 640, .memory_upper_kib = (L2_MEMORY_SIZE >> 10) - 1024};
+        .flags = MULTIBOOT_INFO_MEMORY, .memory_lower_kib = 640, .memory_upper_kib = (uint32_t)((l2_memory_size - MIB) >> 10)};
     gpr[RAX] = MULTIBOOT_LOADER_MAGIC;
     gpr[RBX] = MULTIBOOT_INFO_ADDRESS;
 
@@ -89,12 +88,30 @@ static void boot_l2(uint32_t entry_point)
     vmwrite(GUEST_IDTR_BASE, 0);
 }
 
-static void check_memory(const struct multiboot_info *info)
+static void choose_l2_memory(const struct multiboot_info *info)
 {
-    uint64_t end = (L2_MEMORY_BASE + L2_MEMORY_SIZE) >> 10;
+    uint64_t end = 0;
 
-    if (info->flags & MULTIBOOT_INFO_MEMORY && info->memory_upper_kib + 1024ul < end)
-        fail("this needs %lu KiB of memory\n", end);
+    if (info->flags & MULTIBOOT_INFO_MEMORY)
+        end = MIB + ((uint64_t)info->memory_upper_kib << 10);
+    if (end > MAPPED_MEMORY)
+        end = MAPPED_MEMORY;
+    if (end < L2_MEMORY_BASE + L2_MEMORY_MINIMUM)
+        fail("this needs %lu MiB of memory\n", (L2_MEMORY_BASE + L2_MEMORY_MINIMUM) / MIB);
+    l2_memory_size = (end - L2_MEMORY_BASE) & ~(2 * MIB - 1);
+}
+
+/* Boots the first Multiboot module, if there is one, and otherwise the built-in image. */
+static uint32_t load_l2(const struct multiboot_info *info)
+{
+    const struct multiboot_module *module = (const void *)(uint64_t)info->modules;
+
+    if (!(info->flags & MULTIBOOT_INFO_MODULES) || info->module_count == 0)
+        return l2_load_image(l2_image, (uint64_t)(l2_image_end - l2_image));
+    if (module->end > L2_MEMORY_BASE)
+        fail("the module is where L2's memory should be\n");
+    say("L2 is the Multiboot module\n");
+    return l2_load_image((const uint8_t *)(uint64_t)module->start, module->end - module->start);
 }
 
 /* --- run ----------------------------------------------------------------------------------- */
@@ -169,15 +186,14 @@ int main(const struct multiboot_info *info)
 
     console_init();
     descriptors_init();
-    check_memory(info);
+    choose_l2_memory(info);
     say("entering VMX operation\n");
     vmx_enable();
     build_bitmaps01();
     build_vmcs02();
     build_vmcs01();
-    boot_l2(l2_load_image(l2_image, (uint64_t)(l2_image_end - l2_image)));
-    say("booting L2 at guest-physical 0x%lx, %lu KiB at physical 0x%lx\n", vmread(GUEST_RIP), L2_MEMORY_SIZE >> 10,
-        L2_MEMORY_BASE);
+    boot_l2(load_l2(info));
+    say("booting L2 at guest-physical 0x%lx; its memory is at physical 0x%lx\n", vmread(GUEST_RIP), L2_MEMORY_BASE);
     status = run();
     vmx_require("VMXOFF", vmxoff());
     print_table();

@@ -9,7 +9,7 @@
 #include "l1.h"
 
 enum { ERROR_CONTROLS = 7, ERROR_HOST_STATE = 8 };
-enum { SELECTOR_RPL_AND_TI = 7, CR4_PAE = 1u << 5 };
+enum { SELECTOR_RPL_AND_TI = 7, ACTIVITY_HLT = 1 };
 
 static uint8_t io_bitmaps02[2 * PAGE_SIZE] __attribute__((aligned(4096)));
 static uint8_t msr_bitmaps02[PAGE_SIZE] __attribute__((aligned(4096)));
@@ -51,6 +51,8 @@ static bool controls_good(void)
         return false;
     if ((secondary & SECONDARY_ENABLE_VPID) && vmcs12_read(VIRTUAL_PROCESSOR_ID) == 0)
         return false;
+    if ((secondary & SECONDARY_UNRESTRICTED_GUEST) && !(secondary & SECONDARY_ENABLE_EPT))
+        return false;
     if ((secondary & SECONDARY_ENABLE_EPT) && !ept_pointer_good(vmcs12_read(EPT_POINTER)))
         return false;
     /* L1 has no MSR-load and MSR-store areas: it refuses them, which a processor may not. */
@@ -65,13 +67,26 @@ static bool fixed_bits_good(uint64_t value, uint32_t fixed0_msr)
     return !(must_be_1 & ~value) && !(value & ~may_be_1);
 }
 
-/* What would make an emulated VM exit load a state that no VM exit may load. */
+/* L2 is 64-bit code: its host address-space size is 64 bits, and LMA and LME agree with that. */
+static bool host_efer_good(void)
+{
+    const uint64_t long_mode = EFER_LME | EFER_LMA, defined = EFER_SCE | EFER_NXE | long_mode;
+    uint64_t efer = vmcs12_read(HOST_IA32_EFER);
+
+    return !(vmcs12_read(EXIT_CONTROLS) & EXIT_LOAD_IA32_EFER) ||
+           (!(efer & ~defined) && (efer & long_mode) == long_mode);
+}
+
+/* An emulated VM exit must not load a state that no VM exit may load. */
 static bool host_state_good(void)
 {
-    for (unsigned segment = HOST_ES_SELECTOR; segment <= HOST_TR_SELECTOR; segment += 2)
-        if (vmcs12_read(segment) & SELECTOR_RPL_AND_TI)
+    for (unsigned selector = HOST_ES_SELECTOR; selector <= HOST_TR_SELECTOR; selector += 2)
+        if (vmcs12_read(selector) & SELECTOR_RPL_AND_TI)
             return false;
-    return vmcs12_read(HOST_CS_SELECTOR) && vmcs12_read(HOST_TR_SELECTOR) &&
+    for (unsigned address = HOST_FS_BASE; address <= HOST_IA32_SYSENTER_EIP; address += 2)
+        if (!is_canonical(vmcs12_read(address)))
+            return false;
+    return is_canonical(vmcs12_read(HOST_RIP)) && host_efer_good() && vmcs12_read(HOST_CS_SELECTOR) && vmcs12_read(HOST_TR_SELECTOR) &&
            fixed_bits_good(vmcs12_read(HOST_CR0), IA32_VMX_CR0_FIXED0) &&
            fixed_bits_good(vmcs12_read(HOST_CR4), IA32_VMX_CR4_FIXED0) && (vmcs12_read(HOST_CR4) & CR4_PAE) &&
            (vmcs12_read(EXIT_CONTROLS) & EXIT_HOST_ADDRESS_SPACE_SIZE);
@@ -174,6 +189,20 @@ static struct inherited read_inherited(void)
     };
 }
 
+/* Two fields of L2's cannot be passed on. Where L2's processor would refuse the value, hardware
+ * gets one that it refuses for the same reason. */
+static uint64_t guest_state02(enum vmcs_field field)
+{
+    const uint64_t misaligned = 1, reserved_state = 4;
+    uint64_t value = vmcs12_read(field);
+
+    if (field == VMCS_LINK_POINTER && value != ~0ul)            /* never let L2 name a physical address */
+        return misaligned;
+    if (field == GUEST_ACTIVITY_STATE && value > ACTIVITY_HLT)  /* IA32_VMX_MISC offers no other */
+        return reserved_state;
+    return value;
+}
+
 static void write_guest_state02(struct inherited l2)
 {
     const struct field_span *guest_state = &vmcs12_fields[FIELDS_GUEST_STATE];
@@ -181,8 +210,7 @@ static void write_guest_state02(struct inherited l2)
     const uint64_t long_mode = EFER_LME | EFER_LMA;
 
     for (unsigned i = 0; i < guest_state->count; i++)
-        if (guest_state->fields[i] != VMCS_LINK_POINTER)        /* never let L2 name a physical address */
-            vmwrite(guest_state->fields[i], vmcs12_read(guest_state->fields[i]));
+        vmwrite(guest_state->fields[i], guest_state02(guest_state->fields[i]));
     if (!(entry & ENTRY_LOAD_IA32_EFER))
         vmwrite(GUEST_IA32_EFER, (l2.efer & ~long_mode) | (entry & ENTRY_IA32E_MODE_GUEST ? long_mode : 0));
     if (!(entry & ENTRY_LOAD_DEBUG_CONTROLS)) {

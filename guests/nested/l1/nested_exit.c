@@ -81,6 +81,11 @@ static void save_guest_state12(void)
             continue;
         vmcs12_write(field, vmread(field));
     }
+    /* A guest that may turn paging on and off may also have entered or left IA-32e mode. */
+    if (vmcs12_secondary_controls() & SECONDARY_UNRESTRICTED_GUEST) {
+        uint64_t mode = vmread(GUEST_IA32_EFER) & EFER_LMA ? ENTRY_IA32E_MODE_GUEST : 0;
+        vmcs12_write(ENTRY_CONTROLS, (vmcs12_read(ENTRY_CONTROLS) & ~(uint64_t)ENTRY_IA32E_MODE_GUEST) | mode);
+    }
 }
 
 static void save_exit_information12(void)

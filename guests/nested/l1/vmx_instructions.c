@@ -75,13 +75,7 @@ struct operands {
     bool is_register;
     enum gpr register1, register2;
     uint64_t linear;
-    bool is_canonical;
 };
-
-static bool is_canonical(uint64_t address)
-{
-    return (uint64_t)((int64_t)(address << 16) >> 16) == address;
-}
 
 static struct operands decode_operands(void)
 {
@@ -103,20 +97,19 @@ static struct operands decode_operands(void)
         .register1 = information >> 3 & 15,
         .register2 = information >> 28 & 15,
         .linear = offset,
-        .is_canonical = is_canonical(offset),
     };
 }
 
 static bool read_memory_operand(const struct operands *operands, void *value, uint64_t size)
 {
-    if (!operands->is_canonical)
+    if (!is_canonical(operands->linear))
         return fault(VECTOR_GP), false;
     return l2_read_linear(operands->linear, value, size);
 }
 
 static bool write_memory_operand(const struct operands *operands, uint64_t value)
 {
-    if (!operands->is_canonical)
+    if (!is_canonical(operands->linear))
         return fault(VECTOR_GP), false;
     return l2_write_linear(operands->linear, &value, sizeof value);
 }

@@ -13,7 +13,14 @@
 #include "vmx.h"
 
 enum { VPID_L3 = 7, BITS_PER_BYTE = 8, RUNNING = -1 };
-enum { ERROR_VMRESUME_NOT_LAUNCHED = 5, ERROR_VMPTRLD_INVALID_ADDRESS = 9, ERROR_UNSUPPORTED_FIELD = 12 };
+enum {
+    ERROR_VMRESUME_NOT_LAUNCHED = 5,
+    ERROR_CONTROLS = 7,
+    ERROR_HOST_STATE = 8,
+    ERROR_VMPTRLD_ADDRESS = 9,
+    ERROR_UNSUPPORTED_FIELD = 12,
+    ERROR_VMWRITE_READ_ONLY = 13,
+};
 
 const char console_tag[] = "[L2] ";
 static const char signature[12] = "I am level 2";
@@ -79,19 +86,43 @@ static void build_vmcs(struct vmcs *vmcs, bool with_ept)
     gpr[RDI] = with_ept;
 }
 
-/* A processor that is only emulated must still refuse what a real one refuses. */
-static void check_refusals(struct vmcs *vmcs)
-{
-    uint64_t value, ignored_gpr[GPR_COUNT] = {0};
+/* --- refusals ------------------------------------------------------------------------------ */
 
-    if (vm_enter(ignored_gpr, true) != VM_FAIL_VALID || vmread(VM_INSTRUCTION_ERROR) != ERROR_VMRESUME_NOT_LAUNCHED)
-        fail("VMRESUME accepted a VMCS that was never launched\n");
-    if (try_vmread(0x7FFE, &value) != VM_FAIL_VALID || vmread(VM_INSTRUCTION_ERROR) != ERROR_UNSUPPORTED_FIELD)
-        fail("VMREAD accepted a field that does not exist\n");
-    value = (uint64_t)&vmcs->region + 1;
-    if (vmptrld(&value) != VM_FAIL_VALID || vmread(VM_INSTRUCTION_ERROR) != ERROR_VMPTRLD_INVALID_ADDRESS)
-        fail("VMPTRLD accepted a misaligned address\n");
-    say("VMRESUME, VMREAD and VMPTRLD refuse what they should\n");
+static void expect_error(const char *what, enum vmx_status status, uint64_t error)
+{
+    if (status != VM_FAIL_VALID || vmread(VM_INSTRUCTION_ERROR) != error)
+        fail("%s: expected VM-instruction error %lu\n", what, error);
+}
+
+/* Tries a VM entry with one field spoilt. */
+static enum vmx_status enter_with(enum vmcs_field field, uint64_t value, bool resume)
+{
+    uint64_t saved = vmread(field), ignored_gpr[GPR_COUNT] = {0};
+    enum vmx_status status;
+
+    vmwrite(field, value);
+    status = vm_enter(ignored_gpr, resume);
+    vmwrite(field, saved);
+    return status;
+}
+
+/* A processor that is only emulated must still refuse what a real one refuses. */
+static void check_refusals(void)
+{
+    uint64_t value, misaligned = 1;
+
+    expect_error("VMPTRLD of a misaligned address", vmptrld(&misaligned), ERROR_VMPTRLD_ADDRESS);
+    expect_error("VMREAD of a field that does not exist", try_vmread(0x7FFE, &value), ERROR_UNSUPPORTED_FIELD);
+    if (!(rdmsr(IA32_VMX_MISC) & VMX_MISC_VMWRITE_ANY_FIELD))
+        expect_error("VMWRITE of a read-only field", try_vmwrite(EXIT_REASON, 0), ERROR_VMWRITE_READ_ONLY);
+    expect_error("VMRESUME before VMLAUNCH", enter_with(VIRTUAL_PROCESSOR_ID, VPID_L3, true),
+                 ERROR_VMRESUME_NOT_LAUNCHED);
+    expect_error("VPID 0", enter_with(VIRTUAL_PROCESSOR_ID, 0, false), ERROR_CONTROLS);
+    expect_error("host CS 0", enter_with(HOST_CS_SELECTOR, 0, false), ERROR_HOST_STATE);
+    if (enter_with(GUEST_RFLAGS, 0, false) != VM_SUCCEED ||
+        vmread(EXIT_REASON) != (EXIT_REASON_INVALID_GUEST_STATE | EXIT_REASON_ENTRY_FAILURE))
+        fail("VM entry accepted RFLAGS = 0\n");
+    say("VMX instructions refuse what they should\n");
 }
 
 /* --- VM exits of L3 ------------------------------------------------------------------------ */
@@ -188,7 +219,7 @@ static void run_round(struct vmcs *vmcs, bool with_ept)
 
     build_vmcs(vmcs, with_ept);
     if (!with_ept)
-        check_refusals(vmcs);
+        check_refusals();
     say("launching L3 %s EPT\n", with_ept ? "with" : "without");
     if (run_l3(vmcs) != STATUS_PASS)
         fail("L3 ended with a failure\n");
