@@ -215,6 +215,14 @@ class Efer(enum.IntFlag):
     FFXSR = 1 << 14
 
 
+# The derived views below run for every event; arithmetic on flag enumerations is too slow for them.
+_LMA: Final = Efer.LMA.value
+_VM: Final = Rflags.VM.value
+_PG: Final = Cr0.PG.value
+_LONG: Final = AccessRights.LONG.value
+_DEFAULT_BIG: Final = AccessRights.DEFAULT_BIG.value
+
+
 def _reset_segments() -> list[Segment]:
     segments = [Segment() for _ in SegmentRegister]
     segments[SegmentRegister.CS] = Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, access_rights=0x9B)
@@ -274,29 +282,29 @@ class CpuState:
     @property
     def virtual_8086(self) -> bool:
         """Virtual-8086 mode."""
-        return bool(self.cr0 & 1) and bool(self.rflags & Rflags.VM)
+        return bool(self.cr0 & 1) and bool(self.rflags & _VM)
 
     @property
     def long_mode(self) -> bool:
         """EFER.LMA: IA-32e mode (64-bit or compatibility mode)."""
-        return bool(self.efer & Efer.LMA)
+        return bool(self.efer & _LMA)
 
     @property
     def in_64_bit_mode(self) -> bool:
         """64-bit mode: IA-32e mode with a 64-bit code segment."""
-        return bool(self.efer & Efer.LMA) and bool(self.segments[1].access_rights & AccessRights.LONG)
+        return bool(self.efer & _LMA) and bool(self.segments[1].access_rights & _LONG)
 
     @property
     def paging(self) -> bool:
         """CR0.PG."""
-        return bool(self.cr0 & Cr0.PG)
+        return bool(self.cr0 & _PG)
 
     @property
     def cpl(self) -> int:
         """Current privilege level: DPL of SS; 0 in real-address mode, 3 in virtual-8086 mode."""
         if not self.cr0 & 1:
             return 0
-        if self.rflags & Rflags.VM:
+        if self.rflags & _VM:
             return 3
         return (self.segments[2].access_rights >> 5) & 3
 
@@ -304,9 +312,9 @@ class CpuState:
     def code_bits(self) -> int:
         """Default operation size of the code segment: 16, 32 or 64."""
         rights = self.segments[1].access_rights
-        if self.efer & Efer.LMA and rights & AccessRights.LONG:
+        if self.efer & _LMA and rights & _LONG:
             return 64
-        return 32 if rights & AccessRights.DEFAULT_BIG else 16
+        return 32 if rights & _DEFAULT_BIG else 16
 
     @property
     def linear_rip(self) -> int:
