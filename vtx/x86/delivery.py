@@ -39,9 +39,9 @@ _LEGACY_GATES: Final = _GATES_16 | _GATES_32 | {SystemType.TASK_GATE}
 _IF: Final = Rflags.IF.value
 _VIF: Final = Rflags.VIF.value
 _IOPL: Final = Rflags.IOPL.value
-_CLEARED_IN_REAL_MODE: Final = (Rflags.IF | Rflags.TF | Rflags.AC | Rflags.RF).value
-_CLEARED_BY_REDIRECTION: Final = (Rflags.TF | Rflags.RF).value
-_CLEARED_BY_GATE: Final = (Rflags.TF | Rflags.VM | Rflags.RF | Rflags.NT).value
+_CLEARED_IN_REAL_MODE: Final = int(Rflags.IF | Rflags.TF | Rflags.AC | Rflags.RF)
+_CLEARED_BY_REDIRECTION: Final = int(Rflags.TF | Rflags.RF)
+_CLEARED_BY_GATE: Final = int(Rflags.TF | Rflags.VM | Rflags.RF | Rflags.NT)
 
 # In the order they are pushed.
 _V86_DATA_SEGMENTS: Final = (SegmentRegister.GS, SegmentRegister.FS, SegmentRegister.DS, SegmentRegister.ES)

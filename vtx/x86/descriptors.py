@@ -19,6 +19,14 @@ from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import AccessRights, CpuState, Segment
 
 _DESCRIPTOR_RIGHTS: Final = 0xF0FF
+# Plain integers: arithmetic on flag enumerations is slow and drops the bits they do not name.
+_ACCESSED: Final = AccessRights.ACCESSED.value
+_CODE_OR_DATA: Final = AccessRights.CODE_OR_DATA.value
+_PRESENT: Final = AccessRights.PRESENT.value
+_LONG: Final = AccessRights.LONG.value
+_DEFAULT_BIG: Final = AccessRights.DEFAULT_BIG.value
+_GRANULARITY: Final = AccessRights.GRANULARITY.value
+_UNUSABLE: Final = AccessRights.UNUSABLE.value
 TABLE_INDICATOR: Final = 4
 """The selector bit that chooses the LDT."""
 
@@ -68,12 +76,12 @@ class Descriptor:
     @property
     def present(self) -> bool:
         """The P bit."""
-        return bool(self.access_rights & AccessRights.PRESENT)
+        return bool(self.access_rights & _PRESENT)
 
     @property
     def system_type(self) -> int | None:
         """The type of a system descriptor (see `SystemType`), None for code and data."""
-        return None if self.access_rights & AccessRights.CODE_OR_DATA else self.access_rights & 0xF
+        return None if self.access_rights & _CODE_OR_DATA else self.access_rights & 0xF
 
     @property
     def is_code(self) -> bool:
@@ -98,12 +106,12 @@ class Descriptor:
     @property
     def long(self) -> bool:
         """The L bit."""
-        return bool(self.access_rights & AccessRights.LONG)
+        return bool(self.access_rights & _LONG)
 
     @property
     def big(self) -> bool:
         """The D/B bit."""
-        return bool(self.access_rights & AccessRights.DEFAULT_BIG)
+        return bool(self.access_rights & _DEFAULT_BIG)
 
     def segment(self, selector: int) -> Segment:
         """The contents of a segment register loaded from this descriptor."""
@@ -132,7 +140,7 @@ def parse_descriptor(low: int, high: int = 0) -> Descriptor:
     base = (low >> 16) & 0xFF_FFFF | (low >> 56) << 24 | (high & 0xFFFF_FFFF) << 32
     limit = low & 0xFFFF | (low >> 32) & 0xF_0000
     rights = (low >> 40) & _DESCRIPTOR_RIGHTS
-    if rights & AccessRights.GRANULARITY:
+    if rights & _GRANULARITY:
         limit = limit << 12 | 0xFFF
     return Descriptor(base, limit, rights)
 
@@ -140,7 +148,7 @@ def parse_descriptor(low: int, high: int = 0) -> Descriptor:
 def encode_descriptor(descriptor: Descriptor) -> tuple[int, int]:
     """The first and the last 8 bytes of ``descriptor``; the last are 0 for an 8-byte one. Inverse of the parser."""
     limit = descriptor.limit
-    if descriptor.access_rights & AccessRights.GRANULARITY:
+    if descriptor.access_rights & _GRANULARITY:
         limit >>= 12
     low = limit & 0xFFFF | (limit & 0xF_0000) << 32
     low |= (descriptor.base & 0xFF_FFFF) << 16 | (descriptor.base >> 24 & 0xFF) << 56
@@ -184,7 +192,7 @@ def is_null(selector: int) -> bool:
 
 def null_segment(selector: int = 0, dpl: int = 0) -> Segment:
     """A segment register loaded with a null selector: unusable. For SS, ``dpl`` still holds the CPL."""
-    return Segment(selector, 0, 0, AccessRights.UNUSABLE.value | dpl << 5)
+    return Segment(selector, 0, 0, _UNUSABLE | dpl << 5)
 
 
 def real_mode_segment(selector: int, access_rights: int) -> Segment:
@@ -214,11 +222,11 @@ def read_descriptor(state: CpuState, memory: LinearMemory, selector: int) -> Des
 
 def set_accessed(state: CpuState, memory: LinearMemory, selector: int, descriptor: Descriptor) -> Descriptor:
     """Set the accessed bit of the code or data descriptor of ``selector``, also in memory unless set already."""
-    if descriptor.access_rights & AccessRights.ACCESSED:
+    if descriptor.access_rights & _ACCESSED:
         return descriptor
     address = descriptor_address(state, selector)
     assert address is not None, "the descriptor was read from its table"
-    rights = descriptor.access_rights | AccessRights.ACCESSED.value
+    rights = descriptor.access_rights | _ACCESSED
     memory.write(address + 5, 1, rights & 0xFF)
     return evolve(descriptor, access_rights=rights)
 

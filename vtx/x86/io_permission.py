@@ -8,7 +8,7 @@ from __future__ import annotations
 from vtx.x86.descriptors import TSS_32_TYPES
 from vtx.x86.linear import LinearMemory, system_address
 from vtx.x86.outcome import gp
-from vtx.x86.state import CpuState, Rflags
+from vtx.x86.state import CpuState
 
 _TSS_IO_MAP_BASE = 102
 
@@ -21,7 +21,7 @@ def check_io_permission(state: CpuState, memory: LinearMemory, port: int, size: 
     """
     if not state.protected:
         return
-    iopl = (state.rflags & Rflags.IOPL) >> 12
+    iopl = (state.rflags >> 12) & 3
     if state.cpl <= iopl and not state.virtual_8086:
         return
     tss = state.tr

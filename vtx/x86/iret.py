@@ -30,7 +30,7 @@ _VIF: Final = Rflags.VIF.value
 _VIP: Final = Rflags.VIP.value
 _FIXED_1: Final = Rflags.FIXED_1.value
 _LOW_WORD: Final = 0xFFFF
-_ALWAYS: Final = (
+_ALWAYS: Final = int(
     Rflags.CF
     | Rflags.PF
     | Rflags.AF
@@ -43,7 +43,7 @@ _ALWAYS: Final = (
     | Rflags.RF
     | Rflags.AC
     | Rflags.ID
-).value
+)
 
 _V86_SEGMENTS: Final = (SegmentRegister.ES, SegmentRegister.DS, SegmentRegister.FS, SegmentRegister.GS)
 _V86_RIGHTS: Final = 0xF3

@@ -5,10 +5,12 @@ Spec: SDM Vol. 3, "Supervisor-Mode and User-Mode Accesses"; SDM Vol. 1, "Canonic
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from vtx.x86.outcome import gp
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
+
+_LA57: Final = Cr4.LA57.value
 
 
 class LinearMemory(Protocol):
@@ -30,7 +32,7 @@ class LinearMemory(Protocol):
 
 def linear_address_width(state: CpuState) -> int:
     """Bits of a linear address in IA-32e mode: 57 with 5-level paging, else 48."""
-    return 57 if state.cr4 & Cr4.LA57 else 48
+    return 57 if state.cr4 & _LA57 else 48
 
 
 def is_canonical(address: int, width: int) -> bool:

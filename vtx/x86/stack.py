@@ -5,17 +5,22 @@ Spec: SDM Vol. 1, "Procedure Stack"; SDM Vol. 3, "Limit Checking", "Stack Switch
 
 from __future__ import annotations
 
+from typing import Final
+
 from attrs import define
 
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Rflags, Segment
 
+_AC: Final = Rflags.AC.value
+_EXPAND_DOWN: Final = AccessRights.EXPAND_DOWN_OR_CONFORMING.value
+
 
 def within_limit(segment: Segment, offset: int, size: int) -> bool:
     """Whether ``size`` bytes at ``offset`` lie within the limit of ``segment``, expand-down segments included."""
     last = offset + size - 1
-    if segment.access_rights & 0xC == AccessRights.EXPAND_DOWN_OR_CONFORMING:
+    if segment.access_rights & 0xC == _EXPAND_DOWN:
         return offset > segment.limit and last <= (MASK32 if segment.big else 0xFFFF)
     return last <= segment.limit
 
@@ -61,7 +66,7 @@ class Stack:
             state.gpr[Gpr.RSP] if pointer is None else pointer,
             bits,
             user,
-            not user and bool(state.rflags & Rflags.AC),
+            not user and bool(state.rflags & _AC),
             error_code,
             linear_address_width(state),
         )

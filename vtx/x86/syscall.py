@@ -21,7 +21,7 @@ _FLAT_CODE_64: Final = 0xA09B  # G, L
 _FLAT_STACK: Final = 0xC093  # G, B, present, writable, accessed
 _RF: Final = Rflags.RF.value
 _FIXED_1: Final = Rflags.FIXED_1.value
-_CLEARED_IN_LEGACY_MODE: Final = (Rflags.IF | Rflags.VM).value
+_CLEARED_IN_LEGACY_MODE: Final = int(Rflags.IF | Rflags.VM)
 _SYSRET_RFLAGS: Final = 0x3C_7FD7  # all but RF and VM
 
 
