@@ -98,12 +98,11 @@ def _load_segments(cpu: CpuState, layout: Layout, code: Segment) -> None:
 def _identity_map(layout: Layout) -> int:
     """Build the page tables and return the address of the top one."""
     top = max(HIGH_RAM_START, *(ram.start + ram.size for ram in layout.memory.ram))
-    leaves = [_LARGE_PAGE | address for address in range(0, top, _LARGE_PAGE_SIZE)]
-    while True:
-        tables = -(-len(leaves) // _TABLE_ENTRIES)
-        address = layout.allocate_low(tables * PAGE, "the boot page tables", PAGE)
-        layout.memory.write(address, struct.pack(f"<{len(leaves)}Q", *leaves))
-        if tables == 1:
-            break
-        leaves = [_PRESENT_WRITABLE | address + table * PAGE for table in range(tables)]
+    entries = [_LARGE_PAGE | address for address in range(0, top, _LARGE_PAGE_SIZE)]
+    address = 0
+    for level in ("page directories", "page-directory-pointer tables", "PML4 table"):
+        tables = -(-len(entries) // _TABLE_ENTRIES)
+        address = layout.allocate_low(tables * PAGE, f"the boot {level}", PAGE)
+        layout.memory.write(address, struct.pack(f"<{len(entries)}Q", *entries))
+        entries = [_PRESENT_WRITABLE | address + table * PAGE for table in range(tables)]
     return address

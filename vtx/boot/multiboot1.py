@@ -80,7 +80,8 @@ def load_multiboot1(image: bytes, header: Header, layout: Layout, options: BootO
         entry = place_by_addresses(
             image,
             layout,
-            offset=header.offset - (header.header_address - header.load_address),
+            header_offset=header.offset,
+            header_address=header.header_address,
             load=header.load_address,
             load_end=header.load_end,
             bss_end=header.bss_end,
@@ -100,15 +101,26 @@ def load_multiboot1(image: bytes, header: Header, layout: Layout, options: BootO
 
 
 def place_by_addresses(
-    image: bytes, layout: Layout, *, offset: int, load: int, load_end: int, bss_end: int, entry: int
+    image: bytes,
+    layout: Layout,
+    *,
+    header_offset: int,
+    header_address: int,
+    load: int,
+    load_end: int,
+    bss_end: int,
+    entry: int,
 ) -> int:
     """Load a flat binary by the addresses in its header and return its entry point.
 
-    The file from ``offset`` goes to ``load`` up to ``load_end`` (0: all of it), zeros follow up to ``bss_end`` (0:
-    none).
+    The header, at ``header_offset`` in the file, goes to ``header_address``; what is loaded begins at ``load`` and ends
+    at ``load_end`` (0: with the file), and zeros follow up to ``bss_end`` (0: none).
     """
-    if not 0 <= offset < len(image):
-        raise BootError(f"Multiboot load address {load:#x} does not match the header's place in the file")
+    offset = header_offset - (header_address - load)
+    if load > header_address:
+        raise BootError(f"Multiboot load address {load:#x} is above the header's address {header_address:#x}")
+    if offset < 0:
+        raise BootError(f"Multiboot load address {load:#x} lies before the start of the file")
     size = load_end - load if load_end else len(image) - offset
     if size <= 0:
         raise BootError(f"Multiboot load end {load_end:#x} is not above the load address {load:#x}")

@@ -141,9 +141,15 @@ def _place(image: bytes, header: Header, layout: Layout) -> int:
     header_address, load, load_end, bss_end = address
     if load == FILE_START:
         load = header_address - header.offset
-    offset = header.offset - (header_address - load)
     return place_by_addresses(
-        image, layout, offset=offset, load=load, load_end=load_end, bss_end=bss_end, entry=entry[0]
+        image,
+        layout,
+        header_offset=header.offset,
+        header_address=header_address,
+        load=load,
+        load_end=load_end,
+        bss_end=bss_end,
+        entry=entry[0],
     )
 
 
