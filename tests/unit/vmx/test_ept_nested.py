@@ -1,0 +1,154 @@
+"""Guest paging over EPT: every access the guest's walk makes goes through EPT, as that kind of access."""
+
+import pytest
+
+from vtx.vmx.ept import EptConfig, EptMisconfiguration, EptViolation, ExtendedPageTables
+from vtx.x86.memory import PhysicalMemory
+from vtx.x86.page_rights import Privilege
+from vtx.x86.paging import PageFault, PagingContext, Translation, load_pdptrs, walk
+from vtx.x86.second_level import AccessKind
+
+READ, WRITE, EXECUTE = AccessKind
+R, W, X, A, D = 1, 2, 4, 0x20, 0x40
+EPT_A, EPT_D = 0x100, 0x200
+RWX = R | W | X
+LINEAR = 0x1234_5678_9ABC
+DATA = 0x9000
+GUEST_TABLES = 0x1000
+EPT = 0x10000
+OFFSET = 0x40000  # host physical = guest physical + OFFSET, so that a missed translation shows
+
+
+class Vm:
+    """A 4-level guest whose first 64 KBytes of guest-physical memory are mapped by EPT page-table entries."""
+
+    def __init__(self, eptp_bits=0, guest_flags=0):
+        self.memory = PhysicalMemory(1 << 20)
+        for level in range(3):
+            self.memory.write_u64(EPT + 0x1000 * level, EPT + 0x1000 * (level + 1) | RWX)
+        for page in range(16):
+            self.set_ept(page << 12, RWX)
+        self.entries = []
+        for level, shift in enumerate((39, 30, 21, 12)):
+            address = GUEST_TABLES + 0x1000 * level + (LINEAR >> shift & 0x1FF) * 8
+            target = DATA if shift == 12 else GUEST_TABLES + 0x1000 * (level + 1)
+            self.entries.append(address)
+            self.memory.write_u64(OFFSET + address, target | 7 | guest_flags)
+        self.ept = ExtendedPageTables(EptConfig(EPT | 0x1E | eptp_bits, 46), self.memory)
+        self.context = PagingContext(1 << 31 | 1 << 16, GUEST_TABLES, 1 << 5, 1 << 10, 46)
+
+    def ept_entry(self, guest_physical):
+        return EPT + 0x3000 + (guest_physical >> 12) * 8
+
+    def set_ept(self, guest_physical, bits):
+        page = guest_physical & ~0xFFF
+        self.memory.write_u64(self.ept_entry(page), OFFSET + page | 6 << 3 | bits)
+
+    def walk(self, kind, privilege=Privilege.SUPERVISOR):
+        return walk(self.context, LINEAR, kind, privilege, self.memory, self.ept)
+
+
+def test_translation():
+    result = Vm().walk(READ)
+    assert isinstance(result, Translation)
+    assert (result.physical, result.guest_physical) == (OFFSET + DATA, DATA)
+
+
+def test_large_guest_page_over_small_ept_pages():
+    vm = Vm()
+    # A 2-MByte page at guest-physical 0: the EPT maps its first 16 pages only.
+    vm.memory.write_u64(OFFSET + vm.entries[2], 0x80 | 7)
+    wanted = LINEAR & 0x1F_FFFF
+    result = vm.walk(READ)
+    assert isinstance(result, EptViolation)
+    assert result.guest_physical == wanted
+    near = walk(vm.context, LINEAR & ~0x1F_FFFF | 0x5123, READ, Privilege.SUPERVISOR, vm.memory, vm.ept)
+    assert isinstance(near, Translation)
+    assert (near.physical, near.size) == (OFFSET + 0x5000, 1 << 21)
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("kind", AccessKind)
+@pytest.mark.parametrize(("eptp_bits", "access"), [(0, 1), (0x40, 3)])
+def test_table_not_mapped(level, kind, eptp_bits, access):
+    vm = Vm(eptp_bits)
+    vm.set_ept(vm.entries[level], 0)
+    assert vm.walk(kind) == EptViolation(vm.entries[level], LINEAR, 0x80 | access)
+
+
+# With EPT flags disabled the walk reads, and writes only to set a flag that is clear.
+READ_ONLY_TABLE = [
+    (0, 0, READ, True),
+    (0, 0, WRITE, True),
+    (0, 0, EXECUTE, True),
+    (0, A, READ, False),
+    (0, A, WRITE, True),
+    (0, A, EXECUTE, False),
+    (0, A | D, READ, False),
+    (0, A | D, WRITE, False),
+    (0, A | D, EXECUTE, False),
+    (0x40, 0, READ, True),
+    (0x40, A, READ, True),
+    (0x40, A | D, READ, True),
+    (0x40, A | D, WRITE, True),
+    (0x40, A | D, EXECUTE, True),
+]
+
+
+@pytest.mark.parametrize(("eptp_bits", "guest_flags", "kind", "violates"), READ_ONLY_TABLE)
+def test_page_table_is_read_only(eptp_bits, guest_flags, kind, violates):
+    vm = Vm(eptp_bits, guest_flags)
+    vm.set_ept(vm.entries[3], R)
+    result = vm.walk(kind)
+    if violates:
+        # A read-modify-write of a readable page, for a linear address, not for its translation.
+        assert result == EptViolation(vm.entries[3], LINEAR, 0x08B)
+    else:
+        assert isinstance(result, Translation)
+
+
+def test_guest_page_fault_comes_before_the_page_is_looked_up():
+    vm = Vm()
+    vm.set_ept(DATA, 0)
+    vm.memory.write_u64(OFFSET + vm.entries[3], DATA | 3)
+    assert vm.walk(READ, Privilege.USER) == PageFault(LINEAR, 0b00101)
+
+
+@pytest.mark.parametrize(("kind", "access"), [(READ, 1), (WRITE, 2), (EXECUTE, 4)])
+def test_page_not_mapped(kind, access):
+    vm = Vm()
+    vm.set_ept(DATA, 0)
+    assert vm.walk(kind) == EptViolation(DATA | 0xABC, LINEAR, 0x180 | access)
+
+
+def test_page_misconfigured():
+    vm = Vm()
+    vm.set_ept(DATA, W)
+    assert vm.walk(READ) == EptMisconfiguration(DATA | 0xABC, LINEAR)
+
+
+@pytest.mark.parametrize(("guest_dirty", "ept_dirty"), [(0, 0), (D, 0), (0, EPT_D), (D, EPT_D)])
+def test_writes_are_granted_when_both_dirty_flags_are_set(guest_dirty, ept_dirty):
+    vm = Vm(0x40, A | guest_dirty)
+    vm.set_ept(DATA, RWX | EPT_A | ept_dirty)
+    result = vm.walk(READ)
+    assert isinstance(result, Translation)
+    granted = bool(result.permissions(vm.context, Privilege.SUPERVISOR) & WRITE)
+    assert granted == bool(guest_dirty and ept_dirty)
+
+
+def test_flags_of_every_table_page():
+    vm = Vm(0x40)
+    assert isinstance(vm.walk(READ), Translation)
+    for entry in vm.entries:
+        assert vm.memory.read_u64(vm.ept_entry(entry)) & (EPT_A | EPT_D) == EPT_A | EPT_D
+    assert vm.memory.read_u64(vm.ept_entry(DATA)) & (EPT_A | EPT_D) == EPT_A
+
+
+def test_load_pdptrs():
+    vm = Vm()
+    for index in range(4):
+        vm.memory.write_u64(OFFSET + 0x5040 + 8 * index, 0x3001 + index * 0x1000)
+    assert load_pdptrs(0x5040, 46, vm.memory, vm.ept) == (0x3001, 0x4001, 0x5001, 0x6001)
+    vm.set_ept(0x5000, 0)
+    assert load_pdptrs(0x5040, 46, vm.memory, vm.ept) == EptViolation(0x5040, None, 0x001)
