@@ -60,8 +60,8 @@ class Vmcs:
     """One VMCS: ``vmcs[GUEST_RIP]`` reads, ``vmcs[GUEST_RIP] = value`` writes and cuts to the field's width.
 
     ``values`` holds every field the manual knows, by full-access encoding; which of them software can reach depends
-    on ``capabilities``. ``changed`` collects the encodings whose value changed; whoever has checked the VMCS clears
-    it. A new VMCS is all zeros, and all of it counts as changed.
+    on ``capabilities``. ``changed`` maps encodings to the bits that may differ from when it was last cleared; whoever
+    has checked the VMCS clears it. A new VMCS is all zeros, and all of it counts as changed.
     """
 
     __slots__ = ("abort_indicator", "capabilities", "changed", "launch_state", "shadow", "values")
@@ -69,7 +69,7 @@ class Vmcs:
     def __init__(self, capabilities: Capabilities) -> None:
         self.capabilities = capabilities
         self.values: dict[int, int] = {each.encoding: 0 for each in FIELDS}
-        self.changed: set[int] = set(self.values)
+        self.changed: dict[int, int] = {each.encoding: each.mask for each in FIELDS}
         self.launch_state = LaunchState.CLEAR
         self.shadow = False
         self.abort_indicator = 0
@@ -80,9 +80,9 @@ class Vmcs:
     def __setitem__(self, field: Field, value: int) -> None:
         value &= field.mask
         encoding = field.encoding
-        if self.values[encoding] != value:
+        if difference := self.values[encoding] ^ value:
             self.values[encoding] = value
-            self.changed.add(encoding)
+            self.changed[encoding] = self.changed.get(encoding, 0) | difference
 
     def read(self, encoding: int) -> int | None:
         """What VMREAD of ``encoding`` gives; None if this processor's VMCS has no such field."""
@@ -110,7 +110,7 @@ class Vmcs:
         """An independent copy, ``changed`` included."""
         other = Vmcs(self.capabilities)
         other.values = dict(self.values)
-        other.changed = set(self.changed)
+        other.changed = dict(self.changed)
         other.launch_state, other.shadow, other.abort_indicator = self.launch_state, self.shadow, self.abort_indicator
         return other
 
