@@ -24,7 +24,6 @@ _INTERRUPT_WINDOW: Final = c.INTERRUPT_WINDOW_EXITING.mask
 _WINDOWS: Final = _NMI_WINDOW | _INTERRUPT_WINDOW
 _ACKNOWLEDGE: Final = c.EXIT_ACKNOWLEDGE_INTERRUPT_ON_EXIT.mask
 _IF: Final = int(Rflags.IF)
-_MOV_SS: Final = int(Shadow.MOV_SS)
 # Bits of "pending debug exceptions" that have a debug exception delivered: enabled breakpoint and BS.
 _DELIVERABLE_DEBUG: Final = 1 << 12 | 1 << 14
 
@@ -41,7 +40,7 @@ def boundary_exit(operation: VmxOperation) -> VmExit | None:
         return VmExit(Reason.MONITOR_TRAP_FLAG)
     if operation.trap_flag and state.activity is Activity.ACTIVE:
         operation.pending_trap = True
-    if state.pending_debug & _DELIVERABLE_DEBUG and not state.shadow & _MOV_SS:
+    if state.pending_debug & _DELIVERABLE_DEBUG and not _blocked_by_mov_ss(state):
         return None
     if state.activity is Activity.WAIT_FOR_SIPI:
         return None
@@ -53,7 +52,7 @@ def boundary_exit(operation: VmxOperation) -> VmExit | None:
 
 def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState) -> VmExit | None:
     processor = operation.processor
-    if view.primary & _NMI_WINDOW and not state.nmi_blocked and not state.shadow & _MOV_SS:
+    if view.primary & _NMI_WINDOW and not state.nmi_blocked and not _blocked_by_mov_ss(state):
         return VmExit(Reason.NMI_WINDOW)
     if processor.nmi_pending() and not _nmi_is_blocked(view, state):
         if not view.pin & _NMI_EXITING:
@@ -65,7 +64,7 @@ def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState)
     if view.primary & _INTERRUPT_WINDOW and state.rflags & _IF and not state.shadow:
         return VmExit(Reason.INTERRUPT_WINDOW)
     # With external-interrupt exiting, RFLAGS.IF and blocking by STI do not hold interrupts back.
-    if view.pin & _EXTERNAL_INTERRUPT_EXITING and not state.shadow & _MOV_SS and processor.interrupt_pending():
+    if view.pin & _EXTERNAL_INTERRUPT_EXITING and not _blocked_by_mov_ss(state) and processor.interrupt_pending():
         word = 0
         if view.exit & _ACKNOWLEDGE:
             word = interruption_word(processor.acknowledge_interrupt(), layouts.EXTERNAL_INTERRUPT)
@@ -73,9 +72,13 @@ def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState)
     return None
 
 
+def _blocked_by_mov_ss(state: CpuState) -> bool:
+    return state.shadow is not Shadow.NONE and bool(state.shadow & Shadow.MOV_SS)
+
+
 def _nmi_is_blocked(view: ControlView, state: CpuState) -> bool:
     """Virtual NMIs leave NMIs themselves unblocked: blocking by NMI is then the guest's own."""
-    return bool(state.shadow & _MOV_SS) or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
+    return _blocked_by_mov_ss(state) or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
 
 
 def wants_boundary(operation: VmxOperation) -> bool:

@@ -8,7 +8,7 @@ Spec: SDM Vol. 3, "VM Entries".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from vmcs import controls as c
@@ -41,6 +41,7 @@ _TIMER: Final = f.VMX_PREEMPTION_TIMER_VALUE.encoding
 _CR3: Final = f.GUEST_CR3.encoding
 
 _STAGES: Final = tuple(RULES[stage] for stage in (Stage.BASIC, Stage.CONTROLS, Stage.HOST, Stage.GUEST))
+_LMA: Final = int(Efer.LMA)
 _TIMER_CONTROL: Final = c.ACTIVATE_VMX_PREEMPTION_TIMER.mask
 _MONITOR_TRAP_FLAG: Final = c.MONITOR_TRAP_FLAG.mask
 _PDPTE_QUALIFICATION: Final = 2
@@ -80,7 +81,7 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
     return ENTERED
 
 
-def _check(context: EntryContext, changed: set[int]) -> Violation | None:
+def _check(context: EntryContext, changed: Mapping[int, int]) -> Violation | None:
     """The first rule that does not hold, stage by stage."""
     for rules in _STAGES:
         violation = rules.check(context, changed)
@@ -96,15 +97,15 @@ def _context(operation: VmxOperation, active: ActiveVmcs, launching: bool) -> En
     if context is None:
         context = active.context = operation.new_context(active)
     context.launching = launching
-    context.blocked_by_mov_ss = bool(state.shadow & Shadow.MOV_SS)
-    context.host_long_mode = bool(state.efer & Efer.LMA)
+    context.blocked_by_mov_ss = state.shadow is not Shadow.NONE and bool(state.shadow & Shadow.MOV_SS)
+    context.host_long_mode = bool(state.efer & _LMA)
     return context
 
 
 def _refresh_view(operation: VmxOperation, active: ActiveVmcs) -> ControlView:
     """The view of the controls, which have passed their checks; rebuilt if any of them changed."""
     view, vmcs = active.view, active.vmcs
-    if view is None or not vmcs.changed.isdisjoint(VIEW_FIELDS):
+    if view is None or not VIEW_FIELDS.isdisjoint(vmcs.changed):
         view = active.view = build_view(vmcs.values)
         control = unmodelled_control(view, vmcs[f.SECONDARY_VM_EXIT_CONTROLS])
         if control is not None:

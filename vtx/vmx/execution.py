@@ -27,6 +27,9 @@ from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Efer, Rflags, 
 _STATUS_FLAGS: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 _CF: Final = int(Rflags.CF)
 _ZF: Final = int(Rflags.ZF)
+_AC: Final = int(Rflags.AC)
+_LMA: Final = int(Efer.LMA)
+_LONG: Final = int(AccessRights.LONG)
 _RF: Final = int(Rflags.RF)
 
 Admission = Callable[[VmxOperation, Reason, Instruction | None], Outcome | None]
@@ -54,7 +57,7 @@ def _read_memory(operation: VmxOperation, instruction: Instruction, size: int) -
     processor = operation.processor
     address = _memory_address(operation, instruction, size)
     # The CPL is 0 whenever an operand is accessed.
-    return processor.mmu.read(address, size, ac=bool(processor.state.rflags & Rflags.AC))
+    return processor.mmu.read(address, size, ac=bool(processor.state.rflags & _AC))
 
 
 def _register_value(operation: VmxOperation, instruction: Instruction, position: int) -> int:
@@ -75,7 +78,7 @@ def _store(operation: VmxOperation, instruction: Instruction, size: int, value: 
         write_register(processor.state, operand, value)
         return
     address = _memory_address(operation, instruction, size, write=True)
-    processor.mmu.write(address, size, value, ac=bool(processor.state.rflags & Rflags.AC))
+    processor.mmu.write(address, size, value, ac=bool(processor.state.rflags & _AC))
 
 
 # Handlers that do more than pass a physical address
@@ -184,7 +187,7 @@ def commit(state: CpuState, outcome: Outcome, instruction: Instruction | None) -
 
 def retire(state: CpuState, instruction: Instruction) -> None:
     """Move RIP past ``instruction``, which has completed."""
-    long = state.efer & Efer.LMA and state.segments[1].access_rights & AccessRights.LONG
+    long = state.efer & _LMA and state.segments[1].access_rights & _LONG
     state.rip = (state.rip + instruction.length) & (MASK64 if long else MASK32)
     state.rflags &= ~_RF
     state.shadow = Shadow.NONE

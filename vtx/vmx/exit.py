@@ -38,7 +38,8 @@ _LOAD_COUNT: Final = f.VM_EXIT_MSR_LOAD_COUNT.encoding
 _LOAD_ADDRESS: Final = f.VM_EXIT_MSR_LOAD_ADDRESS.encoding
 
 _VIRTUAL_NMIS: Final = c.VIRTUAL_NMIS.mask
-_IA_32E_MODE_GUEST: Final = c.ENTRY_IA32E_MODE_GUEST.mask
+_IA32E_MODE_GUEST: Final = c.ENTRY_IA32E_MODE_GUEST.mask
+_LMA: Final = int(Efer.LMA)
 _ABORT_OFFSET: Final = 4  # of the VMX-abort indicator in the VMCS region
 
 
@@ -72,7 +73,7 @@ def perform_entry_failure(operation: VmxOperation, reason: Reason, qualification
     active = operation.current
     assert active is not None and active.view is not None
     values = active.vmcs.values
-    values[_REASON] = reason | ENTRY_FAILURE
+    values[_REASON] = int(reason | ENTRY_FAILURE)
     values[_QUALIFICATION] = qualification
     aborted = return_to_host(operation, active.vmcs, active.view)
     return aborted or EntryFailed(reason | ENTRY_FAILURE, qualification)
@@ -97,7 +98,7 @@ def return_to_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> Ou
 
 def _record(vmcs: Vmcs, record: VmExit) -> None:
     values = vmcs.values
-    values[_REASON] = record.reason
+    values[_REASON] = int(record.reason)
     values[_QUALIFICATION] = record.qualification
     values[_INTERRUPTION] = record.interruption
     values[_VECTORING] = record.vectoring
@@ -119,14 +120,14 @@ def _update_entry_controls(operation: VmxOperation, vmcs: Vmcs) -> None:
     values = vmcs.values
     if values[_ENTRY_INTERRUPTION] & VALID:
         values[_ENTRY_INTERRUPTION] &= ~VALID
-        vmcs.changed.add(_ENTRY_INTERRUPTION)
+        vmcs.changed[_ENTRY_INTERRUPTION] = vmcs.changed.get(_ENTRY_INTERRUPTION, 0) | VALID
     if operation.stores_ia32e_mode_guest:
         controls = values[_ENTRY_CONTROLS]
-        ia32e = operation.processor.state.efer & Efer.LMA
-        new = controls | _IA_32E_MODE_GUEST if ia32e else controls & ~_IA_32E_MODE_GUEST
+        ia32e = operation.processor.state.efer & _LMA
+        new = controls | _IA32E_MODE_GUEST if ia32e else controls & ~_IA32E_MODE_GUEST
         if new != controls:
             values[_ENTRY_CONTROLS] = new
-            vmcs.changed.add(_ENTRY_CONTROLS)
+            vmcs.changed[_ENTRY_CONTROLS] = vmcs.changed.get(_ENTRY_CONTROLS, 0) | _IA32E_MODE_GUEST
 
 
 def abort(operation: VmxOperation, indicator: AbortIndicator) -> VmxAborted:

@@ -59,7 +59,14 @@ _SEGMENTS: Final = tuple(
 )
 
 _BLOCKING_BY_NMI: Final = 1 << 3
-_SHADOW_BITS: Final = int(Shadow.STI | Shadow.MOV_SS)
+# Arithmetic on flag enumerations is too slow for what runs at every entry and exit.
+_SHADOWS: Final = tuple(Shadow(bits) for bits in range(4))
+_ACTIVITIES: Final = tuple(Activity)
+_PG: Final = int(Cr0.PG)
+_PAE: Final = int(Cr4.PAE)
+_LMA: Final = int(Efer.LMA)
+_LME: Final = int(Efer.LME)
+_RF: Final = int(Rflags.RF)
 
 # Controls that load or save an MSR with a field of its own; an absent MSR makes the control unmodelled.
 _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
@@ -85,13 +92,13 @@ _KEEPS_PENDING_DEBUG: Final = frozenset(
 
 def uses_pae_paging(cr0: int, cr4: int, efer: int) -> bool:
     """Whether these registers select PAE paging, whose PDPTEs are registers."""
-    return bool(cr0 & Cr0.PG and cr4 & Cr4.PAE and not efer & Efer.LMA)
+    return bool(cr0 & _PG and cr4 & _PAE and not efer & _LMA)
 
 
 def guest_uses_pae_paging(vmcs: Vmcs, view: ControlView) -> bool:
     """Whether the guest will use PAE paging: the entry then loads PDPTEs."""
     values = vmcs.values
-    return bool(values[_CR0] & Cr0.PG and values[_CR4] & Cr4.PAE and not view.entry & c.ENTRY_IA32E_MODE_GUEST.mask)
+    return bool(values[_CR0] & _PG and values[_CR4] & _PAE and not view.entry & c.ENTRY_IA32E_MODE_GUEST.mask)
 
 
 def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: Iterable[int] | None) -> None:
@@ -109,9 +116,9 @@ def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: I
     state.rflags = values[_RFLAGS]
     if pdptes is not None:
         state.pdptrs = list(pdptes)
-    state.activity = Activity(values[_ACTIVITY])
+    state.activity = _ACTIVITIES[values[_ACTIVITY]]
     interruptibility = values[_INTERRUPTIBILITY]
-    state.shadow = Shadow(interruptibility & _SHADOW_BITS)
+    state.shadow = _SHADOWS[interruptibility & 3]
     operation.host_nmi_blocked = state.nmi_blocked
     state.nmi_blocked = bool(interruptibility & _BLOCKING_BY_NMI)
     state.pending_debug = values[_PENDING_DEBUG]
@@ -123,9 +130,9 @@ def _load_control_registers(state: CpuState, values: dict[int, int], view: Contr
         state.efer = values[_EFER]
     else:
         ia32e = bool(view.entry & c.ENTRY_IA32E_MODE_GUEST.mask)
-        efer = state.efer & ~Efer.LMA | (Efer.LMA if ia32e else 0)
-        if cr0 & Cr0.PG:
-            efer = efer & ~Efer.LME | (Efer.LME if ia32e else 0)
+        efer = state.efer & ~_LMA | (_LMA if ia32e else 0)
+        if cr0 & _PG:
+            efer = efer & ~_LME | (_LME if ia32e else 0)
         state.efer = efer
     state.cr0 = cr0
     state.cr3 = values[_CR3]
@@ -203,9 +210,10 @@ def save_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, record: V
     )
     saved += _controlled_fields(operation, view, msrs)
     for encoding, value in saved:
-        if values[encoding] != value:
+        difference = values[encoding] ^ value
+        if difference:
             values[encoding] = value
-            changed.add(encoding)
+            changed[encoding] = changed.get(encoding, 0) | difference
 
 
 def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[int, int]) -> list[tuple[int, int]]:
@@ -239,7 +247,7 @@ def always_saved_msrs(capabilities: Capabilities) -> tuple[tuple[int, int], ...]
 def _saved_rflags(state: CpuState, record: VmExit) -> int:
     if record.resume_flag is None:
         return state.rflags
-    return state.rflags & ~Rflags.RF | (Rflags.RF if record.resume_flag else 0)
+    return state.rflags & ~_RF | (_RF if record.resume_flag else 0)
 
 
 def _interruptibility(state: CpuState) -> int:
@@ -250,7 +258,7 @@ def _interruptibility(state: CpuState) -> int:
 def _pending_debug(state: CpuState, record: VmExit) -> int:
     if record.reason in _KEEPS_PENDING_DEBUG:
         return state.pending_debug
-    if state.shadow & Shadow.MOV_SS and not record.is_debug_exception:
+    if state.shadow is not Shadow.NONE and state.shadow & Shadow.MOV_SS and not record.is_debug_exception:
         return state.pending_debug
     return 0
 

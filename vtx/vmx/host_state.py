@@ -33,6 +33,12 @@ _DATA_RIGHTS: Final = int(_DATA | _FLAT | AccessRights.DEFAULT_BIG)
 _TSS_RIGHTS: Final = int(_BUSY_TSS | AccessRights.PRESENT)
 _TSS_LIMIT: Final = 0x67
 
+_UNUSABLE: Final = int(AccessRights.UNUSABLE)
+_PAE: Final = int(Cr4.PAE)
+_PCIDE: Final = int(Cr4.PCIDE)
+_LMA_AND_LME: Final = int(Efer.LMA | Efer.LME)
+_RFLAGS: Final = int(Rflags.FIXED_1)
+
 _CR0: Final = f.HOST_CR0.encoding
 _CR3: Final = f.HOST_CR3.encoding
 _CR4: Final = f.HOST_CR4.encoding
@@ -88,7 +94,7 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
     _load_segments(state, values, is_64_bit)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]
-    state.rflags = int(Rflags.FIXED_1)
+    state.rflags = _RFLAGS
     state.activity = Activity.ACTIVE
     state.shadow = Shadow.NONE
     state.pending_debug = 0
@@ -107,13 +113,13 @@ def _load_control_registers(state: CpuState, values: dict[int, int], view: Contr
     state.cr0 = values[_CR0] & ~CR0_KEPT | state.cr0 & CR0_KEPT
     state.cr3 = values[_CR3]
     cr4 = values[_CR4]
-    state.cr4 = cr4 | Cr4.PAE if is_64_bit else cr4 & ~Cr4.PCIDE
+    state.cr4 = cr4 | _PAE if is_64_bit else cr4 & ~_PCIDE
     state.dr7 = DR7_ALWAYS_1
     if view.exit & c.EXIT_LOAD_IA32_EFER.mask:
         state.efer = values[_EFER]
     else:
         # LMA and LME follow the host address-space size.
-        state.efer = state.efer & ~(Efer.LMA | Efer.LME) | (Efer.LMA | Efer.LME if is_64_bit else 0)
+        state.efer = state.efer & ~_LMA_AND_LME | (_LMA_AND_LME if is_64_bit else 0)
 
 
 def _load_rare_msrs(operation: VmxOperation, values: dict[int, int], view: ControlView) -> None:
@@ -136,13 +142,13 @@ def _load_segments(state: CpuState, values: dict[int, int], is_64_bit: bool) -> 
         selector = segment.selector = values[selector_field]
         segment.base = 0 if base_field is None else values[base_field]
         segment.limit = MASK32
-        segment.access_rights = _DATA_RIGHTS if selector else _DATA_RIGHTS | AccessRights.UNUSABLE
+        segment.access_rights = _DATA_RIGHTS if selector else _DATA_RIGHTS | _UNUSABLE
     tr, ldtr = state.tr, state.ldtr
     tr.selector = values[_TR_SELECTOR]
     tr.base = values[_TR_BASE]
     tr.limit = _TSS_LIMIT
     tr.access_rights = _TSS_RIGHTS
     ldtr.selector = ldtr.base = ldtr.limit = 0
-    ldtr.access_rights = int(AccessRights.UNUSABLE)
+    ldtr.access_rights = _UNUSABLE
     state.gdtr.base, state.gdtr.limit = values[_GDTR_BASE], 0xFFFF
     state.idtr.base, state.idtr.limit = values[_IDTR_BASE], 0xFFFF

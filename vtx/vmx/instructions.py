@@ -26,6 +26,12 @@ from vtx.x86.state import AccessRights, CpuState, Cr0, Cr4, Efer, Rflags
 
 _UD: Final = Fault(Vector.UD)
 _GP: Final = Fault(Vector.GP, 0)
+# Arithmetic on flag enumerations is too slow for what every instruction does.
+_PE: Final = int(Cr0.PE)
+_VMXE: Final = int(Cr4.VMXE)
+_VM: Final = int(Rflags.VM)
+_LMA: Final = int(Efer.LMA)
+_LONG: Final = int(AccessRights.LONG)
 _LAUNCH_STATE_OFFSET: Final = 8  # in the region's image
 
 # The kinds of INVEPT and INVVPID with the name of the capability bit of each.
@@ -49,13 +55,13 @@ def _guest_exit(operation: VmxOperation, reason: Reason, instruction: Instructio
 
 
 def _in_compatibility_mode(state: CpuState) -> bool:
-    return bool(state.efer & Efer.LMA) and not state.segments[1].access_rights & AccessRights.LONG
+    return bool(state.efer & _LMA) and not state.segments[1].access_rights & _LONG
 
 
 def admit(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
     """#UD, VM exit and #GP(0) that most VMX instructions share; None to go on."""
     state = operation.processor.state
-    if operation.vmxon_pointer is None or not state.cr0 & Cr0.PE or state.rflags & Rflags.VM:
+    if operation.vmxon_pointer is None or not state.cr0 & _PE or state.rflags & _VM:
         return _UD
     if _in_compatibility_mode(state):
         return _UD
@@ -76,7 +82,7 @@ def admit_vmcall(operation: VmxOperation, reason: Reason, instruction: Instructi
 def admit_vmxon(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
     """VMXON: outside VMX operation, more faults; inside, a failure before the operand is read."""
     state = operation.processor.state
-    if not state.cr0 & Cr0.PE or not state.cr4 & Cr4.VMXE or state.rflags & Rflags.VM:
+    if not state.cr0 & _PE or not state.cr4 & _VMXE or state.rflags & _VM:
         return _UD
     if _in_compatibility_mode(state):
         return _UD

@@ -37,6 +37,9 @@ _PAGE_FAULT_MATCH: Final = f.PAGE_FAULT_ERROR_CODE_MATCH.encoding
 
 # Access types in the qualification of control-register accesses.
 _MOVE_TO, _MOVE_FROM, _CLTS, _LMSW = range(4)
+_TS: Final = int(Cr0.TS)
+_PE: Final = int(Cr0.PE)
+_RF: Final = int(Rflags.RF)
 _LMSW_MEMORY: Final = 1 << 6
 _LMSW_BITS: Final = int(Cr0.MP | Cr0.EM | Cr0.TS)
 _MSR_RANGE: Final = 0x2000
@@ -102,7 +105,7 @@ def _move_from_cr(guest: Guest, operation: op.MoveFromControlRegister, instructi
 
 
 def _clts(guest: Guest, operation: op.ClearTaskSwitched, instruction: Instruction) -> VmExit | None:
-    if guest.values[_CR0_MASK] & guest.values[_CR0_SHADOW] & Cr0.TS:
+    if guest.values[_CR0_MASK] & guest.values[_CR0_SHADOW] & _TS:
         return _of_instruction(Reason.CR_ACCESS, instruction, _CLTS << 4)
     return None
 
@@ -110,7 +113,7 @@ def _clts(guest: Guest, operation: op.ClearTaskSwitched, instruction: Instructio
 def _lmsw(guest: Guest, operation: op.LoadMachineStatusWord, instruction: Instruction) -> VmExit | None:
     mask, shadow = guest.values[_CR0_MASK], guest.values[_CR0_SHADOW]
     # LMSW cannot clear PE, so a 0 in bit 0 of the source never attempts to change it.
-    sets_pe = mask & ~shadow & operation.source & Cr0.PE
+    sets_pe = mask & ~shadow & operation.source & _PE
     if not sets_pe and not (operation.source ^ shadow) & mask & _LMSW_BITS:
         return None
     qualification = _LMSW << 4 | (operation.source & 0xFFFF) << 16
@@ -248,7 +251,7 @@ def exception_exit(values: Mapping[int, int], state: CpuState, event: Event, fau
 
 def resume_flag(event: Event, state: CpuState) -> int:
     """RFLAGS.RF in the image that delivery of ``event`` would push."""
-    return 1 if event.saved_rflags(state) & Rflags.RF else 0
+    return 1 if event.saved_rflags(state) & _RF else 0
 
 
 def _exception(guest: Guest, operation: op.RaiseException, instruction: Instruction) -> VmExit | None:

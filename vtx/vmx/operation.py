@@ -27,7 +27,9 @@ from vtx.x86.virtualization import Processor
 NO_VMCS: Final = MASK64  # the current-VMCS pointer while there is no current VMCS
 _PERF_GLOBAL_CTRL: Final = 0x38F
 _PE_AND_PG: Final = int(Cr0.PE | Cr0.PG)
-_EPTP_RULES: Final = tuple(rule for rule in RULES[Stage.CONTROLS] if f.EPT_POINTER in rule.demand.reads)
+_EPTP_RULES: Final = tuple(
+    rule for rule in RULES[Stage.CONTROLS] if any(each is f.EPT_POINTER for each, _ in rule.demand.reads)
+)
 _ERROR_FIELD: Final = f.VM_INSTRUCTION_ERROR.encoding
 
 
