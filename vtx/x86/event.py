@@ -63,8 +63,8 @@ class Event:
     instruction that RIP still points to; other kinds ignore it. ``address`` is what delivery of a page fault writes to
     CR2 and ``debug`` the bits that delivery of a debug exception sets in DR6; None (an injected event) leaves the
     registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of a repeated
-    string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM entry: INT n
-    then ignores IOPL in virtual-8086 mode.
+    string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM entry: the
+    value pushed for RF is that of the guest-state area, and INT n ignores IOPL in virtual-8086 mode.
     Spec: SDM Vol. 3, "Vectored-Event Injection".
     """
 
@@ -112,6 +112,8 @@ class Event:
         as it is for an interrupt, a trap and an instruction breakpoint.
         Spec: SDM Vol. 3, "Instruction-Breakpoint Exception Condition".
         """
+        if self.injected:
+            return state.rflags
         if self.resume_flag is not None:
             resume = self.resume_flag
         elif self.is_software:

@@ -45,6 +45,7 @@ GDT_ENTRIES = {
     0xB8: 0x00EF9B000000FFFF,  # code with both L and D
     0xC0: 0x00CF970000000FFF,  # data, expand-down: valid above FFFFFFH
     0xC8: 0x0000F3020000FFFF,  # data, 16-bit stack, DPL 3
+    0xD0: 0x00AFBB000000FFFF,  # 64-bit code, DPL 1
 }
 
 
@@ -112,7 +113,7 @@ def memory_with_gdt() -> FakeMemory:
     for selector, raw in GDT_ENTRIES.items():
         memory.poke(GDT + selector, raw, 8)
     memory.poke(TSS + 4, STACK_0, 4)
-    memory.poke(TSS + 8, 0x10, 2)
+    memory.poke(TSS + 8, 0xFFFF_0010, 4)
     memory.poke(TSS + 12, 0xA000, 4)
     memory.poke(TSS + 16, 0x51, 2)
     return memory

@@ -164,6 +164,17 @@ def test_saved_instruction_pointer_and_resume_flag(event: Event, saved_eip: int,
     assert memory.words(STACK_3 - 12, 3, 4) == [saved_eip, 0x08, saved_flags]
 
 
+@pytest.mark.parametrize("rflags", [0x202, 0x1_0202])
+@pytest.mark.parametrize("kind", [EXCEPTION, INT_N])
+def test_injected_event__saves_the_resume_flag_of_the_guest(kind: EventKind, rflags: int) -> None:
+    state, memory = protected_machine()
+    memory.gate(6, 0x08, 0x2000, 0x8E)
+    state.rflags = rflags
+    deliver(state, memory, Event(6, kind, instruction_length=2, injected=True))
+    assert memory.peek(STACK_3 - 4, 4) == rflags
+    assert state.rflags == 2
+
+
 def test_instruction_breakpoint__saves_the_resume_flag_as_it_is() -> None:
     state, memory = protected_machine()
     memory.gate(1, 0x08, 0x2000, 0x8E)

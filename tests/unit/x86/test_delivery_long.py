@@ -57,6 +57,15 @@ def test_inner_privilege__loads_a_null_ss() -> None:
     assert (state.ss.selector, state.ss.usable, state.cpl) == (0, False, 0)
 
 
+def test_inner_privilege__to_level_1() -> None:
+    state, memory = long_machine(cpl=3)
+    memory.poke(TSS + 12, 0xFFFF_8800_0000_6008, 8)
+    memory.gate64(0x40, 0xD0, HANDLER, 0x8E)
+    deliver(state, memory, INTERRUPT)
+    assert memory.words(0xFFFF_8800_0000_6000 - 40, 5, 8) == [RIP, 0x63, 0x202, 0x9008, 0x23]
+    assert (state.cs.selector, state.ss.selector, state.ss.usable, state.cpl) == (0xD1, 1, False, 1)
+
+
 @pytest.mark.parametrize("cpl", [0, 3])
 def test_interrupt_stack_table(cpl: int) -> None:
     state, memory = long_machine(cpl)

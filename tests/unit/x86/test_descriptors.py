@@ -38,6 +38,8 @@ def test_parse_16_byte_descriptor__takes_the_upper_half_of_the_base() -> None:
         (0x12348E0000085678, 0, Gate(0x08, 0x1234_5678, SystemType.INTERRUPT_GATE_32, 0, True)),
         (0x1234E70000085678, 0, Gate(0x08, 0x5678, SystemType.TRAP_GATE_16, 3, True)),
         (0x12340F0300085678, 0xFFFF_8000, Gate(0x08, 0xFFFF_8000_1234_5678, 15, 0, False, ist=3, parameter_count=3)),
+        (0x1234840300085678, 0, Gate(0x08, 0x5678, SystemType.CALL_GATE_16, 0, True, ist=3, parameter_count=3)),
+        (0x12348C1F00085678, 0, Gate(0x08, 0x1234_5678, SystemType.CALL_GATE_32, 0, True, ist=7, parameter_count=31)),
         (0x0000850000280000, 0, Gate(0x28, 0, SystemType.TASK_GATE, 0, True)),
     ],
 )

@@ -264,6 +264,16 @@ def test_v86__32_bit_keeps_vm_iopl_vif_and_vip() -> None:
     assert state.rflags == 0x2_3000 | 0x25_0FD7
 
 
+def test_v86__eip_within_the_limit() -> None:
+    state, memory = virtual_8086_machine(iopl=3)
+    frame(state, memory, 4, 0xFFFF, 0x7000, 2)
+    iret(state, memory, 32)
+    assert state.rip == 0xFFFF
+    state, memory = virtual_8086_machine(iopl=3)
+    frame(state, memory, 4, 0x1_0000, 0x7000, 2)
+    assert fault_of(state, memory, 32) == Fault(Vector.GP, 0)
+
+
 @pytest.mark.parametrize(("vme", "operand_size"), [(False, 16), (False, 32), (True, 32)])
 def test_v86__below_iopl_3_faults(vme: bool, operand_size: int) -> None:
     state, memory = virtual_8086_machine(iopl=2)

@@ -59,6 +59,12 @@ def test_syscall__disabled() -> None:
     assert fault_of(state, lambda: syscall(state, MSRS, 2)) == Fault(Vector.UD)
 
 
+def test_syscall__real_mode() -> None:
+    state, _ = real_machine()
+    state.efer = Efer.SCE.value
+    assert fault_of(state, lambda: syscall(state, MSRS, 2, amd=True)) == Fault(Vector.UD)
+
+
 def test_sysret__64_bit() -> None:
     state, _ = long_machine()
     state.gpr[Gpr.RCX], state.gpr[Gpr.R11] = 0x7FFF_FFFF_F000, 0xFFFF_FFFF

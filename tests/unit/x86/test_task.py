@@ -149,6 +149,22 @@ def test_pae_paging__needs_a_hook() -> None:
         switch(state, memory)
 
 
+def test_paging__a_16_bit_task_keeps_cr3() -> None:
+    state, memory = machine()
+    state.cr0 |= Cr0.PG.value
+    state.cr3 = 0x5000
+    memory.poke(TASK_16 + 0x24, 0x0010_0008, 4)
+    switch(state, memory, selector=0x88)
+    assert state.cr3 == 0x5000
+
+
+def test_conforming_code_in_a_data_register__ignores_privilege() -> None:
+    state, memory = machine()
+    memory.poke(TASK_32 + 0x54, 0x33, 4)
+    switch(state, memory)
+    assert state.segments[SegmentRegister.DS] == Segment(0x33, 0, 0xFFFF_FFFF, 0xC09F)
+
+
 def test_virtual_8086_task() -> None:
     state, memory = machine()
     memory.poke(TASK_32 + 0x20, 0x100, 4)
@@ -199,7 +215,12 @@ def descriptor(selector: int, raw: int) -> Setup:
     return lambda state, memory: memory.poke(GDT + selector, raw, 8)
 
 
+def tss_in_the_ldt(state: CpuState, memory: FakeMemory) -> None:
+    state.ldtr = Segment(0x90, GDT, 0xFF, 0x82)
+
+
 EARLY_FAULTS = [
+    ("ldt-with-a-tss", JMP, 0x84, tss_in_the_ldt, Fault(Vector.GP, 0x84)),
     ("ldt", JMP, 0x84, None, Fault(Vector.GP, 0x84)),
     ("ldt-iret", IRET, 0x84, None, Fault(Vector.TS, 0x84)),
     ("beyond-gdt", JMP, 0x100, None, Fault(Vector.GP, 0x100)),
