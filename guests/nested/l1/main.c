@@ -71,7 +71,10 @@ static void boot_l2(uint32_t entry_point)
     struct multiboot_info *info = l2_memory(MULTIBOOT_INFO_ADDRESS, sizeof *info);
 
     *info = (struct multiboot_info){
-        .flags = MULTIBOOT_INFO_MEMORY, .memory_lower_kib = 640, .memory_upper_kib = (uint32_t)((l2_memory_size - MIB) >> 10)};
+        .flags = MULTIBOOT_INFO_MEMORY,
+        .memory_lower_kib = 640,
+        .memory_upper_kib = (uint32_t)((l2_memory_size - MIB) >> 10),
+    };
     gpr[RAX] = MULTIBOOT_LOADER_MAGIC;
     gpr[RBX] = MULTIBOOT_INFO_ADDRESS;
 

@@ -86,8 +86,8 @@ static bool host_state_good(void)
     for (unsigned address = HOST_FS_BASE; address <= HOST_IA32_SYSENTER_EIP; address += 2)
         if (!is_canonical(vmcs12_read(address)))
             return false;
-    return is_canonical(vmcs12_read(HOST_RIP)) && host_efer_good() && vmcs12_read(HOST_CS_SELECTOR) && vmcs12_read(HOST_TR_SELECTOR) &&
-           fixed_bits_good(vmcs12_read(HOST_CR0), IA32_VMX_CR0_FIXED0) &&
+    return is_canonical(vmcs12_read(HOST_RIP)) && host_efer_good() && vmcs12_read(HOST_CS_SELECTOR) &&
+           vmcs12_read(HOST_TR_SELECTOR) && fixed_bits_good(vmcs12_read(HOST_CR0), IA32_VMX_CR0_FIXED0) &&
            fixed_bits_good(vmcs12_read(HOST_CR4), IA32_VMX_CR4_FIXED0) && (vmcs12_read(HOST_CR4) & CR4_PAE) &&
            (vmcs12_read(EXIT_CONTROLS) & EXIT_HOST_ADDRESS_SPACE_SIZE);
 }
