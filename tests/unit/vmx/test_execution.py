@@ -209,7 +209,7 @@ def test_vmlaunch__leaves_rip_to_the_guest(root: tuple[FakeProcessor, Vmx]) -> N
 
 
 def test_guest_exit__reports_length_information_and_displacement(root: tuple[FakeProcessor, Vmx]) -> None:
-    processor, vmx = root
+    _processor, vmx = root
     vmcs = vmx.current_vmcs
     assert vmcs is not None
     vmx.vmlaunch()

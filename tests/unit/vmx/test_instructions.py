@@ -144,7 +144,7 @@ class TestVmxon:
         ids=["unaligned", "beyond-width", "bit-63"],
     )
     def test_bad_address__fails_invalid(self, address: int) -> None:
-        processor, vmx = make_vmx()
+        _processor, vmx = make_vmx()
         assert vmx.vmxon(address) == VmFailInvalid()
         assert not vmx.in_vmx_operation
 
@@ -210,7 +210,7 @@ class TestVmclear:
         assert vmx.vmread(f.GUEST_RIP) == VmSucceed(0x1234_5678_9ABC)
 
     def test_inactive_region__becomes_clear(self) -> None:
-        processor, vmx = make_vmx()
+        _processor, vmx = make_vmx()
         prepare(vmx)
         vmx.vmlaunch()
         vmx.vmcall()
