@@ -414,6 +414,13 @@ def test_room_on_the_current_stack(setup: Setup, fits: bool) -> None:
         assert not [access for access in memory.accesses if access[0] == "write"]
 
 
+def test_entry_point_at_the_limit_of_the_code_segment() -> None:
+    state, memory = protected_machine()
+    memory.gate(0x40, 0x68, 0xFFF, 0x8E)
+    deliver(state, memory, INTERRUPT)
+    assert state.rip == 0xFFF
+
+
 @pytest.mark.parametrize(
     ("page", "address"),
     [(IDT, IDT + 0x200), (GDT, GDT + 8), (TSS, TSS + 8), (STACK_0 - 0x1000, STACK_0 - 4)],

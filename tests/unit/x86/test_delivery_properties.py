@@ -101,7 +101,7 @@ def check_registers(state: CpuState) -> None:
     assert all(type(segment.access_rights) is int for segment in state.segments)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(deliveries())
 def test_delivery_is_total_and_atomic(delivery: tuple[CpuState, FakeMemory, Event]) -> None:
     state, memory, event = delivery
@@ -118,7 +118,7 @@ def test_delivery_is_total_and_atomic(delivery: tuple[CpuState, FakeMemory, Even
     check_registers(state)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(deliveries())
 def test_delivery_with_faults_ends(delivery: tuple[CpuState, FakeMemory, Event]) -> None:
     state, memory, event = delivery
@@ -130,7 +130,7 @@ def test_delivery_with_faults_ends(delivery: tuple[CpuState, FakeMemory, Event])
         assert isinstance(outcome, Delivered | TripleFault)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(machines(), st.sampled_from([16, 32, 64]), st.lists(SELECTORS | U32, min_size=9, max_size=9))
 def test_iret_is_total_and_atomic(machine: tuple[CpuState, FakeMemory], operand_size: int, values: list[int]) -> None:
     state, memory = machine
@@ -150,7 +150,7 @@ def test_iret_is_total_and_atomic(machine: tuple[CpuState, FakeMemory], operand_
     check_registers(state)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(machines(), U16, st.sampled_from([1, 2, 4]))
 def test_io_permission_is_total(machine: tuple[CpuState, FakeMemory], port: int, size: int) -> None:
     state, memory = machine

@@ -137,5 +137,5 @@ def test_set_accessed__writes_memory_only_once() -> None:
 def test_null_selectors() -> None:
     assert [descriptors.is_null(selector) for selector in (0, 3, 4, 8)] == [True, True, False, False]
     null = descriptors.null_segment(3, 3)
-    assert not null.usable
-    assert null.dpl == 3
+    assert null == Segment(3, 0, 0, 0x1_0060)
+    assert (null.usable, null.dpl) == (False, 3)

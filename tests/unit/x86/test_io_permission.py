@@ -70,6 +70,14 @@ def test_both_bytes_of_the_map_must_be_within_the_limit(limit: int, port: int, e
     assert refused(state, memory, port) is expected
 
 
+def test_smallest_tss_with_a_map() -> None:
+    state, memory = protected_machine(3)
+    with_map(state, memory, base=0, limit=0x67)
+    assert not refused(state, memory, 0)
+    with_map(state, memory, base=0, limit=0x66)
+    assert refused(state, memory, 0)
+
+
 @pytest.mark.parametrize("rights", [0x83, 0x1008B, 0x82])
 def test_no_map_in_other_segments(rights: int) -> None:
     state, memory = protected_machine(3)

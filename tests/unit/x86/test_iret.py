@@ -70,6 +70,13 @@ def test_real_mode_32__eip_beyond_the_limit() -> None:
     assert fault_of(state, memory, 32) == Fault(Vector.GP, 0)
 
 
+def test_real_mode_32__eip_at_the_limit() -> None:
+    state, memory = real_machine()
+    frame(state, memory, 4, 0xFFFF, 0x7000, 2)
+    iret(state, memory, 32)
+    assert state.rip == 0xFFFF
+
+
 def test_real_mode__stack_limit() -> None:
     state, memory = real_machine()
     state.gpr[Gpr.RSP] = 0xFFFD
@@ -179,6 +186,13 @@ def test_protected_mode_faults(values: tuple[int, ...], fault: Fault) -> None:
     state, memory = protected_machine()
     frame(state, memory, 4, *values)
     assert fault_of(state, memory, 32) == fault
+
+
+def test_eip_at_the_limit() -> None:
+    state, memory = protected_machine()
+    frame(state, memory, 4, 0xFFF, 0x68, 2)
+    iret(state, memory, 32)
+    assert state.rip == 0xFFF
 
 
 def test_return_to_an_inner_level__is_refused() -> None:
@@ -360,6 +374,14 @@ def test_ia_32e_mode_faults(values: tuple[int, ...], fault: Fault) -> None:
     state, memory = long_machine()
     frame(state, memory, 8, *values)
     assert fault_of(state, memory, 64) == fault
+
+
+def test_compatibility_mode__ignores_the_virtual_8086_flag() -> None:
+    state, memory = long_machine()
+    state.segments[SegmentRegister.CS] = Segment(0x08, 0, 0xFFFF_FFFF, 0xC09B)
+    frame(state, memory, 4, 0x1000, 0x08, 0x2_0246)
+    iret(state, memory, 32)
+    assert (state.rip, state.rflags) == (0x1000, 0x246)
 
 
 def test_ia_32e_mode__nested_task_faults() -> None:
