@@ -369,6 +369,28 @@ def test_inner_privilege_faults(setup: Setup, vector: Vector, code: int) -> None
     assert fault_of(state, memory, INTERRUPT) == Fault(vector, code)
 
 
+def test_null_selectors__are_refused_even_if_the_first_descriptor_would_do() -> None:
+    state, memory = protected_machine(cpl=3)
+    memory.poke(GDT, 0x00CF9B000000FFFF, 8)
+    memory.gate(0x40, 0, 0x2000, 0x8E)
+    assert fault_of(state, memory, INTERRUPT) == Fault(Vector.GP, 1)
+    memory.poke(GDT, 0x00CF93000000FFFF, 8)
+    memory.gate(0x40, 0x08, 0x2000, 0x8E)
+    memory.poke(TSS + 8, 0, 2)
+    assert fault_of(state, memory, INTERRUPT) == Fault(Vector.TS, 1)
+
+
+def test_room_on_the_stack_of_level_1__names_the_selector_without_its_rpl() -> None:
+    state, memory = protected_machine(cpl=3)
+    memory.gate(0x40, 0x48, 0x2000, 0x8E)
+    memory.poke(GDT + 0x50, 0x0040B30000000FFF, 8)
+    fault = Fault(Vector.SS, 0x51)
+    assert fault_of(state, memory, INTERRUPT) == fault
+    assert fault_of(state, memory, Event(0x40, INT1, instruction_length=1)) == fault
+    memory.gate(0x40, 0x48, 0x2000, 0xEE)
+    assert fault_of(state, memory, Event(0x40, INT_N, instruction_length=2)) == Fault(Vector.SS, 0x50)
+
+
 def test_tss_limit__may_be_just_large_enough() -> None:
     state, memory = protected_machine(cpl=3)
     memory.gate(0x40, 0x08, 0x2000, 0x8E)

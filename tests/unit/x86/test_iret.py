@@ -195,6 +195,31 @@ def test_eip_at_the_limit() -> None:
     assert state.rip == 0xFFF
 
 
+def test_null_code_selector__is_refused_even_if_the_first_descriptor_would_do() -> None:
+    state, memory = protected_machine()
+    memory.poke(GDT, 0x00CF9B000000FFFF, 8)
+    frame(state, memory, 4, 0x1000, 0, 2)
+    assert fault_of(state, memory, 32) == Fault(Vector.GP, 0)
+
+
+@pytest.mark.parametrize(("selector", "fits"), [(0x33, True), (0x4B, False)], ids=["conforming", "non-conforming"])
+def test_code_of_a_lower_dpl_than_the_return_level(selector: int, fits: bool) -> None:
+    state, memory = protected_machine(cpl=3)
+    frame(state, memory, 4, 0x1000, selector, 2)
+    if fits:
+        iret(state, memory, 32)
+        assert (state.cs.selector, state.cpl) == (0x33, 3)
+    else:
+        assert fault_of(state, memory, 32) == Fault(Vector.GP, 0x48)
+
+
+def test_compatibility_mode__eip_at_the_limit() -> None:
+    state, memory = long_machine()
+    frame(state, memory, 8, 0xFFF, 0x68, 2, 0x9000, 0x10)
+    iret(state, memory, 64)
+    assert state.rip == 0xFFF
+
+
 def test_return_to_an_inner_level__is_refused() -> None:
     state, memory = protected_machine(cpl=3)
     frame(state, memory, 4, 0x1000, 0x08, 2)

@@ -259,6 +259,23 @@ def test_page_fault_in_the_new_tss__changes_nothing() -> None:
     assert (state, memory.bytes) == (before, contents)
 
 
+@pytest.mark.parametrize(("selector", "fits"), [(0x30, True), (0x33, True), (0x1B, True), (0x18, False)])
+def test_code_segment_of_the_new_task(selector: int, fits: bool) -> None:
+    state, memory = machine()
+    stack = 0x20 | selector & 3 if selector & 3 else 0x10
+    memory.poke(TASK_32 + 0x4C, selector, 4)
+    memory.poke(TASK_32 + 0x50, stack, 4)
+    for offset in (0x48, 0x54, 0x58):
+        memory.poke(TASK_32 + offset, 0, 4)
+    if fits:
+        switch(state, memory)
+        assert (state.cs.selector, state.cpl) == (selector, selector & 3)
+    else:
+        with pytest.raises(InstructionAborted) as caught:
+            switch(state, memory)
+        assert caught.value.cause == Fault(Vector.TS, selector)
+
+
 # Past it: the new task takes the fault
 
 
