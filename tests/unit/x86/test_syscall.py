@@ -76,7 +76,7 @@ def test_sysret__64_bit() -> None:
 
 def test_sysret__compatibility() -> None:
     state, _ = long_machine()
-    state.gpr[Gpr.RCX], state.gpr[Gpr.R11] = 0x1_0000_1000, 0x202
+    state.gpr[Gpr.RCX], state.gpr[Gpr.R11] = 0x8000_0000_1000, 0x202  # not canonical: cut off
     sysret(state, MSRS, 32)
     assert (state.rip, state.cs) == (0x1000, Segment(0x23, 0, 0xFFFF_FFFF, 0xC0FB))
     assert state.ss.selector == 0x2B

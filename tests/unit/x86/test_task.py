@@ -230,6 +230,7 @@ EARLY_FAULTS = [
     ("not-present", JMP, 0x80, descriptor(0x80, 0x0000090040000067), Fault(Vector.NP, 0x80)),
     ("too-small", JMP, 0x80, descriptor(0x80, 0x0000890040000066), Fault(Vector.TS, 0x80)),
     ("too-small-16", JMP, 0x88, descriptor(0x88, 0x000081005000002A), Fault(Vector.TS, 0x88)),
+    ("old-unusable", JMP, 0x80, lambda s, m: setattr(s.tr, "access_rights", 0x1008B), Fault(Vector.TS, 0x28)),
     ("old-too-small", JMP, 0x80, lambda s, m: setattr(s.tr, "limit", 0x5C), Fault(Vector.TS, 0x28)),
 ]
 
