@@ -26,7 +26,7 @@ from vtx.devices.apic_registers import (
     Shorthand,
     Svr,
 )
-from vtx.devices.apic_timer import MASK32, ApicTimer
+from vtx.devices.apic_timer import MASK32, ApicTimer, divisor
 from vtx.devices.clock import Clock
 
 DEFAULT_BASE = 0xFEE0_0000
@@ -66,7 +66,11 @@ class ProcessorPins(Protocol):
 
 @frozen
 class ApicProfile:
-    """What is fixed about a local APIC. ``max_physical_address`` is MAXPHYADDR in bits."""
+    """What is fixed about a local APIC.
+
+    ``max_physical_address`` is MAXPHYADDR in bits; ``timer_input_ticks`` the ticks of the time-stamp counter in one
+    period of the timer's input clock.
+    """
 
     apic_id: int = 0
     bootstrap: bool = True
@@ -75,6 +79,7 @@ class ApicProfile:
     cmci: bool = True
     max_physical_address: int = 46
     version: int = 0x15
+    timer_input_ticks: int = 1
 
     @property
     def version_register(self) -> int:
@@ -101,13 +106,13 @@ class LocalApicState:
 
     apic_base: int
     xapic_id: int
+    timer: ApicTimer
     registers: list[int] = field(factory=_reset_registers)
     irr: int = 0
     isr: int = 0
     tmr: int = 0
     errors: int = 0
     error_interrupt_armed: bool = True
-    timer: ApicTimer = field(factory=ApicTimer)
     local_pins: list[bool] = field(factory=lambda: [False, False])
     external_message: bool = False
 
@@ -121,7 +126,8 @@ class ApicCore:
         self._bus = bus
         self._pins = pins
         base = DEFAULT_BASE | ApicBase.EN | (ApicBase.BSP if profile.bootstrap else 0)
-        self.state = LocalApicState(apic_base=base, xapic_id=profile.apic_id & 0xFF)
+        timer = ApicTimer(divide=profile.timer_input_ticks * divisor(0))
+        self.state = LocalApicState(apic_base=base, xapic_id=profile.apic_id & 0xFF, timer=timer)
 
     # --- Modes -------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """The local APIC timer: one-shot, periodic and TSC-deadline.
 
-The count-down rate is one per tick before the divide configuration, so the input clock of the timer runs at the
-frequency of the time-stamp counter: virtual time has no second clock worth telling apart, and a guest that calibrates
-the timer against the TSC finds the ratio 1. Nothing counts: the timer knows the tick at which the count reaches zero.
+The input clock is the core crystal clock, as CPUID leaf 15H tells software: a whole number of ticks of the time-stamp
+counter a count, before the divide configuration. Where that leaf is absent, and the rate for software to measure, it is
+one tick. Nothing counts: the timer knows the tick at which the count reaches zero.
 
 Spec: SDM Vol. 3, "APIC Timer", "TSC-Deadline Mode".
 """
@@ -36,12 +36,14 @@ def divisor(configuration: int) -> int:
 class ApicTimer:
     """The timer's state; every method that depends on time takes the current tick.
 
+    ``divide`` is the ticks a count takes: those of the input clock times the divide configuration.
+
     ``expires_at`` is the tick at which the current count reaches zero, None while nothing counts. ``tsc_offset`` is
     what the processor adds to ticks, modulo 2**64, to get IA32_TIME_STAMP_COUNTER. ``tsc_deadline`` 0 means disarmed.
     """
 
+    divide: int
     mode: TimerMode = TimerMode.ONE_SHOT
-    divide: int = 2
     initial_count: int = 0
     expires_at: int | None = None
     tsc_deadline: int = 0

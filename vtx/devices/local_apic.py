@@ -137,9 +137,8 @@ class LocalApic(ApicCore):
 
     def _clear(self, *, keep_pins: bool) -> None:
         old = self.state
-        self.state = LocalApicState(
-            apic_base=old.apic_base, xapic_id=old.xapic_id, timer=ApicTimer(tsc_offset=old.timer.tsc_offset)
-        )
+        timer = ApicTimer(divide=self.profile.timer_input_ticks * divisor(0), tsc_offset=old.timer.tsc_offset)
+        self.state = LocalApicState(apic_base=old.apic_base, xapic_id=old.xapic_id, timer=timer)
         if keep_pins:
             self.state.local_pins = old.local_pins
 
@@ -304,7 +303,7 @@ class LocalApic(ApicCore):
 
     def _write_divide_configuration(self, value: int) -> None:
         self.state.registers[Register.DIVIDE_CONFIGURATION] = value
-        self.state.timer.set_divide(self._clock.now(), divisor(value))
+        self.state.timer.set_divide(self._clock.now(), self.profile.timer_input_ticks * divisor(value))
 
     def _write_icr_low(self, value: int) -> None:
         registers = self.state.registers

@@ -250,9 +250,9 @@ def test_tiny_machines(size: int) -> None:
 
 
 def test_sparse_bss_touches_no_memory() -> None:
-    image = elf(segments=((MIB, MIB, CODE, 2000 * MIB),))
+    image = elf(segments=((MIB, MIB, CODE, 1000 * MIB),))
     before = resident()
-    boot(image, size=3072 * MIB)
+    boot(image, size=1024 * MIB)
     assert resident() - before < 100 * MIB
 
 

@@ -28,6 +28,23 @@ def test_divide_configuration(machine: Machine, configuration: int, divisor: int
     assert machine.read(CURRENT_COUNT) == 6
 
 
+def test_input_clock_slower_than_the_tsc() -> None:
+    machine = Machine(timer_input_ticks=40)
+    machine.write(TIMER, 0x40)
+    machine.write(INITIAL_COUNT, 10)
+    assert machine.apic.next_deadline() == 10 * 40 * 2
+    machine.write(DIVIDE, 0xB)
+    machine.write(INITIAL_COUNT, 10)
+    assert machine.apic.next_deadline() == 10 * 40
+    machine.wait(399)
+    assert machine.read(CURRENT_COUNT) == 1
+    machine.apic.init_reset()
+    machine.write(SVR, 0x1FF)
+    machine.write(TIMER, 0x40)
+    machine.write(INITIAL_COUNT, 10)
+    assert machine.apic.next_deadline() == 399 + 10 * 40 * 2
+
+
 def test_one_shot_fires_once(machine: Machine) -> None:
     machine.write(DIVIDE, 0xB)
     machine.write(TIMER, 0x40)
