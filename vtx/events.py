@@ -133,7 +133,7 @@ class InterruptAccepted:
 
 @frozen
 class VmInstruction:
-    """A VMX instruction and what came of it, in the manual's words: ``VMsucceed``, ``VMfailValid(7)``, ``#GP(0)`` ..."""
+    """A VMX instruction and what came of it: ``VMsucceed``, ``VMfailValid(7)``, ``#GP(0)`` ..."""
 
     name: ClassVar[str] = "vm_instruction"
     vcpu: int
