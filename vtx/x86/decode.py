@@ -177,12 +177,9 @@ def decode(encoding: bytes, bits: int) -> Instruction | None:
     if raw.code == Code.INVALID:
         return None
     registers = tuple(
-        _general_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None
-        for i in range(raw.op_count)
+        _general_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count)
     )
-    system = tuple(
-        _system_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count)
-    )
+    system = tuple(_system_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count))
     immediates = [raw.immediate(i) for i in range(raw.op_count) if raw.op_kind(i) in _IMMEDIATES]
     head = encoding[: raw.len]
     operand_size, address_size = _sizes(head, bits)

@@ -70,15 +70,18 @@ class EngineClient(Protocol):
         """Translate a page for an access at ``cpl`` with RFLAGS.AC as given, or refuse."""
         ...
 
-    def port_in(self, port: int, size: int, cpl: int) -> int | None:
-        """Value of a port read that needs no further checks; None to have the instruction trap instead."""
+    def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
+        """Value of a port read that needs no further checks; None to have the instruction trap instead.
+
+        ``linear`` is the address of the instruction, ``bits`` the kind of code (16, 32 or 64).
+        """
         ...
 
     def fast_call_msrs(self) -> tuple[int, int, int, int]:
         """IA32_SYSENTER_CS, _ESP, _EIP and IA32_STAR, for the SYSEXIT and SYSRET the engine executes."""
         ...
 
-    def port_out(self, port: int, size: int, value: int, cpl: int) -> bool:
+    def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
         """Perform a port write that needs no further checks; False to have the instruction trap instead."""
         ...
 
@@ -87,12 +90,21 @@ class ExecutionEngine(Protocol):
     """Runs one processor's code."""
 
     def run(
-        self, state: CpuState, *, reload: bool, budget: int | None, step: bool = False, watch_if: bool = False
+        self,
+        state: CpuState,
+        *,
+        reload: bool,
+        budget: int | None,
+        step: bool = False,
+        watch_if: bool = False,
+        instruction_limit: int | None = None,
+        osxsave: bool = False,
     ) -> EngineEvent:
         """Run from ``state`` to the next event, leaving the exact state in ``state``.
 
         ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``budget`` limits the bytes of
-        code executed; ``step`` executes one instruction; ``watch_if`` stops as soon as RFLAGS.IF is 1.
+        code executed, ``instruction_limit`` the value of `instructions`; ``step`` executes one instruction;
+        ``watch_if`` stops as soon as RFLAGS.IF is 1. ``osxsave`` lets the XSAVE family execute instead of trapping.
         """
         ...
 

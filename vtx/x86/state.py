@@ -50,7 +50,7 @@ class SegmentRegister(enum.IntEnum):
     GS = 5
 
 
-class AccessRights(enum.IntFlag):
+class AccessRights(enum.IntEnum):
     """Segment access rights, VMCS format (bits 3:0 are the type, bits 6:5 the DPL)."""
 
     ACCESSED = 1 << 0
@@ -134,7 +134,7 @@ class Shadow(enum.IntFlag):
     MOV_SS = 1 << 1
 
 
-class Rflags(enum.IntFlag):
+class Rflags(enum.IntEnum):
     """RFLAGS bits (SDM Vol. 1, "EFLAGS Register")."""
 
     CF = 1 << 0
@@ -157,7 +157,7 @@ class Rflags(enum.IntFlag):
     ID = 1 << 21
 
 
-class Cr0(enum.IntFlag):
+class Cr0(enum.IntEnum):
     """CR0 bits (SDM Vol. 3, "Control Registers")."""
 
     PE = 1 << 0
@@ -173,7 +173,7 @@ class Cr0(enum.IntFlag):
     PG = 1 << 31
 
 
-class Cr4(enum.IntFlag):
+class Cr4(enum.IntEnum):
     """CR4 bits (SDM Vol. 3, "Control Registers")."""
 
     VME = 1 << 0
@@ -204,7 +204,7 @@ class Cr4(enum.IntFlag):
     LAM_SUP = 1 << 28
 
 
-class Efer(enum.IntFlag):
+class Efer(enum.IntEnum):
     """IA32_EFER bits (SDM Vol. 3, "Extended Feature Enable Register")."""
 
     SCE = 1 << 0

@@ -78,7 +78,10 @@ class Processor(Protocol):
 class Virtualization(Protocol):
     """What the processor asks its virtualization extension."""
 
-    non_root: bool
+    @property
+    def non_root(self) -> bool:
+        """VMX non-root operation or SVM guest mode."""
+        ...
 
     @property
     def transitions(self) -> int:

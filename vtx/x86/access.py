@@ -1,0 +1,115 @@
+"""Which exact address an instruction touched, when only the page is known.
+
+The engine reports refused translations by page. The linear address that #PF puts into CR2, and that VM exits report,
+is found by computing the memory operands of the instruction at RIP, implicit stack accesses included.
+
+Spec: SDM Vol. 3, "Interrupt 14—Page-Fault Exception (#PF)", "Access Rights" (implicit supervisor-mode accesses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register, RegisterExt
+
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.x86.second_level import AccessKind
+from vtx.x86.state import MASK32, CpuState, SegmentRegister
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+_SEGMENTS: Final[Mapping[int, SegmentRegister]] = {
+    Register.ES: SegmentRegister.ES,
+    Register.CS: SegmentRegister.CS,
+    Register.SS: SegmentRegister.SS,
+    Register.DS: SegmentRegister.DS,
+    Register.FS: SegmentRegister.FS,
+    Register.GS: SegmentRegister.GS,
+}
+_WRITES: Final = frozenset(
+    (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE),
+)
+_READS: Final = frozenset(
+    (OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE),
+)
+_LARGEST_OPERAND: Final = 512  # FXSAVE; an XSAVE area is larger but reported without a size
+_FACTORY: Final = InstructionInfoFactory()
+
+
+def _register_value(state: CpuState, register: int) -> int:
+    if register in _SEGMENTS:
+        segment = _SEGMENTS[register]
+        if state.in_64_bit_mode and segment < SegmentRegister.FS:
+            return 0
+        return state.segments[segment].base
+    if register in (Register.RIP, Register.EIP):
+        return state.rip
+    value = state.gpr[RegisterExt.number(register)]  # type: ignore[arg-type]
+    return value & ((1 << 8 * RegisterExt.size(register)) - 1)  # type: ignore[arg-type]
+
+
+def _operands(processor: LogicalProcessor) -> list[tuple[int, int, int, int]]:
+    """(linear address, size, access, segment register) of each memory operand of the instruction at RIP."""
+    instruction = processor.fetch()
+    if instruction is None:
+        return []
+    state = processor.state
+    raw = Decoder(instruction.bits, instruction.encoding, DecoderOptions.NONE, state.rip).decode()
+    found = []
+    for memory in _FACTORY.info(raw).used_memory():
+        values = [0, 0, 0]
+        for i, register in enumerate((memory.segment, memory.base, memory.index)):
+            if register != Register.NONE:
+                values[i] = _register_value(state, register)
+        width = {2: 0xFFFF, 4: MASK32}.get(int(memory.address_size), (1 << 64) - 1)
+        offset = values[1] + values[2] * memory.scale + memory.displacement
+        address = values[0] + (offset & width)
+        if not state.in_64_bit_mode:
+            address &= MASK32
+        size = raw.memory_size and _sizes(int(memory.memory_size))
+        found.append((address & (1 << 64) - 1, size or 1, int(memory.access), int(memory.segment)))
+    return found
+
+
+def _sizes(memory_size: int) -> int:
+    from iced_x86 import MemorySizeExt  # noqa: PLC0415 - only needed on this rare path
+
+    return MemorySizeExt.size(memory_size) or _LARGEST_OPERAND  # type: ignore[arg-type]
+
+
+def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> tuple[int, bool]:
+    """The first address in linear ``page`` that the instruction at RIP accesses in the way of ``kind``.
+
+    With it, whether that is an implicit supervisor-mode access: no operand explains it, and it is in a descriptor
+    table or the TSS. The address is then the page's own, because only the page is known.
+    Raises `InstructionAborted` if the instruction can no longer be fetched.
+    """
+    accesses = _WRITES if kind is AccessKind.WRITE else _READS
+    fallback = None
+    for address, size, access, _ in _operands(processor):
+        last = address + size - 1
+        if address & ~PAGE_OFFSET_MASK <= page <= last & ~PAGE_OFFSET_MASK:
+            exact = max(address, page)
+            if access in accesses:
+                return exact, False
+            fallback = exact
+    if fallback is not None:
+        return fallback, False
+    return page, _holds_system_table(processor.state, page)
+
+
+def uses_stack(processor: LogicalProcessor) -> bool:
+    """Whether the memory operand of the instruction at RIP is in the stack segment."""
+    return any(segment == Register.SS for *_, segment in _operands(processor))
+
+
+def _holds_system_table(state: CpuState, page: int) -> bool:
+    tables = (
+        (state.gdtr.base, state.gdtr.limit),
+        (state.idtr.base, state.idtr.limit),
+        (state.ldtr.base, state.ldtr.limit if state.ldtr.usable else -1),
+        (state.tr.base, state.tr.limit if state.tr.usable else -1),
+    )
+    return any(limit >= 0 and base < page + PAGE_SIZE and base + limit >= page for base, limit in tables)

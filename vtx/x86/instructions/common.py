@@ -1,0 +1,71 @@
+"""Checks and operand access shared by the handlers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vtx.x86.decode import Instruction, linear_address, read_register, write_register
+from vtx.x86.linear import linear_address_width
+from vtx.x86.outcome import gp, ud
+from vtx.x86.state import Cr4, Rflags
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+
+def require_ring_0(cpu: LogicalProcessor) -> None:
+    """#GP(0) unless CPL is 0."""
+    if cpu.state.cpl:
+        raise gp(0)
+
+
+def require_feature(cpu: LogicalProcessor, feature: str) -> None:
+    """#UD unless the profile has the CPUID feature."""
+    if not cpu.profile.has(feature):
+        raise ud()
+
+
+def require_protected_mode(cpu: LogicalProcessor) -> None:
+    """#UD in real-address and virtual-8086 mode."""
+    if not cpu.state.protected or cpu.state.virtual_8086:
+        raise ud()
+
+
+def require_no_umip(cpu: LogicalProcessor) -> None:
+    """#GP(0) for SGDT, SIDT, SLDT, SMSW, STR above CPL 0 with CR4.UMIP set."""
+    if cpu.state.cpl and cpu.state.cr4 & Cr4.UMIP:
+        raise gp(0)
+
+
+def operand_address(cpu: LogicalProcessor, instruction: Instruction, size: int, *, write: bool = False) -> int:
+    """Linear address of the memory operand, after segment checks."""
+    return linear_address(cpu.state, instruction, size, write=write, width=linear_address_width(cpu.state))
+
+
+def read_linear(cpu: LogicalProcessor, linear: int, size: int) -> int:
+    """A data read with the privilege of the running code."""
+    state = cpu.state
+    return cpu.mmu.read(linear, size, user=state.cpl == 3, ac=bool(state.rflags & Rflags.AC))
+
+
+def write_linear(cpu: LogicalProcessor, linear: int, size: int, value: int) -> None:
+    """A data write with the privilege of the running code."""
+    state = cpu.state
+    cpu.mmu.write(linear, size, value, user=state.cpl == 3, ac=bool(state.rflags & Rflags.AC))
+
+
+def read_operand(cpu: LogicalProcessor, instruction: Instruction, operand: int, size: int) -> int:
+    """Value of operand number ``operand``: a general register, or else the memory operand."""
+    register = instruction.registers[operand]
+    if register is not None:
+        return read_register(cpu.state, register) & ((1 << 8 * size) - 1)
+    return read_linear(cpu, operand_address(cpu, instruction, size), size)
+
+
+def write_operand(cpu: LogicalProcessor, instruction: Instruction, operand: int, size: int, value: int) -> None:
+    """Store to a general register (in its own size) or ``size`` bytes of memory."""
+    register = instruction.registers[operand]
+    if register is not None:
+        write_register(cpu.state, register, value)
+    else:
+        write_linear(cpu, operand_address(cpu, instruction, size, write=True), size, value)

@@ -1,0 +1,170 @@
+"""Software interrupts, IRET, SYSCALL and SYSENTER, and the flag instructions that single-stepping brings here.
+
+Spec: SDM Vol. 2, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure" and the other instructions' pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Mnemonic
+
+from vtx.x86.decode import Instruction
+from vtx.x86.event import Event, EventKind
+from vtx.x86.iret import iret
+from vtx.x86.msr_table import (
+    IA32_CSTAR,
+    IA32_FMASK,
+    IA32_LSTAR,
+    IA32_STAR,
+    IA32_SYSENTER_CS,
+    IA32_SYSENTER_EIP,
+    IA32_SYSENTER_ESP,
+)
+from vtx.x86.outcome import NotModelled, Vector, gp
+from vtx.x86.stack import Stack
+from vtx.x86.state import Cr4, Gpr, Rflags
+from vtx.x86.syscall import SyscallMsrs, SysenterMsrs, syscall, sysenter, sysexit, sysret
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+_USER_FLAGS: Final = int(
+    Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.TF | Rflags.DF | Rflags.OF | Rflags.NT
+    | Rflags.AC | Rflags.ID
+)  # fmt: skip
+_IOPL: Final = int(Rflags.IOPL)
+
+
+def interrupt(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """INT n."""
+    event = Event(instruction.immediate & 0xFF, EventKind.SOFTWARE_INTERRUPT, instruction_length=instruction.length)
+    cpu.raise_software(event)
+
+
+def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """INT3."""
+    cpu.raise_software(Event(Vector.BP, EventKind.SOFTWARE_EXCEPTION, instruction_length=instruction.length))
+
+
+def debug_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """INT1."""
+    cpu.raise_software(Event(Vector.DB, EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, instruction_length=instruction.length))
+
+
+def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """INTO."""
+    if cpu.state.rflags & Rflags.OF:
+        cpu.raise_software(Event(Vector.OF, EventKind.SOFTWARE_EXCEPTION, instruction_length=instruction.length))
+    else:
+        cpu.retire(instruction)
+
+
+def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """IRET in all its sizes; comes here only while NMIs are blocked or while single-stepping."""
+    cpu.changed_system_state()
+    traps = cpu.state.rflags & Rflags.TF
+    iret(cpu.state, cpu.mmu, 8 * instruction.operand_size, instruction_length=instruction.length)
+    cpu.load_control_state()
+    cpu.completed(single_step=bool(traps))
+
+
+def _syscall_msrs(cpu: LogicalProcessor) -> SyscallMsrs:
+    values = cpu.msrs.values
+    return SyscallMsrs(values[IA32_STAR], values[IA32_LSTAR], values[IA32_CSTAR], values[IA32_FMASK])
+
+
+def _sysenter_msrs(cpu: LogicalProcessor) -> SysenterMsrs:
+    values = cpu.msrs.values
+    return SysenterMsrs(values[IA32_SYSENTER_CS], values[IA32_SYSENTER_ESP], values[IA32_SYSENTER_EIP])
+
+
+def fast_call(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """SYSCALL."""
+    syscall(cpu.state, _syscall_msrs(cpu), instruction.length)
+    cpu.changed_system_state()
+    cpu.completed(single_step=False)
+
+
+def fast_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """SYSRET where the engine does not execute it."""
+    sysret(cpu.state, _syscall_msrs(cpu), 64 if instruction.mnemonic == Mnemonic.SYSRETQ else 32)
+    cpu.changed_system_state()
+    cpu.completed(single_step=False)
+
+
+def fast_enter(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """SYSENTER."""
+    sysenter(cpu.state, _sysenter_msrs(cpu))
+    cpu.changed_system_state()
+    cpu.completed(single_step=False)
+
+
+def fast_exit(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """SYSEXIT where the engine does not execute it."""
+    sysexit(cpu.state, _sysenter_msrs(cpu), 64 if instruction.mnemonic == Mnemonic.SYSEXITQ else 32)
+    cpu.changed_system_state()
+    cpu.completed(single_step=False)
+
+
+def _flags_size(instruction: Instruction) -> int:
+    return 8 if instruction.bits == 64 and instruction.operand_size == 4 else instruction.operand_size
+
+
+def _require_flags_access(cpu: LogicalProcessor, size: int) -> None:
+    state = cpu.state
+    if state.virtual_8086 and state.rflags & _IOPL != _IOPL:
+        if state.cr4 & Cr4.VME and size == 2:
+            raise NotModelled("PUSHF and POPF with virtual-8086 mode extensions")
+        raise gp(0)
+
+
+def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """PUSHF in all its sizes; comes here only while single-stepping, which uses RFLAGS.TF behind the guest's back."""
+    size = _flags_size(instruction)
+    _require_flags_access(cpu, size)
+    stack = Stack.of(cpu.state, cpu.mmu)
+    stack.push(cpu.state.rflags & ~int(Rflags.VM | Rflags.RF), size=size)
+    cpu.state.gpr[Gpr.RSP] = stack.pointer
+    cpu.retire(instruction)
+
+
+def pop_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """POPF in all its sizes; comes here only while single-stepping."""
+    state, size = cpu.state, _flags_size(instruction)
+    _require_flags_access(cpu, size)
+    stack = Stack.of(state, cpu.mmu)
+    value = stack.pop(size)
+    changeable = _USER_FLAGS
+    if state.cpl == 0:
+        changeable |= _IOPL
+    if state.cpl <= (state.rflags & _IOPL) >> 12:
+        changeable |= int(Rflags.IF)
+    if size == 2:
+        changeable &= 0xFFFF
+    state.gpr[Gpr.RSP] = stack.pointer
+    cpu.retire(instruction)
+    state.rflags = state.rflags & ~changeable | value & changeable
+
+
+HANDLERS: Final = {
+    Mnemonic.INT: interrupt,
+    Mnemonic.INT3: breakpoint_trap,
+    Mnemonic.INT1: debug_trap,
+    Mnemonic.INTO: overflow_trap,
+    Mnemonic.IRET: interrupt_return,
+    Mnemonic.IRETD: interrupt_return,
+    Mnemonic.IRETQ: interrupt_return,
+    Mnemonic.SYSCALL: fast_call,
+    Mnemonic.SYSRET: fast_return,
+    Mnemonic.SYSRETQ: fast_return,
+    Mnemonic.SYSENTER: fast_enter,
+    Mnemonic.SYSEXIT: fast_exit,
+    Mnemonic.SYSEXITQ: fast_exit,
+    Mnemonic.PUSHF: push_flags,
+    Mnemonic.PUSHFD: push_flags,
+    Mnemonic.PUSHFQ: push_flags,
+    Mnemonic.POPF: pop_flags,
+    Mnemonic.POPFD: pop_flags,
+    Mnemonic.POPFQ: pop_flags,
+}

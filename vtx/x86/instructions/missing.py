@@ -1,0 +1,45 @@
+"""Unprivileged instructions that profiles may have and the engine's processor has not.
+
+Spec: SDM Vol. 2, the instructions' pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Mnemonic
+
+from vtx.x86.decode import Instruction, read_register, write_register
+from vtx.x86.instructions.common import operand_address, read_linear, require_feature, write_linear
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+
+def clflushopt(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """CLFLUSHOPT: there are no caches, so only the faults of a one-byte read remain."""
+    require_feature(cpu, "CLFLUSHOPT")
+    read_linear(cpu, operand_address(cpu, instruction, 1), 1)
+    cpu.retire(instruction)
+
+
+def _swapped(value: int, size: int) -> int:
+    return int.from_bytes(value.to_bytes(size, "little"), "big")
+
+
+def movbe(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MOVBE."""
+    require_feature(cpu, "MOVBE")
+    size = instruction.operand_size
+    destination, source = instruction.registers[0], instruction.registers[1]
+    if destination is not None:
+        value = read_linear(cpu, operand_address(cpu, instruction, size), size)
+        write_register(cpu.state, destination, _swapped(value, size))
+    else:
+        assert source is not None
+        linear = operand_address(cpu, instruction, size, write=True)
+        write_linear(cpu, linear, size, _swapped(read_register(cpu.state, source), size))
+    cpu.retire(instruction)
+
+
+HANDLERS: Final = {Mnemonic.CLFLUSHOPT: clflushopt, Mnemonic.MOVBE: movbe}

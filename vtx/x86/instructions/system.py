@@ -1,0 +1,229 @@
+"""HLT, caches, MONITOR and MWAIT, PAUSE, the time-stamp counter, the XSAVE family, random numbers.
+
+Spec: SDM Vol. 2, the instructions' pages.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Mnemonic
+
+from vtx.x86.decode import Instruction, write_register
+from vtx.x86.instructions.common import read_linear, require_feature, require_ring_0
+from vtx.x86.msr_table import IA32_TSC_AUX
+from vtx.x86.operations import Plain, Simple
+from vtx.x86.outcome import gp, ud
+from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+PAUSE_TICKS: Final = 140  # as on recent server parts; what matters is that spinning lets time pass
+
+_ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
+
+
+def hlt(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """HLT."""
+    require_ring_0(cpu)
+    if not cpu.intercepts(Simple(Plain.HLT), instruction):
+        cpu.retire(instruction)
+        cpu.state.activity = Activity.HLT
+
+
+def pause(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """PAUSE."""
+    if not cpu.intercepts(Simple(Plain.PAUSE), instruction):
+        cpu.charge(PAUSE_TICKS)
+        cpu.retire(instruction)
+
+
+def invd(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """INVD: there are no caches."""
+    require_ring_0(cpu)
+    if not cpu.intercepts(Simple(Plain.INVD), instruction):
+        cpu.retire(instruction)
+
+
+def wbinvd(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """WBINVD: there are no caches."""
+    require_ring_0(cpu)
+    if not cpu.intercepts(Simple(Plain.WBINVD), instruction):
+        cpu.retire(instruction)
+
+
+def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MONITOR: checks its address and arms nothing, because MWAIT never waits."""
+    state = cpu.state
+    require_feature(cpu, "MONITOR")
+    if state.cpl:
+        raise ud()
+    if cpu.intercepts(Simple(Plain.MONITOR), instruction):
+        return
+    if state.gpr[Gpr.RCX] & MASK32:
+        raise gp(0)
+    width = {2: 0xFFFF, 4: MASK32, 8: MASK64}[instruction.address_size]
+    address = state.gpr[Gpr.RAX] & width
+    if not state.in_64_bit_mode:
+        address = (address + state.segments[3].base) & MASK32
+    read_linear(cpu, address, 1)
+    cpu.retire(instruction)
+
+
+def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MWAIT: wakes at once, which the architecture allows at any time."""
+    require_feature(cpu, "MONITOR")
+    if cpu.state.cpl:
+        raise ud()
+    if cpu.intercepts(Simple(Plain.MWAIT), instruction):
+        return
+    if cpu.state.gpr[Gpr.RCX] & MASK32 & ~1:
+        raise gp(0)
+    cpu.charge(PAUSE_TICKS)
+    cpu.retire(instruction)
+
+
+def _time_stamp(cpu: LogicalProcessor) -> None:
+    extension = cpu.virtualization
+    value = cpu.tsc()
+    if extension is not None and extension.non_root:
+        value = extension.guest_tsc(value)
+    cpu.state.gpr[Gpr.RAX] = value & MASK32
+    cpu.state.gpr[Gpr.RDX] = value >> 32 & MASK32
+
+
+def _require_time_stamp_access(cpu: LogicalProcessor) -> None:
+    if cpu.state.cpl and cpu.state.cr4 & Cr4.TSD:
+        raise gp(0)
+
+
+def rdtsc(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDTSC."""
+    _require_time_stamp_access(cpu)
+    if not cpu.intercepts(Simple(Plain.RDTSC), instruction):
+        _time_stamp(cpu)
+        cpu.retire(instruction)
+
+
+def rdtscp(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDTSCP."""
+    require_feature(cpu, "RDTSCP")
+    _require_time_stamp_access(cpu)
+    if not cpu.intercepts(Simple(Plain.RDTSCP), instruction):
+        _time_stamp(cpu)
+        cpu.state.gpr[Gpr.RCX] = cpu.msrs.values.get(IA32_TSC_AUX, 0) & MASK32
+        cpu.retire(instruction)
+
+
+def rdpid(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDPID."""
+    require_feature(cpu, "RDPID")
+    register = instruction.registers[0]
+    assert register is not None
+    write_register(cpu.state, register, cpu.msrs.values.get(IA32_TSC_AUX, 0) & MASK32)
+    cpu.retire(instruction)
+
+
+def rdpmc(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDPMC: the profiles have no performance counters, so every index is invalid."""
+    if cpu.state.cpl and cpu.state.protected and not cpu.state.cr4 & Cr4.PCE:
+        raise gp(0)
+    if not cpu.intercepts(Simple(Plain.RDPMC), instruction):
+        raise gp(0)
+
+
+def _require_osxsave(cpu: LogicalProcessor) -> None:
+    require_feature(cpu, "XSAVE")
+    if not cpu.state.cr4 & Cr4.OSXSAVE:
+        raise ud()
+
+
+def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSETBV."""
+    state = cpu.state
+    _require_osxsave(cpu)
+    require_ring_0(cpu)
+    if cpu.intercepts(Simple(Plain.XSETBV), instruction):
+        return
+    value = (state.gpr[Gpr.RDX] & MASK32) << 32 | state.gpr[Gpr.RAX] & MASK32
+    if state.gpr[Gpr.RCX] & MASK32 or value & ~cpu.profile.xcr0_supported or not value & 1:
+        raise gp(0)
+    state.xcr0 = value
+    cpu.retire(instruction)
+
+
+def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XGETBV of XCR0."""
+    _require_osxsave(cpu)
+    if cpu.state.gpr[Gpr.RCX] & MASK32:
+        raise gp(0)
+    cpu.state.gpr[Gpr.RAX] = cpu.state.xcr0 & MASK32
+    cpu.state.gpr[Gpr.RDX] = cpu.state.xcr0 >> 32
+    cpu.retire(instruction)
+
+
+def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSAVE, XSAVEOPT, XRSTOR: the engine has them, but would not let XSETBV exit if CR4.OSXSAVE were always set."""
+    _require_osxsave(cpu)
+    cpu.native(osxsave=True)
+
+
+def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind: Plain) -> None:
+    require_feature(cpu, feature)
+    if cpu.intercepts(Simple(kind), instruction):
+        return
+    register = instruction.registers[0]
+    assert register is not None
+    write_register(cpu.state, register, next_random(cpu) & ((1 << 8 * register.size) - 1))
+    cpu.state.rflags = cpu.state.rflags & ~_ARITHMETIC | Rflags.CF
+    cpu.retire(instruction)
+
+
+def next_random(cpu: LogicalProcessor) -> int:
+    """The next of the processor's deterministic random numbers, 64 bits (SplitMix64)."""
+    cpu.random_state = (cpu.random_state + 0x9E37_79B9_7F4A_7C15) & MASK64
+    value = cpu.random_state
+    value = ((value ^ value >> 30) * 0xBF58_476D_1CE4_E5B9) & MASK64
+    value = ((value ^ value >> 27) * 0x94D0_49BB_1331_11EB) & MASK64
+    return value ^ value >> 31
+
+
+def rdrand(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDRAND, reproducible from the machine's seed."""
+    _random(cpu, instruction, "RDRAND", Plain.RDRAND)
+
+
+def rdseed(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDSEED, reproducible from the machine's seed."""
+    _random(cpu, instruction, "RDSEED", Plain.RDSEED)
+
+
+def rsm(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RSM outside SMM."""
+    raise ud()
+
+
+HANDLERS: Final = {
+    Mnemonic.HLT: hlt,
+    Mnemonic.PAUSE: pause,
+    Mnemonic.INVD: invd,
+    Mnemonic.WBINVD: wbinvd,
+    Mnemonic.MONITOR: monitor,
+    Mnemonic.MWAIT: mwait,
+    Mnemonic.RDTSC: rdtsc,
+    Mnemonic.RDTSCP: rdtscp,
+    Mnemonic.RDPID: rdpid,
+    Mnemonic.RDPMC: rdpmc,
+    Mnemonic.XSETBV: xsetbv,
+    Mnemonic.XGETBV: xgetbv,
+    Mnemonic.XSAVE: extended_state,
+    Mnemonic.XSAVE64: extended_state,
+    Mnemonic.XSAVEOPT: extended_state,
+    Mnemonic.XSAVEOPT64: extended_state,
+    Mnemonic.XRSTOR: extended_state,
+    Mnemonic.XRSTOR64: extended_state,
+    Mnemonic.RDRAND: rdrand,
+    Mnemonic.RDSEED: rdseed,
+    Mnemonic.RSM: rsm,
+}

@@ -1,0 +1,21 @@
+"""The handlers of all modules in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+from vtx.x86.decode import Instruction
+from vtx.x86.instructions import control, descriptor_tables, flow, identification, missing, msr, port_io, system
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+Handler = Callable[["LogicalProcessor", Instruction], None]
+
+HANDLERS: Final[Mapping[int, Handler]] = {
+    mnemonic: handler
+    for module in (system, identification, msr, control, descriptor_tables, flow, port_io, missing)
+    for mnemonic, handler in module.HANDLERS.items()
+}
+"""Handler by iced mnemonic number."""

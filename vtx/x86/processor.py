@@ -1,0 +1,502 @@
+"""One logical processor: the run loop around the engine, and the one place where outcomes are committed.
+
+The engine runs ordinary instructions; everything else ends up here: instructions the model executes (see
+`vtx.x86.instructions`), exceptions, refused translations, interrupts, time. Before each run the loop looks, in the
+manual's order, at what is pending between instructions.
+
+Spec: SDM Vol. 3, "Priority Among Concurrent Events".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from attrs import evolve, frozen
+
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.x86 import access
+from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
+from vtx.x86.double_fault import Intercepted, TripleFault, deliver_with_faults
+from vtx.x86.event import Event, EventKind
+from vtx.x86.execution import (
+    BudgetSpent,
+    EngineEvent,
+    ExceptionTrap,
+    ExecutionEngine,
+    InstructionTrap,
+    RefusedFill,
+)
+from vtx.x86.instructions.table import HANDLERS
+from vtx.x86.memory import PhysicalMemory
+from vtx.x86.mmu import Grant, Mmu, Refusal
+from vtx.x86.msr_table import IA32_STAR, IA32_SYSENTER_CS, IA32_SYSENTER_EIP, IA32_SYSENTER_ESP
+from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.platform import Platform
+from vtx.x86.profile import Profile
+from vtx.x86.second_level import AccessKind, SecondLevelFault
+from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
+from vtx.x86.virtualization import Virtualization
+
+TICKS_PER_BYTE: Final = 4
+"""Virtual time: ticks of the time-stamp counter per byte of code executed; an average instruction has four bytes."""
+
+TRAP_TICKS: Final = 24
+"""What an instruction costs on top when the model executes it: these are slow instructions on every processor."""
+
+_DR6_BS: Final = 1 << 14
+_IF: Final = int(Rflags.IF)
+_TF: Final = int(Rflags.TF)
+_RF: Final = int(Rflags.RF)
+
+
+@frozen
+class Halt:
+    """Why `LogicalProcessor.run` returned although time was left.
+
+    ``shutdown`` tells a processor that shut down from one that waits for an interrupt that will never come.
+    """
+
+    reason: str
+    shutdown: bool
+
+
+class LogicalProcessor:
+    """A processor with its registers, MSRs, MMU and engine. Implements `Processor` and `EngineClient`.
+
+    ``engine_factory`` makes the engine for (memory, client). Set ``virtualization`` before running.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        profile: Profile,
+        platform: Platform,
+        engine_factory: Callable[[PhysicalMemory, LogicalProcessor], ExecutionEngine],
+        *,
+        index: int = 0,
+        count: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.index = index
+        self.count = count
+        self.state = CpuState()
+        self.memory = memory
+        self.profile = profile
+        self.platform = platform
+        self.msrs = MsrFile(profile, bootstrap=index == 0)
+        self.mmu = Mmu(memory, profile.physical_address_width, page1gb=profile.has("PAGE1GB"))
+        self.virtualization: Virtualization | None = None
+        self.random_state = seed & MASK64
+        self.halt: Halt | None = None
+        self.stop_requested = False
+        self.instruction_limit: int | None = None
+        self.retired = 0
+        self._nmi = False
+        self._extra_ticks = 0
+        self._reload = True
+        self._step = False
+        self._approached: int | None = None  # the deadline that whole blocks would overshoot
+        self._trap_pending = False
+        self._implicit_pages: set[int] = set()
+        bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
+        bind_clock(self.msrs, self.now, lambda: None)
+        self.engine = engine_factory(memory, self)
+        self.mmu.flush_engine = self.engine.flush
+
+    # Time.
+
+    def now(self) -> int:
+        """Ticks since power-up, exact to the current instruction."""
+        return self.engine.elapsed() * TICKS_PER_BYTE + self._extra_ticks
+
+    def charge(self, ticks: int) -> None:
+        """Let time pass without executing code."""
+        self._extra_ticks += ticks
+
+    def tsc(self) -> int:
+        """The time-stamp counter without any guest offset."""
+        return tsc_of(self.msrs, self.now())
+
+    @property
+    def instructions(self) -> int:
+        """Instructions executed since power-up, by the engine and by the model."""
+        return self.engine.instructions() + self.retired
+
+    # EngineClient.
+
+    def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
+        """Translate a page for the engine."""
+        return self.mmu.fill(linear_page, kind, cpl, ac, implicit=linear_page in self._implicit_pages)
+
+    def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
+        """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""
+        if cpl or self._needs_port_checks(linear, bits):
+            return None
+        return self.platform.port_read(port, size)
+
+    def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
+        """A port write the engine may make on the spot."""
+        if cpl or self._needs_port_checks(linear, bits):
+            return False
+        self.platform.port_write(port, size, value)
+        if self.stop_requested or self.platform.interrupt_pending():
+            self.engine.request_stop()
+        return True
+
+    def _needs_port_checks(self, linear: int, bits: int) -> bool:
+        extension = self.virtualization
+        if extension is not None and extension.non_root:
+            return True
+        # The engine calls back for INS and OUTS too, whose memory side is the model's.
+        try:
+            instruction = self._decode_at(linear, bits, user=False)
+        except InstructionAborted:
+            return True
+        return instruction is None or instruction.memory is not None
+
+    def fast_call_msrs(self) -> tuple[int, int, int, int]:
+        """IA32_SYSENTER_CS, _ESP, _EIP and IA32_STAR."""
+        values = self.msrs.values
+        return (
+            values.get(IA32_SYSENTER_CS, 0) & MASK32,
+            values.get(IA32_SYSENTER_ESP, 0),
+            values.get(IA32_SYSENTER_EIP, 0),
+            values.get(IA32_STAR, 0),
+        )
+
+    # Processor.
+
+    def load_control_state(self) -> None:
+        """Registers beyond GPRs, RIP and RFLAGS changed."""
+        self._reload = True
+        self.mmu.update(self.state)
+
+    def control_registers_written(self) -> None:
+        """CR0, CR4, IA32_EFER or a segment base was written by software."""
+        self._reload = True
+        self.mmu.controls_written(self.state)
+
+    def interrupt_pending(self) -> bool:
+        """Whether an interrupt waits, ignoring RFLAGS.IF."""
+        return self.platform.interrupt_pending()
+
+    def acknowledge_interrupt(self) -> int:
+        """Acknowledge it and return its vector."""
+        return self.platform.acknowledge_interrupt()
+
+    def nmi(self) -> None:
+        """A non-maskable interrupt arrives."""
+        self._nmi = True
+
+    def nmi_pending(self) -> bool:
+        """Whether a non-maskable interrupt waits."""
+        return self._nmi
+
+    def acknowledge_nmi(self) -> None:
+        """It is being delivered."""
+        self._nmi = False
+
+    def task_priority(self) -> int:
+        """CR8."""
+        return self.platform.task_priority
+
+    def set_task_priority(self, value: int) -> None:
+        """Write CR8."""
+        self.platform.task_priority = value
+
+    def shut_down(self, reason: str) -> None:
+        """Enter the shutdown state."""
+        self.state.activity = Activity.SHUTDOWN
+        self.halt = Halt(reason, shutdown=True)
+
+    def deliver(self, event: Event) -> None:
+        """Deliver ``event`` through the IDT."""
+        self._reload = True
+        self._trap_pending = False
+        extension = self.virtualization
+        on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
+        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault)
+        self.mmu.update(self.state)
+        self.charge(TRAP_TICKS)
+        if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):
+            assert extension is not None
+            extension.second_level_fault(outcome.cause, outcome.event)
+        elif isinstance(outcome, TripleFault):
+            if extension is not None and extension.non_root and extension.delivery_fault(event, None):
+                return
+            self.shut_down(f"triple fault at {self._where()}: {_describe(outcome.event)}, then {outcome.fault}")
+
+    def _where(self) -> str:
+        return f"{self.state.segments[1].selector:#x}:{self.state.rip:#x}"
+
+    # What instruction handlers use.
+
+    def intercepts(self, operation: object, instruction: Instruction) -> bool:
+        """Whether the virtualization extension took care of ``operation`` (VM exit or virtualized)."""
+        extension = self.virtualization
+        return extension is not None and extension.non_root and extension.intercept(operation, instruction)  # type: ignore[arg-type]
+
+    def retire(self, instruction: Instruction) -> None:
+        """Commit an instruction that completed: RIP, RF, the interrupt shadow, single-step."""
+        state = self.state
+        self.advance_rip(instruction.length)
+        if state.rflags & (_TF | _RF):
+            self._trap_pending = bool(state.rflags & _TF)
+            state.rflags &= ~_RF
+        state.shadow = Shadow.NONE
+
+    def completed(self, *, single_step: bool) -> None:
+        """An instruction that set RIP itself completed; ``single_step`` as RFLAGS.TF was when it began."""
+        self._trap_pending = single_step
+        self.state.shadow = Shadow.NONE
+
+    def advance_rip(self, length: int) -> None:
+        """Move RIP past an instruction of ``length`` bytes."""
+        state = self.state
+        state.rip = (state.rip + length) & (MASK64 if state.in_64_bit_mode else MASK32)
+
+    def changed_system_state(self) -> None:
+        """A handler changed segments, descriptor tables or other state the engine loads only on request."""
+        self._reload = True
+
+    def fetch(self) -> Instruction | None:
+        """Fetch and decode the instruction at RIP; None if the bytes are no instruction.
+
+        Raises `InstructionAborted` with the fault of the fetch.
+        """
+        state = self.state
+        return self._decode_at(state.linear_rip, state.code_bits, user=state.cpl == 3)
+
+    def _decode_at(self, linear: int, bits: int, *, user: bool) -> Instruction | None:
+        room = PAGE_SIZE - (linear & PAGE_OFFSET_MASK)
+        physical = self.mmu.translate(linear, AccessKind.EXECUTE, user=user)
+        code = self.memory.read(physical, min(room, MAX_INSTRUCTION_LENGTH))
+        instruction = decode(code, bits)
+        if instruction is None and room < MAX_INSTRUCTION_LENGTH:
+            physical = self.mmu.translate(linear + room, AccessKind.EXECUTE, user=user)
+            code += self.memory.read(physical, MAX_INSTRUCTION_LENGTH - room)
+            instruction = decode(code, bits)
+        return instruction
+
+    # The run loop.
+
+    def run(self, until: int | None = None) -> None:
+        """Run until tick ``until``, or until ``halt`` or ``stop_requested`` is set."""
+        while not self.stop_requested and self.halt is None:
+            if until is not None and self.now() >= until:
+                return
+            self.run_once(until)
+
+    def run_once(self, until: int | None = None) -> None:
+        """Handle what is pending between instructions, then run the engine to its next event."""
+        extension = self.virtualization
+        now = self.now()
+        self._pass_deadline(now)
+        if extension is not None and extension.boundary():
+            self._trap_pending = False
+            self._reload = True
+            return
+        if self._trap_pending:
+            self._trap_pending = False
+            self.raise_fault(Fault(Vector.DB, debug=_DR6_BS))
+            return
+        if self._accept_interrupt():
+            return
+        if self.state.activity is not Activity.ACTIVE:
+            self._idle(until)
+            return
+        self._handle(self._run_engine(until), until)
+
+    def _pass_deadline(self, now: int) -> None:
+        deadline = self.platform.next_deadline()
+        if deadline is not None and deadline <= now:
+            self.platform.advance(now)
+
+    def _next_deadline(self, until: int | None) -> int | None:
+        deadlines = [self.platform.next_deadline(), until]
+        if self.virtualization is not None:
+            deadlines.append(self.virtualization.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _accept_interrupt(self) -> bool:
+        state = self.state
+        if self._nmi and not state.nmi_blocked and not state.shadow & Shadow.MOV_SS:
+            self._nmi = False
+            self.deliver(Event(Vector.NMI, EventKind.NMI))
+            return True
+        if state.rflags & _IF and not state.shadow and self.platform.interrupt_pending():
+            vector = self.platform.acknowledge_interrupt()
+            self.deliver(Event(vector, EventKind.EXTERNAL_INTERRUPT))
+            return True
+        return False
+
+    def _idle(self, until: int | None) -> None:
+        deadline = self._next_deadline(until)
+        if deadline is None:
+            self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
+        elif deadline > self.now():
+            self.charge(deadline - self.now())
+
+    def _run_engine(self, until: int | None) -> EngineEvent:
+        state, extension = self.state, self.virtualization
+        deadline = self._next_deadline(until)
+        budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
+        waiting = self._interrupt_waits()
+        watch_if = waiting and not state.rflags & _IF
+        step = (
+            self._step
+            or (deadline is not None and deadline == self._approached)
+            or (extension is not None and extension.wants_boundary())
+            or (waiting and not watch_if)
+            or (self._nmi and not state.nmi_blocked)
+        )
+        reload, self._reload, self._step = self._reload, False, False
+        limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
+        event = self.engine.run(
+            state, reload=reload, budget=budget, step=step, watch_if=watch_if, instruction_limit=limit
+        )
+        self._implicit_pages.clear()
+        return event
+
+    def _interrupt_waits(self) -> bool:
+        extension = self.virtualization
+        if extension is not None and extension.wants_interrupt_window():
+            return True
+        return self.platform.interrupt_pending()
+
+    def _handle(self, event: EngineEvent, until: int | None = None) -> None:
+        if isinstance(event, InstructionTrap):
+            self.execute()
+        elif isinstance(event, ExceptionTrap):
+            if event.vector == Vector.UD:
+                self.execute()
+            elif event.vector == Vector.DB:
+                self.raise_fault(Fault(Vector.DB, debug=_DR6_BS))
+            else:
+                self.raise_fault(_fault(event))
+        elif isinstance(event, RefusedFill):
+            self._refused(event)
+        elif isinstance(event, BudgetSpent):
+            self._approached = self._next_deadline(until)
+
+    def execute(self) -> None:
+        """Execute the instruction at RIP in the model."""
+        try:
+            instruction = self.fetch()
+            self.charge(TRAP_TICKS)
+            if instruction is None:
+                raise InstructionAborted(Fault(Vector.UD))
+            extension = self.virtualization
+            if extension is not None and extension.non_root and extension.is_disabled(instruction):
+                raise InstructionAborted(Fault(Vector.UD))
+            handler = HANDLERS.get(instruction.mnemonic)
+            if handler is not None:
+                self.retired += 1
+                self._extra_ticks += instruction.length * TICKS_PER_BYTE
+                handler(self, instruction)
+            elif extension is not None and self._execute_extension(extension, instruction):
+                self.retired += 1
+                self._extra_ticks += instruction.length * TICKS_PER_BYTE
+            else:
+                raise InstructionAborted(Fault(Vector.UD))
+        except InstructionAborted as aborted:
+            self.abort(aborted.cause)
+
+    def _execute_extension(self, extension: Virtualization, instruction: Instruction) -> bool:
+        transitions, single_step = extension.transitions, self.state.rflags & _TF
+        if not extension.execute(instruction):
+            return False
+        if extension.transitions != transitions:
+            self._reload = True
+        else:
+            self._trap_pending = bool(single_step)
+        return True
+
+    def abort(self, cause: object) -> None:
+        """Commit what unwound an instruction: an exception or an event of the second level."""
+        if isinstance(cause, Fault):
+            self.raise_fault(cause)
+        elif isinstance(cause, SecondLevelFault):
+            self._reload = True
+            assert self.virtualization is not None
+            self.virtualization.second_level_fault(cause, None)
+        else:
+            raise TypeError(f"an instruction was aborted with {cause!r}")
+
+    def raise_fault(self, fault: Fault) -> None:
+        """Raise an exception at the current instruction: a VM exit, or delivery."""
+        event = Event.from_fault(fault)
+        extension = self.virtualization
+        if extension is not None and extension.non_root and extension.intercept_event(event, fault):
+            self._reload = True
+            return
+        self.deliver(event)
+
+    def raise_software(self, event: Event) -> None:
+        """Deliver what INT n, INT1, INT3 or INTO asks for."""
+        extension = self.virtualization
+        exits = event.kind is not EventKind.SOFTWARE_INTERRUPT
+        if exits and extension is not None and extension.non_root and extension.intercept_event(event, None):
+            self._reload = True
+            return
+        self.deliver(event)
+
+    def native(self, *, osxsave: bool) -> None:
+        """Let the engine execute the instruction at RIP after all, with CR4.OSXSAVE as it is in the machine."""
+        event = self.engine.run(self.state, reload=True, budget=None, step=True, osxsave=osxsave)
+        self._reload = True
+        if isinstance(event, InstructionTrap):
+            raise InstructionAborted(Fault(Vector.UD))
+        self._handle(event)
+
+    # Refused translations.
+
+    def _refused(self, event: RefusedFill) -> None:
+        state = self.state
+        linear = state.linear_rip
+        exact, implicit = linear, False
+        if event.kind is AccessKind.EXECUTE:
+            if linear & ~PAGE_OFFSET_MASK != event.linear_page:
+                # Translation looked ahead; only the instruction that really crosses into the page faults.
+                if not self._crosses(linear, event.linear_page):
+                    self._step = True
+                    return
+                exact = event.linear_page
+        else:
+            try:
+                exact, implicit = access.exact_address(self, event.linear_page, event.kind)
+            except InstructionAborted as aborted:
+                self.abort(aborted.cause)
+                return
+        ac = bool(state.rflags & Rflags.AC)
+        result = self.mmu.fill(exact, event.kind, state.cpl, ac, implicit=implicit)
+        if isinstance(result, Grant):
+            if implicit:
+                self._implicit_pages.add(event.linear_page)
+            return
+        if isinstance(result, Fault) and result.vector == Vector.GP and access.uses_stack(self):
+            result = evolve(result, vector=Vector.SS)
+        self.abort(result)
+
+    def _crosses(self, linear: int, page: int) -> bool:
+        """Whether the instruction at RIP itself reaches into the page it could not fetch."""
+        room = page - linear
+        if not 0 < room < MAX_INSTRUCTION_LENGTH:
+            return False
+        try:
+            physical = self.mmu.translate(linear, AccessKind.EXECUTE, user=self.state.cpl == 3)
+        except InstructionAborted:
+            return False
+        return decode(self.memory.read(physical, room), self.state.code_bits) is None
+
+
+def _fault(event: ExceptionTrap) -> Fault:
+    vector = Vector(event.vector)
+    with_code = vector in (Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.AC, Vector.DF)
+    return Fault(vector, event.error_code & 0xFFFF if with_code else None)
+
+
+def _describe(event: Event) -> str:
+    return f"vector {event.vector} of kind {event.kind.name.lower().replace('_', ' ')}"
