@@ -138,12 +138,9 @@ def test_cr0__keeps_cd_nw_and_et_of_the_processor() -> None:
 def test_debug_controls_not_loaded__stay() -> None:
     processor, vmx = make_vmx()
     prepare(vmx, fields={f.GUEST_DR7: 0x4FF})
-    view_dr7 = processor.state.dr7 = 0x455
-    vmcs = vmx.current_vmcs
-    assert vmcs is not None
-    vmx.vmwrite(f.VM_ENTRY_CONTROLS, vmcs[f.VM_ENTRY_CONTROLS] & ~c.ENTRY_LOAD_DEBUG_CONTROLS.mask)
+    processor.state.dr7 = 0x455
     assert vmx.vmlaunch() == VmEntered()
-    assert processor.state.dr7 == view_dr7
+    assert processor.state.dr7 == 0x455
 
 
 class TestPdptes:
