@@ -107,11 +107,10 @@ def test_the_host__does_not_depend_on_the_guest(first: CpuState, second: CpuStat
         vmx.exit(VmExit(10))
         state = processor.state
         # What no VM exit switches: most GPRs, CR2, DR0 to DR3, x87 and SSE state, blocking by NMI.
-        hosts.append(
-            [state.rip, state.gpr[4], state.rflags, state.segments, state.ldtr, state.tr, state.gdtr, state.idtr]
-            + [state.cr0, state.cr3, state.cr4, state.efer, state.dr7, state.activity, state.shadow]
-            + [state.pending_debug, switch_msrs(processor)]
-        )
+        registers = [state.rip, state.gpr[4], state.rflags, state.gdtr, state.idtr, state.pending_debug]
+        segments = [*state.segments, state.ldtr, state.tr, state.activity, state.shadow]
+        controls = [state.cr0, state.cr3, state.cr4, state.efer, state.dr7, switch_msrs(processor)]
+        hosts.append((registers, segments, controls))
     assert hosts[0] == hosts[1]
 
 
