@@ -365,7 +365,11 @@ def _information_reserved(context: EntryContext) -> int:
     return reserved & ~_NESTED_EXCEPTION if context.capabilities.nested_exceptions else reserved
 
 
-_NESTED = s.every(s.INJECTING, s.bit_set(_INFORMATION, _NESTED_EXCEPTION, "it is marked nested"))
+_NESTED = s.every(
+    s.processor_is("nested exceptions are supported", lambda context: context.capabilities.nested_exceptions),
+    s.INJECTING,
+    s.bit_set(_INFORMATION, _NESTED_EXCEPTION, "it is marked nested"),
+)
 
 _INJECTION_RULES: Final[tuple[Rule, ...]] = (
     _rule(
