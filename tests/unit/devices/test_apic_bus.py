@@ -63,11 +63,13 @@ def test_xapic_id_written_by_software_is_the_destination() -> None:
     assert receivers(machine) == [1]
 
 
-@pytest.mark.parametrize(("destination", "expected"), [(0x01, [0]), (0x06, [1, 2]), (0xFF, [0, 1, 2]), (0x80, [])])
+@pytest.mark.parametrize(
+    ("destination", "expected"), [(0x01, [0]), (0x30, [1, 2]), (0x21, [0, 2]), (0xFF, [0, 1, 2]), (0x80, [])]
+)
 def test_logical_flat(destination: int, expected: list[int]) -> None:
     machine = Machine(3)
-    for number, apic in enumerate(machine.apics):
-        apic.mmio_write(LDR, 4, 1 << (24 + number))
+    for apic, logical in zip(machine.apics, (0x01, 0x10, 0x20), strict=True):
+        apic.mmio_write(LDR, 4, logical << 24)
     send(machine, LOGICAL | 0x31, destination)
     assert receivers(machine) == expected
 
@@ -128,6 +130,12 @@ def test_illegal_vector_sent(command: int) -> None:
     assert machine.read(ESR) == 0x20
     machine.apics[1].mmio_write(ESR, 4, 0)
     assert machine.apics[1].mmio_read(ESR, 4) == 0
+
+
+def test_lowest_legal_vector() -> None:
+    machine = Machine(2)
+    send(machine, 0x0010, 1)
+    assert receivers(machine, 0x10) == [1]
 
 
 def test_self_ipi_register() -> None:

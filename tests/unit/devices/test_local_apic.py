@@ -34,7 +34,7 @@ from apic_machine import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtx.devices.apic_registers import Register
+from vtx.devices.apic_registers import DeliveryMode, InterruptMessage, Register
 
 LVTS = (CMCI, TIMER, THERMAL, PERFORMANCE, LINT0, LINT1, ERROR)
 
@@ -457,6 +457,68 @@ def test_level_lint0_repeats_after_eoi_while_asserted(machine: Machine) -> None:
     assert machine.read(LINT0) == 0x8055
 
 
+def test_level_lint0_is_level_triggered_for_the_io_apics_too(machine: Machine) -> None:
+    machine.write(LINT0, 0x8055)
+    machine.apic.set_local_pin(0, True)
+    machine.apic.acknowledge()
+    machine.apic.set_local_pin(0, False)
+    assert machine.apic.end_of_interrupt() == 0x55
+
+
+def test_level_lint0_waits_for_its_own_eoi(machine: Machine) -> None:
+    machine.write(LINT0, 0x8055)
+    machine.apic.set_local_pin(0, True)
+    machine.apic.acknowledge()
+    machine.apic.accept_interrupt(0x95, False)
+    machine.serve()
+    assert machine.read(LINT0) == 0xC055
+    assert machine.apic.pending_vector() is None
+
+
+def test_masked_level_lint0_interrupts_when_unmasked(machine: Machine) -> None:
+    machine.write(LINT0, MASKED | 0x8055)
+    machine.apic.set_local_pin(0, True)
+    assert machine.apic.pending_vector() is None
+    machine.write(LINT0, 0x8055)
+    assert machine.serve() == 0x55
+
+
+@pytest.mark.parametrize(("offset", "number", "entry"), [(LINT1, 1, 0x8055), (LINT0, 0, 0x0055)])
+def test_lint_that_is_not_level_sensitive_interrupts_once(
+    machine: Machine, offset: int, number: int, entry: int
+) -> None:
+    machine.write(offset, entry)
+    machine.apic.set_local_pin(number, True)
+    assert machine.serve() == 0x55
+    assert machine.apic.pending_vector() is None
+    machine.write(offset, entry)
+    assert machine.apic.pending_vector() is None
+
+
+def test_nmi_on_lint0_is_edge_triggered_whatever_its_trigger_mode(machine: Machine) -> None:
+    machine.write(LINT0, 0x8400)
+    machine.apic.set_local_pin(0, True)
+    machine.write(LINT0, 0x8400)
+    assert machine.pins[0].events == ["nmi"]
+    assert not machine.apic.external_interrupt_pending()
+
+
+@pytest.mark.parametrize(("offset", "number"), [(LINT0, 0), (LINT1, 1)])
+def test_external_interrupt_follows_its_pin(machine: Machine, offset: int, number: int) -> None:
+    machine.write(offset, 0x700)
+    machine.apic.set_local_pin(number, True)
+    assert machine.apic.external_interrupt_pending()
+    machine.apic.set_local_pin(number, False)
+    assert not machine.apic.external_interrupt_pending()
+
+
+def test_external_interrupt_by_message_lasts_until_acknowledged(machine: Machine) -> None:
+    machine.apic.receive(InterruptMessage(DeliveryMode.EXTINT, vector=0))
+    assert machine.apic.external_interrupt_pending()
+    machine.apic.external_interrupt_acknowledged()
+    assert not machine.apic.external_interrupt_pending()
+
+
 def test_external_interrupt_needs_extint_and_no_mask(machine: Machine) -> None:
     machine.apic.set_local_pin(0, True)
     assert not machine.apic.external_interrupt_pending()
@@ -473,6 +535,8 @@ def test_disabled_apic_passes_its_pins_through(machine: Machine) -> None:
     assert machine.apic.apic_base_write(BASE)
     machine.apic.set_local_pin(0, True)
     assert machine.apic.external_interrupt_pending()
+    assert machine.pins[0].events == []
+    machine.apic.set_local_pin(1, True)
     machine.apic.set_local_pin(1, True)
     assert machine.pins[0].events == ["nmi"]
 
