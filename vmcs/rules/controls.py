@@ -302,6 +302,7 @@ _EXIT_RULES: Final[tuple[Rule, ...]] = (
 # ---- event injection
 
 _INFORMATION = f.VM_ENTRY_INTERRUPTION_INFORMATION
+_VALID = 1 << 31
 _TYPE = 7 << 8
 _DELIVER_ERROR_CODE = 1 << 11
 _NESTED_EXCEPTION = 1 << 13
@@ -353,7 +354,17 @@ _SOFTWARE_EVENT = s.either(
     s.injecting(layouts.SOFTWARE_INTERRUPT),
     s.injecting(layouts.PRIVILEGED_SOFTWARE_EXCEPTION),
     s.injecting(layouts.SOFTWARE_EXCEPTION),
+    *(
+        s.bits_equal(_INFORMATION, _VALID | _TYPE | 0xFF, _VALID | _TYPE | vector, f"{name} is injected")
+        for vector, name in ((1, "SYSCALL"), (2, "SYSENTER"))
+    ),
 )
+
+
+def _other_event_vector() -> Demand:
+    fred = 1 << 32
+    plain = s.slice_in(_INFORMATION, 0xFF, lambda context: (0, 1, 2) if context.vmcs[f.GUEST_CR4] & fred else (0,))
+    return Demand((*plain.reads, (f.GUEST_CR4, fred)), plain.holds, plain.repair, plain.faulty)
 
 
 def _instruction_lengths(context: EntryContext) -> Collection[int]:
@@ -395,8 +406,8 @@ _INJECTION_RULES: Final[tuple[Rule, ...]] = (
     ),
     _rule(
         "injection-other-vector",
-        "the vector of a pending MTF VM exit is 0",
-        s.slice_in(_INFORMATION, 0xFF, (0,)),
+        "the vector of an other event is 0, a pending MTF VM exit; with FRED also 1, SYSCALL, or 2, SYSENTER",
+        _other_event_vector(),
         s.injecting(layouts.OTHER_EVENT),
         ENTRY,
     ),

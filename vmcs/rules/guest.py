@@ -36,6 +36,7 @@ _CR4_PCIDE = 1 << 17
 _CR4_CET = 1 << 23
 _CR4_FRED = 1 << 32
 _RFLAGS_IF = 1 << 9
+_RFLAGS_IOPL = 3 << 12
 _RFLAGS_VM = 1 << 17
 _CS_L = 1 << 13
 
@@ -45,6 +46,8 @@ GUEST_IN_64_BIT_MODE: Final = s.every(IA32E_GUEST, s.bit_set(f.GUEST_CS_ACCESS_R
 GUEST_NOT_IN_64_BIT_MODE: Final = s.negation(GUEST_IN_64_BIT_MODE, "the guest is not in 64-bit mode")
 PAGING: Final = s.bit_set(f.GUEST_CR0, _CR0_PG, "CR0.PG is 1")
 NO_PROTECTION: Final = s.bits_equal(f.GUEST_CR0, _CR0_PE, 0, "CR0.PE is 0")
+FRED: Final = s.bit_set(f.GUEST_CR4, _CR4_FRED, "CR4.FRED is 1")
+FRED_IN_USER_MODE: Final = s.every(FRED, s.bits_equal(f.GUEST_SS_ACCESS_RIGHTS, 3 << 5, 3 << 5, "the DPL of SS is 3"))
 UNRESTRICTED: Final = s.on(c.UNRESTRICTED_GUEST)
 _unrestricted = s.test_of(UNRESTRICTED)
 
@@ -286,6 +289,13 @@ _OTHER_RULES: Final[tuple[Rule, ...]] = (
         "RFLAGS.IF is 1",
         s.bits_required(f.GUEST_RFLAGS, _RFLAGS_IF),
         s.injecting(layouts.EXTERNAL_INTERRUPT),
+        RIP_RFLAGS,
+    ),
+    _rule(
+        "rflags-iopl-fred",
+        "RFLAGS.IOPL is 0",
+        s.bits_clear(f.GUEST_RFLAGS, _RFLAGS_IOPL),
+        FRED_IN_USER_MODE,
         RIP_RFLAGS,
     ),
     _rule("ssp-aligned", "bits 1:0 of SSP are 0", s.bits_clear(f.GUEST_SSP, 3), _LOAD_CET, RIP_RFLAGS),

@@ -21,7 +21,7 @@ from vmcs.qualifications import EntryFailure
 from vmcs.refs import Reference, sdm
 from vmcs.region import SHADOW_INDICATOR
 from vmcs.rules import shapes as s
-from vmcs.rules.guest import LEGACY_GUEST, PAGING
+from vmcs.rules.guest import FRED_IN_USER_MODE, LEGACY_GUEST, PAGING
 from vmcs.rules.model import ALWAYS, Condition, Demand, EntryContext, EntryFails, FaultyBits, Rule, Test
 
 NON_REGISTER: Final = sdm("VM Entries", "Checks on Guest Non-Register State")
@@ -166,6 +166,12 @@ _INTERRUPTIBILITY_RULES: Final[tuple[Rule, ...]] = (
         "events are not blocked by STI",
         s.bits_clear(_INTERRUPTIBILITY, _STI),
         s.bits_equal(f.GUEST_RFLAGS, _RFLAGS_IF, 0, "RFLAGS.IF is 0"),
+    ),
+    _rule(
+        "sti-fred",
+        "events are not blocked by STI",
+        s.bits_clear(_INTERRUPTIBILITY, _STI),
+        FRED_IN_USER_MODE,
     ),
     _rule(
         "interrupt-injection-blocked",

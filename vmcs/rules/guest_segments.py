@@ -19,7 +19,7 @@ from vmcs.exits import Reason
 from vmcs.fields import Field
 from vmcs.refs import sdm
 from vmcs.rules import shapes as s
-from vmcs.rules.guest import IA32E_GUEST, NO_PROTECTION, UNRESTRICTED
+from vmcs.rules.guest import FRED, IA32E_GUEST, NO_PROTECTION, UNRESTRICTED
 from vmcs.rules.model import ALWAYS, Condition, Demand, EntryContext, EntryFails, FaultyBits, Rule
 
 _REF = sdm("VM Entries", "Checks on Guest Segment Registers")
@@ -351,6 +351,20 @@ def _privilege_rules() -> tuple[Rule, ...]:
     )
 
 
+def _fred_rules() -> tuple[Rule, ...]:
+    """FRED knows two privilege levels, and supervisor code in 64-bit mode only."""
+    return (
+        _rule(_SS, "dpl-fred", "the DPL of SS is 0 or 3", s.slice_in(_SS.rights, _DPL, (0, _DPL)), FRED),
+        _rule(
+            _CS,
+            "long-fred",
+            "the L bit of CS is 1",
+            s.bits_required(_CS.rights, _L),
+            s.every(FRED, s.bits_equal(_SS.rights, _DPL, 0, "the DPL of SS is 0")),
+        ),
+    )
+
+
 def _rights_rules(register: _Register) -> tuple[Rule, ...]:
     when = _outside_virtual_8086(register)
     name = register.name
@@ -399,6 +413,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *(rule for each in _SIX for rule in _virtual_8086_rules(each)),
     *_type_rules(),
     *_privilege_rules(),
+    *_fred_rules(),
     *(rule for each in _SIX for rule in _rights_rules(each)),
     _rule(
         _CS,

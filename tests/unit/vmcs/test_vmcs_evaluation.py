@@ -5,16 +5,17 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmcs_baseline import FULL, Memory, context_of, long_mode_guest
+from vmcs_baseline import FULL, OLD, Memory, context_of, long_mode_guest
 from vmcs_rule_cases import CONTROL_CASES, build
 from vmcs_state_cases import STATE_CASES
 
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs import rules
+from vmcs.capabilities import Capabilities
 from vmcs.exits import AbortIndicator, InstructionError, Reason
 from vmcs.fields import FIELDS
-from vmcs.region import LaunchState
+from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import CONSISTENCY, RULES, EntryContext, EntryFails, FailInvalid, FailValid, Stage, msr_load
 from vmcs.rules.msr_load import Area
 
@@ -222,6 +223,36 @@ def test_read__answers_ones_where_there_can_be_no_memory() -> None:
     assert context.read(1 << 46, 4) == 0xFFFF_FFFF
     assert context.read((1 << 46) - 4, 8) == 0xFFFF_FFFF_FFFF_FFFF
     assert context.read(0xFFFF_FFFF_FFFF_FFFF, 8) == 0xFFFF_FFFF_FFFF_FFFF
+
+
+# ---- repair
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), capabilities=st.sampled_from((FULL, OLD)), host_long_mode=st.booleans())
+def test_repair__any_vmcs_becomes_valid(seed: int, capabilities: Capabilities, host_long_mode: bool) -> None:
+    generator = random.Random(seed)
+    vmcs = long_mode_guest(capabilities)
+    for field in FIELDS:
+        if generator.random() < 0.5:
+            vmcs[field] = generator.getrandbits(64)
+    context = context_of(vmcs, read_physical=Memory().read, host_long_mode=host_long_mode)
+    broken = {violation.rule.id for violation in CONSISTENCY.explain(context)}
+    repaired = rules.repair(context)
+    assert CONSISTENCY.check(context) is None
+    assert broken <= {rule.id for rule in repaired}
+
+
+def test_repair__leaves_a_valid_vmcs_alone() -> None:
+    context = context_of(long_mode_guest())
+    values = dict(context.vmcs.values)
+    assert rules.repair(context) == []
+    assert context.vmcs.values == values
+
+
+def test_repair__gives_up_after_the_rounds_it_was_given() -> None:
+    with pytest.raises(ValueError, match=r"still violated: controls\.pin-based-reserved"):
+        rules.repair(context_of(Vmcs(FULL)), rounds=0)
 
 
 # ---- MSR areas

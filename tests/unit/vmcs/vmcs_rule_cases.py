@@ -380,7 +380,14 @@ CONTROL_CASES: tuple[Case, ...] = (
     case("controls.injection-type", {}, INTERRUPT, event(0x8000_0130)),
     case("controls.injection-nmi-vector", {}, NMI, event(0x8000_0203), event(0x8000_0200)),
     case("controls.injection-exception-vector", {}, event(0x8000_031F), event(0x8000_0320), event(0x8000_03FF)),
-    case("controls.injection-other-vector", {}, PENDING_MTF, event(0x8000_0701), event(0x8000_07FF)),
+    case(
+        "controls.injection-other-vector",
+        {f.VM_ENTRY_INSTRUCTION_LENGTH: 2},
+        {**event(0x8000_0702), f.GUEST_CR4: 0x1_0000_2020},
+        event(0x8000_0701),
+        event(0x8000_07FF),
+        {**event(0x8000_0703), f.GUEST_CR4: 0x1_0000_2020},
+    ),
     case(
         "controls.injection-error-code-setting",
         {},
@@ -408,6 +415,7 @@ CONTROL_CASES: tuple[Case, ...] = (
         {f.VM_ENTRY_INSTRUCTION_LENGTH: 0xFFFF_FFFF},
         {**event(0x8000_0501), f.VM_ENTRY_INSTRUCTION_LENGTH: 16},
         {**event(0x8000_0603), f.VM_ENTRY_INSTRUCTION_LENGTH: 16},
+        {**event(0x8000_0701), f.VM_ENTRY_INSTRUCTION_LENGTH: 16, f.GUEST_CR4: 0x1_0000_2020},
     ),
     case(
         "controls.injection-nested-exception",

@@ -147,6 +147,14 @@ HOST_CASES: tuple[Case, ...] = (
     canonical("host.64-bit-host-rip", {}, f.HOST_RIP),
 )
 
+LEGACY_USER: Changes = {
+    **LEGACY_GUEST,
+    f.GUEST_CS_SELECTOR: 0xB,
+    f.GUEST_SS_SELECTOR: 0x13,
+    f.GUEST_CS_ACCESS_RIGHTS: 0xC0FB,
+    f.GUEST_SS_ACCESS_RIGHTS: 0xC0F3,
+}
+
 REGISTER_CASES: tuple[Case, ...] = (
     case(
         "guest.cr0-fixed",
@@ -184,7 +192,7 @@ REGISTER_CASES: tuple[Case, ...] = (
     reserved("guest.ia32e-mode-paging", {}, f.GUEST_CR0, 0x8001_0033, 0x0001_0033),
     reserved("guest.ia32e-mode-pae", {}, f.GUEST_CR4, 0x2020, 0x2000),
     reserved("guest.legacy-mode-pcid", LEGACY_GUEST, f.GUEST_CR4, 0x2000, 0x2_2000),
-    reserved("guest.legacy-mode-fred", LEGACY_GUEST, f.GUEST_CR4, 0x2000, 0x1_0000_2000),
+    reserved("guest.legacy-mode-fred", LEGACY_USER, f.GUEST_CR4, 0x2000, 0x1_0000_2000),
     reserved("guest.cr3-width", {}, f.GUEST_CR3, 0x3FFF_FFFF_FFFF, TOO_WIDE, 1 << 51, 1 << 62, 1 << 63),
     reserved("guest.dr7-width", {c.ENTRY_LOAD_DEBUG_CONTROLS: True}, f.GUEST_DR7, 0xFFFF_FFFF, 1 << 32, 1 << 63),
     canonical("guest.sysenter-esp-canonical", {}, f.GUEST_IA32_SYSENTER_ESP),
@@ -301,6 +309,10 @@ CPL_3: Changes = {
     f.GUEST_CS_ACCESS_RIGHTS: 0xA0FB,
     f.GUEST_SS_ACCESS_RIGHTS: 0xC0F3,
 }
+
+
+FRED: Changes = {f.GUEST_CR4: 0x1_0000_2020}
+USER_FRED: Changes = {**FRED, **CPL_3}
 
 
 def code_or_data(name: str) -> tuple[Case, ...]:
@@ -459,6 +471,14 @@ SEGMENT_CASES: tuple[Case, ...] = (
         )
         for name in DATA
     ),
+    case(
+        "guest.ss-dpl-fred",
+        USER_FRED,
+        {f.GUEST_SS_ACCESS_RIGHTS: 0xC0F3},
+        {f.GUEST_SS_ACCESS_RIGHTS: 0xC0B3, f.GUEST_CS_ACCESS_RIGHTS: 0xA0BB},
+        {f.GUEST_SS_ACCESS_RIGHTS: 0xC0D3, f.GUEST_CS_ACCESS_RIGHTS: 0xA0DB},
+    ),
+    case("guest.cs-long-fred", FRED, {f.GUEST_CS_ACCESS_RIGHTS: 0xA09B}, {f.GUEST_CS_ACCESS_RIGHTS: 0xC09B}),
     case("guest.cs-default-size", {}, {f.GUEST_CS_ACCESS_RIGHTS: 0xA09B}, {f.GUEST_CS_ACCESS_RIGHTS: 0xE09B}),
     case(
         "guest.tr-type",
@@ -604,4 +624,9 @@ NON_REGISTER_CASES: tuple[Case, ...] = (
     ),
 )
 
-STATE_CASES = (*HOST_CASES, *REGISTER_CASES, *SEGMENT_CASES, *NON_REGISTER_CASES)
+FRED_CASES: tuple[Case, ...] = (
+    reserved("guest.rflags-iopl-fred", USER_FRED, f.GUEST_RFLAGS, 0x202, 0x1202, 0x2202, 0x3202),
+    case("guest.sti-fred", USER_FRED, blocking(MOV_SS), blocking(STI)),
+)
+
+STATE_CASES = (*HOST_CASES, *REGISTER_CASES, *SEGMENT_CASES, *NON_REGISTER_CASES, *FRED_CASES)
