@@ -169,8 +169,10 @@ class MmuMachine(RuleBasedStateMachine):
 
     @rule(large=st.booleans(), flags=st.sampled_from([0, RW, US, RW | US | G]), how=st.integers(0, 3))
     def edit_large_page(self, large, flags, how):
+        was_large = self.memory.read_u64(SHARED[1] + 8) & PS
         self.memory.write_u64(SHARED[1] + 8, (PS if large else SHARED[2]) | P | flags)
-        self.invalidate(how)
+        # One address stands for all of a large page; small pages need an invalidation each.
+        self.invalidate(how, (*SMALL, LARGE[1]) if was_large else LINEAR)
 
     @rule(index=st.integers(0, 2), bits=st.sampled_from([P, P | RW, P | RW | US]))
     def raise_rights(self, index, bits):
@@ -181,44 +183,39 @@ class MmuMachine(RuleBasedStateMachine):
             entry &= ~XD
         self.memory.write_u64(SHARED[2] + 8 * index, entry | bits)
 
-    def invalidate(self, how):
+    def invalidate(self, how, pages=LINEAR):
         """For every regime: the tables are the same guest-physical memory for all of them."""
         current = self.regime
         for regime in REGIMES:
             self.enter(regime)
-            (self.invlpg_everywhere, self.invpcid_all, self.toggle_pge, self.flush_by_pages)[how]()
+            if how == 0:
+                self.invlpg_in_every_address_space(pages)
+            elif how == 1:
+                self.mmu.invpcid(2, 0, 0)
+            elif how == 2:
+                self.toggle_pge()
+            else:
+                self.invlpg_and_invpcid(pages)
         self.enter(current)
 
-    def invlpg_everywhere(self):
+    def invlpg_in_every_address_space(self, pages):
         state, previous = self.state, self.state.cr3
         for pcid, root in ROOTS.items():
             state.cr3 = root | pcid
             self.mmu.cr3_written(state, preserve=True, pkru=self.pkru[self.regime[0]])
-            for linear in (*SMALL, LARGE[0]):
+            for linear in pages:
                 self.mmu.invlpg(linear)
-        # One INVLPG covers a large page; what was small pages before needs one for each.
-        for linear in LARGE:
-            self.invlpg_in_each(linear)
         state.cr3 = previous
         self.mmu.cr3_written(state, preserve=True, pkru=self.pkru[self.regime[0]])
-
-    def invlpg_in_each(self, linear):
-        for pcid, root in ROOTS.items():
-            self.state.cr3 = root | pcid
-            self.mmu.cr3_written(self.state, preserve=True, pkru=self.pkru[self.regime[0]])
-            self.mmu.invlpg(linear)
-
-    def invpcid_all(self):
-        self.mmu.invpcid(2, 0, 0)
 
     def toggle_pge(self):
         for _ in range(2):
             self.state.cr4 ^= PGE
             self.mmu.controls_written(self.state, pkru=self.pkru[self.regime[0]])
 
-    def flush_by_pages(self):
-        for linear in LINEAR:
-            self.mmu.invlpg(linear)  # globals
+    def invlpg_and_invpcid(self, pages):
+        for linear in pages:
+            self.mmu.invlpg(linear)  # for the global translations
             for pcid in ROOTS:
                 self.mmu.invpcid(0, pcid, linear)
 

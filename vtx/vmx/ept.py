@@ -5,6 +5,7 @@ Spec: SDM Vol. 3, "The Extended Page Table Mechanism (EPT)".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -97,6 +98,7 @@ def _bits(high: int, low: int) -> int:
     return (1 << high + 1) - (1 << low) if high >= low else 0
 
 
+@functools.lru_cache(maxsize=16)
 def _levels(config: EptConfig) -> tuple[Level, ...]:
     """The levels of the walk with their reserved bits; an unsupported page size makes bit 7 reserved."""
     high = _bits(51, config.physical_address_width)
@@ -116,6 +118,7 @@ def _levels(config: EptConfig) -> tuple[Level, ...]:
     return levels[-config.walk_length :]
 
 
+@functools.lru_cache(maxsize=16)
 def _illegal_permissions(config: EptConfig) -> frozenset[int]:
     """Values of the permission bits (2:0, and 10 under mode-based execute control) that are misconfigurations.
 

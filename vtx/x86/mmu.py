@@ -11,6 +11,7 @@ Spec: SDM Vol. 3, "Paging", "VMX Support for Address Translation".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -37,6 +38,10 @@ from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
 from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
 
 PCID_MASK: Final = 0xFFF
+_LARGE_PAGES_NOTED: Final = 4096
+"""How many large pages granted to the engine are remembered; beyond that every INVLPG flushes everything."""
+
+_paging_context = functools.lru_cache(maxsize=256)(PagingContext)
 
 Refusal = Fault | SecondLevelFault
 """Why an access cannot be made: an exception, or an event of the second level."""
@@ -131,7 +136,7 @@ class Mmu:
             return
         self._inputs = inputs
         pdptrs = (state.pdptrs[0], state.pdptrs[1], state.pdptrs[2], state.pdptrs[3])
-        self.context = context = PagingContext(
+        self.context = context = _paging_context(
             state.cr0 & CR0_PAGING,
             state.cr3,
             state.cr4 & CR4_PAGING,
@@ -240,8 +245,11 @@ class Mmu:
         self.flush_engine(None)
 
     def _flush_engine_page(self, page: int) -> None:
-        if any((size, page // (size >> PAGE_SHIFT)) in self._large_granted for size in LARGE_SIZES):
-            # The engine holds pieces of a large page that the TLB may already have evicted.
+        noted = self._large_granted
+        if len(noted) >= _LARGE_PAGES_NOTED or any(
+            (size, page // (size >> PAGE_SHIFT)) in noted for size in LARGE_SIZES
+        ):
+            # The engine may hold pieces of this large page that the TLB has already evicted.
             self._flush_engine_all()
         else:
             self.flush_engine(page)
@@ -253,7 +261,7 @@ class Mmu:
         privilege = Privilege.of(cpl, ac, implicit)
         result = self.resolve(linear, kind, privilege)
         if isinstance(result, Translation):
-            if result.size > PAGE_SIZE:
+            if result.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
                 page = (linear & self._linear_mask) >> PAGE_SHIFT
                 self._large_granted.add((result.size, page // (result.size >> PAGE_SHIFT)))
             permissions = self._permissions[privilege][result.attributes] & result.cacheable

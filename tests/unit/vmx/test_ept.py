@@ -318,6 +318,15 @@ def test_page_modification_log():
     assert logged == [GPA & ~0xFFF]
 
 
+def test_page_modification_log__a_dirty_page_is_not_logged_again():
+    logged = []
+    tables = Tables(eptp_bits=AD, log=lambda page: logged.append(page) is None)
+    tables.set(3, tables.get(3) | D)  # dirty, yet not accessed: software cleared that flag alone
+    assert isinstance(tables.translate(WRITE), SecondLevelPage)
+    assert logged == []
+    assert tables.get(3) & (A | D) == A | D
+
+
 def test_page_modification_log_full():
     tables = Tables(eptp_bits=AD, log=lambda page: False)
     before = [tables.get(level) for level in range(4)]

@@ -250,6 +250,22 @@ def test_invlpg_of_a_large_page_the_tlb_has_evicted_still_flushes_the_engine():
     assert rig.flushes == [None]
 
 
+def test_invlpg_after_more_large_pages_than_are_noted_flushes_everything():
+    mmu = Mmu(PhysicalMemory(1 << 20), 46, flush_engine=(flushes := []).append)
+    memory = mmu.memory
+    # Every entry of the one table maps a 2-MByte page, whatever the upper indices are.
+    for index in range(512):
+        memory.write_u64(0x1000 + 8 * index, 0x2000 | P | RW)
+        memory.write_u64(0x2000 + 8 * index, 0x3000 | P | RW)
+        memory.write_u64(0x3000 + 8 * index, PS | P | RW)
+    mmu.update(long_mode_state())
+    for region in range(5000):
+        assert isinstance(mmu.fill(region << 21, READ, 0, False), Grant)
+    flushes.clear()
+    mmu.invlpg(4999 << 21)
+    assert flushes == [None]
+
+
 @pytest.mark.parametrize("kind", range(4))
 def test_invpcid(kind):
     rig = Rig(cr4=PAE | PCIDE | PGE, cr3=ROOT | 1)
