@@ -155,7 +155,7 @@ SDM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         ),
     ),
     "VMX Instruction Reference": ("3", ("Conventions", "VMX Instructions", "VM Instruction Error Numbers")),
-    "System Management Mode": ("3", ("VM Exits That Save Guest SMM State", "VM Entries that Return from SMM")),
+    "System Management Mode": ("3", ("VM Entries that Return from SMM",)),
     "VMX Capability Reporting Facility": (
         "3",
         (

@@ -4,7 +4,7 @@ A *linear* address is what segmentation yields and paging consumes. A *guest-phy
 paging yields; without second-level translation it equals the physical address. A *physical* address is what
 reaches memory and devices. Mixing them is the classic bug of a hypervisor, so the type checker keeps them apart.
 
-Spec: SDM Vol. 3, "Linear-Address Translation"; "Extended Page Tables (EPT)", "Overview".
+Spec: SDM Vol. 3, "Paging"; "The Extended Page Table Mechanism (EPT)", "EPT Overview".
 """
 
 from typing import NewType

@@ -4,7 +4,7 @@
 then commits, so a delivery that faults has changed no register. The page of the stack may have been written, as on
 hardware. The one exception is a task gate: past the commit point of the task switch the registers are the new task's.
 
-Spec: SDM Vol. 3, "Interrupt and Exception Handling", "64-bit Mode Interrupt and Exception Handling", "Interrupt and
+Spec: SDM Vol. 3, "Interrupt and Exception Handling", "Exception and Interrupt Handling in 64-bit Mode", "Interrupt and
 Exception Handling in Virtual-8086 Mode"; SDM Vol. 2, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure", operation.
 """
 

@@ -3,8 +3,8 @@
 Everything is popped and checked before anything is committed, so an IRET that faults has changed no register; it still
 ends blocking by NMI.
 
-Spec: SDM Vol. 2, "IRET/IRETD/IRETQ—Interrupt Return", operation; SDM Vol. 3, "Handling Multiple NMIs", "64-bit Mode
-Interrupt and Exception Handling", "Entering Virtual-8086 Mode".
+Spec: SDM Vol. 2, "IRET/IRETD/IRETQ—Interrupt Return", operation; SDM Vol. 3, "Handling Multiple NMIs", "Exception
+and Interrupt Handling in 64-bit Mode", "Entering Virtual-8086 Mode".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Linear addresses as event delivery, IRET and task switches use them: memory behind paging, and canonical addresses.
 
-Spec: SDM Vol. 3, "Supervisor-Mode and User-Mode Accesses"; SDM Vol. 1, "Canonical Addressing".
+Spec: SDM Vol. 3, "Access Rights" (supervisor-mode and user-mode accesses); SDM Vol. 1, "Canonical Addressing".
 """
 
 from __future__ import annotations

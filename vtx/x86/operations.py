@@ -4,7 +4,7 @@ A handler of the processor checks an instruction's own faults, then describes wh
 records and asks the extension whether that exits. Whether it does is a pure function of the record and the control
 structure, for VMX as for SVM.
 
-Spec: SDM Vol. 3, "VMX Non-Root Operation", "Instructions That Cause VM Exits"; APM Vol. 2, "Intercepts".
+Spec: SDM Vol. 3, "VMX Non-Root Operation", "Instructions That Cause VM Exits"; APM Vol. 2, "Intercept Operation".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A stack while a frame is pushed on it or popped from it, before SS and RSP are committed.
 
-Spec: SDM Vol. 1, "Procedure Stack"; SDM Vol. 3, "Limit Checking", "Stack Switching in IA-32e Mode".
+Spec: SDM Vol. 1, "Stacks"; SDM Vol. 3, "Limit Checking", "Stack Switching in IA-32e Mode".
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The engine copies this to and from its own representation; VM entry and VM exit load and save it. Access rights are
 kept in the VMCS format everywhere, because that is the one format in which an unusable segment can be expressed.
 
-Spec: SDM Vol. 1, "Basic Execution Environment"; SDM Vol. 3, "Guest-State Area", "Segment Registers ..." (access
-rights format); "Activity State" and "Interruptibility State".
+Spec: SDM Vol. 1, "Basic Execution Environment"; SDM Vol. 3, "Guest Register State" (access rights format),
+"Guest Non-Register State" (activity and interruptibility state).
 """
 
 from __future__ import annotations
