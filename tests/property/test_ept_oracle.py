@@ -2,7 +2,7 @@
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtx.vmx.ept import EptConfig, EptMisconfiguration, EptViolation, ExtendedPageTables
@@ -101,6 +101,7 @@ def sparse_address(source, length):
     return address | (1 << (39 + 9 * (length - 3)) if source.random() < 0.02 else 0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 64), st.integers(0, 31), st.sampled_from([4, 5]), st.booleans())
 def test_walk_equals_the_oracle(seed, capabilities, length, accessed_dirty):
     source = random.Random(seed)

@@ -202,16 +202,16 @@ class MmuMachine(RuleBasedStateMachine):
         state, previous = self.state, self.state.cr3
         for pcid, root in ROOTS.items():
             state.cr3 = root | pcid
-            self.mmu.cr3_written(state, preserve=True, pkru=self.pkru[self.regime[0]])
+            self.mmu.cr3_written(state, preserve=True)
             for linear in pages:
                 self.mmu.invlpg(linear)
         state.cr3 = previous
-        self.mmu.cr3_written(state, preserve=True, pkru=self.pkru[self.regime[0]])
+        self.mmu.cr3_written(state, preserve=True)
 
     def toggle_pge(self):
         for _ in range(2):
             self.state.cr4 ^= PGE
-            self.mmu.controls_written(self.state, pkru=self.pkru[self.regime[0]])
+            self.mmu.controls_written(self.state)
 
     def invlpg_and_invpcid(self, pages):
         for linear in pages:
@@ -244,7 +244,8 @@ class MmuMachine(RuleBasedStateMachine):
     def enter(self, regime):
         self.regime = regime
         vpid, ept = regime
-        self.mmu.vm_transition(self.state, self.second_levels[ept], vpid, flush=vpid == 0, pkru=self.pkru[vpid])
+        self.mmu.pkru = self.pkru[vpid]
+        self.mmu.vm_transition(self.state, self.second_levels[ept], vpid, flush=vpid == 0)
 
     @rule(regime=st.sampled_from(REGIMES))
     def vm_transition(self, regime):
@@ -253,7 +254,7 @@ class MmuMachine(RuleBasedStateMachine):
     @rule(pcid=st.sampled_from([1, 2]), preserve=st.booleans())
     def move_to_cr3(self, pcid, preserve):
         self.state.cr3 = ROOTS[pcid] | pcid
-        self.mmu.cr3_written(self.state, preserve=preserve, pkru=self.pkru[self.regime[0]])
+        self.mmu.cr3_written(self.state, preserve=preserve)
 
     @rule(bits=st.sampled_from([(WP, 0, 0), (0, SMEP, 0), (0, SMAP, 0), (0, PKE, 0), (0, PGE, 0), (0, 0, NXE)]))
     def toggle_control(self, bits):
@@ -261,32 +262,33 @@ class MmuMachine(RuleBasedStateMachine):
         state.cr0 ^= bits[0]
         state.cr4 ^= bits[1]
         state.efer ^= bits[2]
-        self.mmu.controls_written(state, pkru=self.pkru[self.regime[0]])
+        self.mmu.controls_written(state)
 
     @rule(value=st.integers(0, 15))
     def write_pkru(self, value):
         self.pkru[self.regime[0]] = value
-        self.mmu.update(self.state, pkru=value)
+        self.mmu.pkru = value
+        self.mmu.update(self.state)
 
     @rule()
     def toggle_paging(self):
         """Legal orders only: PCIDs are in use whenever paging is on, and CR4.PCIDE is set with a PCID of 0."""
-        state, pkru = self.state, self.pkru[self.regime[0]]
+        state = self.state
         root = state.cr3 & ~0xFFF
         if state.cr0 & PG:
             state.cr4 &= ~PCIDE
-            self.mmu.controls_written(state, pkru=pkru)
+            self.mmu.controls_written(state)
             state.cr0, state.efer = state.cr0 & ~PG, state.efer & ~0x400
-            self.mmu.controls_written(state, pkru=pkru)
+            self.mmu.controls_written(state)
         else:
             state.cr3 = root
-            self.mmu.cr3_written(state, pkru=pkru)
+            self.mmu.cr3_written(state)
             state.cr0, state.efer = state.cr0 | PG, state.efer | 0x400
-            self.mmu.controls_written(state, pkru=pkru)
+            self.mmu.controls_written(state)
             state.cr4 |= PCIDE
-            self.mmu.controls_written(state, pkru=pkru)
+            self.mmu.controls_written(state)
             state.cr3 = root | (1 if root == ROOTS[1] else 2)
-            self.mmu.cr3_written(state, preserve=True, pkru=pkru)
+            self.mmu.cr3_written(state, preserve=True)
 
     @rule(kind=st.integers(0, 3), vpid=st.integers(0, 2), linear=st.sampled_from(LINEAR))
     def invvpid(self, kind, vpid, linear):

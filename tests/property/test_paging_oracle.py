@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtx.x86.memory import PhysicalMemory
@@ -176,6 +176,7 @@ def check(source, mode):
     return result.size
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 64), st.sampled_from(list(MODES)))
 def test_walk_equals_the_oracle(seed, mode):
     source = random.Random(seed)
@@ -195,6 +196,7 @@ def test_random_generator_reaches_every_outcome():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_bytes_as_page_tables_never_raise(mode, data):
     memory = PhysicalMemory(PAGES << 12)

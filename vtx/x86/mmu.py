@@ -92,7 +92,10 @@ def _invalidates_all(old: PagingContext, new: PagingContext) -> bool:
 
 
 class Mmu:
-    """Address translation for one logical processor; starts in the reset state (paging disabled, no second level)."""
+    """Address translation for one logical processor; starts in the reset state (paging disabled, no second level).
+
+    ``pkru`` and ``pkrs`` hold PKRU and IA32_PKRS; who changes them calls `update`.
+    """
 
     def __init__(
         self,
@@ -110,14 +113,16 @@ class Mmu:
         self.tlb = tlb or Tlb()
         self.second_level: SecondLevel = IdentitySecondLevel()
         self.asid = 0
+        self.pkru = 0
+        self.pkrs = 0
         self._inputs: tuple[object, ...] = ()
         self._large_granted: set[tuple[int, int]] = set()
         self.update(CpuState())
 
     # Following the registers.
 
-    def update(self, state: CpuState, pkru: int = 0, pkrs: int = 0) -> None:
-        """Follow the control registers, PDPTE registers, ``second_level`` and ``asid`` as they now are.
+    def update(self, state: CpuState) -> None:
+        """Follow the control and PDPTE registers, ``pkru``, ``pkrs``, ``second_level`` and ``asid`` as they now are.
 
         Invalidates nothing in the TLB: that is a property of the operation that changed them, not of their values.
         """
@@ -127,8 +132,8 @@ class Mmu:
             state.cr4 & CR4_PAGING,
             state.efer & EFER_PAGING,
             *state.pdptrs,
-            pkru,
-            pkrs,
+            self.pkru,
+            self.pkrs,
             self.asid,
             self.second_level,
         )
@@ -143,8 +148,8 @@ class Mmu:
             state.efer & EFER_PAGING,
             self.physical_address_width,
             pdptrs,
-            pkru,
-            pkrs,
+            self.pkru,
+            self.pkrs,
             self.page1gb,
         )
         self._permissions = context.permissions
@@ -158,27 +163,25 @@ class Mmu:
             return NO_PAGING
         return context.cr3 & PCID_MASK if context.cr4 & Cr4.PCIDE else 0
 
-    def controls_written(self, state: CpuState, pkru: int = 0, pkrs: int = 0) -> None:
+    def controls_written(self, state: CpuState) -> None:
         """The guest wrote CR0, CR4 or IA32_EFER: invalidate what that invalidates, and follow."""
         old = self.context
-        self.update(state, pkru, pkrs)
+        self.update(state)
         if _invalidates_all(old, self.context):
             self.tlb.invalidate_asid(self.asid)
             self._flush_engine_all()
 
-    def cr3_written(self, state: CpuState, *, preserve: bool = False, pkru: int = 0, pkrs: int = 0) -> None:
+    def cr3_written(self, state: CpuState, *, preserve: bool = False) -> None:
         """The guest wrote CR3; ``preserve`` is bit 63 of the source with CR4.PCIDE = 1.
 
         Spec: SDM Vol. 3, "Operations that Invalidate TLBs and Paging-Structure Caches".
         """
-        self.update(state, pkru, pkrs)
+        self.update(state)
         if not preserve:
             self.tlb.invalidate_pcid(self.tlb.tag.pcid)
             self._flush_engine_all()
 
-    def vm_transition(
-        self, state: CpuState, second_level: SecondLevel, asid: int, *, flush: bool, pkru: int = 0, pkrs: int = 0
-    ) -> None:
+    def vm_transition(self, state: CpuState, second_level: SecondLevel, asid: int, *, flush: bool) -> None:
         """A VM entry or VM exit loaded ``state``; ``flush`` when mappings of identifier 0 do not survive it.
 
         Spec: SDM Vol. 3, "Operations that Invalidate Cached Mappings" (VM entries and VM exits without VPID).
@@ -187,7 +190,7 @@ class Mmu:
             self.tlb.invalidate_asid(0)
         self.second_level = second_level
         self.asid = asid
-        self.update(state, pkru, pkrs)
+        self.update(state)
         if flush:
             self._flush_engine_all()
 
