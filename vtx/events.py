@@ -115,9 +115,9 @@ class EventDelivered:
     time: int
     vector: int
     kind: str
-    error_code: int | None
     cs: int
     rip: int
+    error_code: int | None = None
 
 
 @frozen

@@ -1,0 +1,151 @@
+"""The observer that turns what VMX does into trace events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from vmcs import fields as f
+from vmcs.bits import Layout
+from vmcs.exits import BY_NUMBER, Reason
+from vmcs.layouts import EVENT_TYPES
+from vmcs.region import Vmcs
+from vmcs.rules import Violation
+from vtx import events as e
+from vtx.vmx.operation import EntryFailure, VmxOperation
+from vtx.vmx.outcome import (
+    EntryFailed,
+    Outcome,
+    VmEntered,
+    VmExited,
+    VmFailInvalid,
+    VmFailValid,
+    VmSucceed,
+    VmxAborted,
+)
+from vtx.vmx.record import ERROR_CODE_VALID, VALID, VmExit
+from vtx.x86.outcome import Fault
+
+_BASIC_REASON: Final = 0xFFFF
+
+
+class VmxTracing:
+    """An `Observer` that reports to ``tracer``; ``now`` gives the virtual time in ticks."""
+
+    def __init__(self, operation: VmxOperation, tracer: e.Tracer, now: Callable[[], int]) -> None:
+        self.operation = operation
+        self.tracer = tracer
+        self.now = now
+        self.vcpu = operation.processor.index
+
+    def vm_instruction(self, name: str, outcome: Outcome) -> None:
+        """See `Observer.vm_instruction`."""
+        self.tracer.emit(e.VmInstruction(self.vcpu, self.now(), name, describe(outcome)))
+
+    def vm_entry(self, vmcs: Vmcs) -> None:
+        """See `Observer.vm_entry`."""
+        operation = self.operation
+        active = operation.current
+        assert active is not None
+        self.tracer.emit(
+            e.VmEntry(
+                self.vcpu,
+                self.now(),
+                active.pointer,
+                active.context is not None and active.context.launching,
+                operation.processor.state.rip,
+                operation.processor.state.cr3,
+                injected=_interruption(
+                    vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION], vmcs[f.VM_ENTRY_EXCEPTION_ERROR_CODE]
+                ),
+            )
+        )
+
+    def vm_entry_failed(self, failure: EntryFailure) -> None:
+        """See `Observer.vm_entry_failed`."""
+        self.tracer.emit(
+            e.VmEntryFailed(
+                self.vcpu,
+                self.now(),
+                self.operation.current_pointer,
+                describe(failure.outcome),
+                tuple(_violation(violation) for violation in failure.violations),
+            )
+        )
+
+    def vm_exit(self, vmcs: Vmcs, record: VmExit) -> None:
+        """See `Observer.vm_exit`."""
+        number = record.reason & _BASIC_REASON
+        self.tracer.emit(
+            e.VmExit(
+                self.vcpu,
+                self.now(),
+                self.operation.current_pointer,
+                number,
+                _reason_name(number),
+                record.qualification,
+                _decode(record),
+                vmcs[f.GUEST_RIP],
+                self.operation.processor.state.rip,
+                _interruption(record.interruption, record.interruption_error),
+                _interruption(record.vectoring, record.vectoring_error),
+                record.instruction_length,
+                record.instruction_information,
+                record.guest_linear,
+                record.guest_physical,
+            )
+        )
+
+
+def describe(outcome: Outcome) -> str:
+    """An outcome in the manual's words."""
+    match outcome:
+        case VmSucceed():
+            return "VMsucceed"
+        case VmFailInvalid():
+            return "VMfailInvalid"
+        case VmFailValid(error=error):
+            return f"VMfailValid({int(error)})"
+        case VmEntered():
+            return "VM entry"
+        case EntryFailed(reason=reason) | VmExited(reason=reason):
+            return f"VM exit: {_reason_name(reason & _BASIC_REASON)}"
+        case VmxAborted(indicator=indicator):
+            return f"VMX abort {int(indicator)}"
+        case Fault(vector=vector, error_code=code):
+            return f"#{vector.name}" if code is None else f"#{vector.name}({code:#x})"
+
+
+def _reason_name(number: int) -> str:
+    return BY_NUMBER[Reason(number)].name
+
+
+def _decode(record: VmExit) -> Mapping[str, int | str]:
+    """The parts of the exit qualification; flags that are clear are left out."""
+    reason = BY_NUMBER[Reason(record.reason & _BASIC_REASON)]
+    layout: Layout | None = reason.qualification
+    if reason.number is Reason.EXCEPTION_OR_NMI and not record.is_debug_exception:
+        layout = None
+    if layout is None:
+        return {}
+    parts: dict[str, int | str] = {}
+    for part in layout.slices:
+        value = part.get(record.qualification)
+        if part.values:
+            parts[part.name] = part.values.get(value, f"reserved {value:#x}")
+        elif value or part.width > 1:
+            parts[part.name] = value
+    return parts
+
+
+def _interruption(word: int, error_code: int) -> e.Interruption | None:
+    if not word & VALID:
+        return None
+    kind = EVENT_TYPES.get(word >> 8 & 7, "reserved")
+    return e.Interruption(word & 0xFF, kind, error_code if word & ERROR_CODE_VALID else None)
+
+
+def _violation(violation: Violation) -> e.RuleViolation:
+    rule = violation.rule
+    values = tuple(e.FieldValue(field.name, value, bits) for field, value, bits in violation.values)
+    return e.RuleViolation(rule.id, rule.statement(), str(rule.ref), values)
