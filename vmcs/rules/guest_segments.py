@@ -334,20 +334,23 @@ def _privilege_rules() -> tuple[Rule, ...]:
             s.bits_clear(_SS.rights, _DPL),
             s.every(_NOT_VIRTUAL_8086, s.either(is_data, NO_PROTECTION)),
         ),
-        *(
-            _rule(
-                each,
-                "dpl-rpl",
-                f"the DPL of {each.name} is no less than its RPL",
-                _data_privilege(each),
-                s.every(
-                    _outside_virtual_8086(each),
-                    _RESTRICTED,
-                    s.bits_differ(each.rights, 0b1100, 0b1100, f"{each.name} is not conforming code"),
-                ),
-            )
-            for each in _DATA
-        ),
+    )
+
+
+def _data_privilege_rules() -> tuple[Rule, ...]:
+    return tuple(
+        _rule(
+            each,
+            "dpl-rpl",
+            f"the DPL of {each.name} is no less than its RPL",
+            _data_privilege(each),
+            s.every(
+                _outside_virtual_8086(each),
+                _RESTRICTED,
+                s.bits_differ(each.rights, 0b1100, 0b1100, f"{each.name} is not conforming code"),
+            ),
+        )
+        for each in _DATA
     )
 
 
@@ -413,6 +416,7 @@ RULES: Final[tuple[Rule, ...]] = (
     *(rule for each in _SIX for rule in _virtual_8086_rules(each)),
     *_type_rules(),
     *_privilege_rules(),
+    *_data_privilege_rules(),
     *_fred_rules(),
     *(rule for each in _SIX for rule in _rights_rules(each)),
     _rule(
