@@ -117,14 +117,16 @@ class _Board:
 class _ApicWindow:
     """The page at which the local APIC's registers appear, from before there is one."""
 
-    def __init__(self, board: _Board) -> None:
+    def __init__(self, board: _Board, written: Callable[[], None]) -> None:
         self._board = board
+        self._written = written
 
     def mmio_read(self, offset: int, size: int) -> int:
         return self._board.apic.mmio_read(offset, size)
 
     def mmio_write(self, offset: int, size: int, value: int) -> None:
         self._board.apic.mmio_write(offset, size, value)
+        self._written()
 
 
 class Cpu(LogicalProcessor):
@@ -165,7 +167,7 @@ class Machine:
         self._exit_value: int | None = None
         self._interrupted = False
         self._board = board = _Board()
-        self.memory.add_window(DEFAULT_BASE, 0x1000, _ApicWindow(board))
+        self.memory.add_window(DEFAULT_BASE, 0x1000, _ApicWindow(board, lambda: self.cpu.device_written()))
 
         def engine_factory(memory: PhysicalMemory, client: LogicalProcessor) -> UnicornEngine:
             return UnicornEngine(memory, client, allow_compiled=compiled)

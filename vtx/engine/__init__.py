@@ -1,1 +1,4 @@
-"""TODO."""
+"""The execution engine on Unicorn, behind the protocol of `vtx.x86.execution`; nothing else imports unicorn.
+
+Reading order: `native`, `layout`, `selfcheck`, `clock`, `coherence`, `unicorn_engine`.
+"""

@@ -111,18 +111,13 @@ class BlockClock:
         self.shared.generation += 1
         self._icounts.clear()
 
-    def take_back(self, address: int, instructions_left: int | None = None) -> None:
-        """The run ended at linear ``address``: what lies behind it in the current block was not executed.
-
-        ``instructions_left`` is the number of instructions from there to the end of the block, if known.
-        """
+    def take_back(self, address: int, instructions: int) -> None:
+        """The current block was left at linear ``address``: the ``instructions`` from there on were not executed."""
         shared = self.shared
-        left = shared.address + shared.size - address
-        if 0 < left <= shared.size:
-            shared.elapsed -= left
-            shared.size -= left
-            if instructions_left:
-                shared.instructions -= instructions_left
+        left = self.remaining_block(address)
+        shared.elapsed -= left
+        shared.size -= left
+        shared.instructions -= instructions
 
     def remaining_block(self, address: int) -> int:
         """Bytes of the current block from linear ``address`` on."""

@@ -32,6 +32,7 @@ SYSENTER_CS: Final = STATE + 4800
 STAR: Final = STATE + 4824
 LSTAR: Final = STATE + 4840
 KERNEL_GS_BASE: Final = STATE + 4864
+XCR0: Final = STATE + 4904
 ERROR_CODE: Final = STATE + 5384
 DR0: Final = STATE + 5400
 DR6: Final = DR0 + 48
@@ -90,13 +91,12 @@ _NEVER: Final = (
     0x63,
     0x64,
     0x65,  # selective CR0 write: all CR0 writes trap
-    0x70,  # PUSHF and POPF only while stepping
-    0x71,
+    0x71,  # POPF only while stepping
     0x74,  # IRET only while stepping or while NMIs are blocked
     0x7B,  # I/O never traps this way in Unicorn
 )
 INTERCEPT_ALWAYS: Final = ((1 << 64) - 1) & ~sum(1 << code - 0x60 for code in _NEVER)
-INTERCEPT_FLAGS: Final = 1 << 0x10 | 1 << 0x11
+INTERCEPT_POPF: Final = 1 << 0x11
 INTERCEPT_IRET: Final = 1 << 0x14
 
 TRAP_BASE: Final = 0x100

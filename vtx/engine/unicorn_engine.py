@@ -17,6 +17,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+from iced_x86 import Decoder
+
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
 from vtx.engine.clock import STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
@@ -37,7 +39,7 @@ from vtx.x86.memory import MmioWindow, PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, CpuState, Rflags, Shadow
+from vtx.x86.state import MASK32, Cr4, CpuState, Rflags, Shadow
 
 # Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
 PRIVATE: Final = 1 << 45
@@ -55,7 +57,6 @@ _KINDS: Final = {
 }
 _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
-_EAGER: Final = ~(layout.ARITHMETIC_FLAGS | _DF)
 _STI_OPCODE: Final = 0xFB
 
 
@@ -88,6 +89,7 @@ class UnicornEngine:
         memory.code_written = self.coherence.written
         self._flags = ctypes.c_uint64()
         self._segment_bytes = b""
+        self._counts: dict[tuple[int, int, int], int] = {}
         self._flush_wanted = False
         self._running = False
         self._stop_requested = False
@@ -215,7 +217,7 @@ class UnicornEngine:
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
             return 0
-        value = self._guarded(None, self._port, lambda cpl: self._client.port_in(port, size, cpl))
+        value = self._guarded(None, self._port, lambda *where: self._client.port_in(port, size, *where))
         if value is None:
             self._abort()
             return 0
@@ -224,14 +226,16 @@ class UnicornEngine:
     def _on_port_out(self, handle: int, port: int, size: int, value: int, data: int) -> None:
         if self._aborted:
             return
-        if not self._guarded(False, self._port, lambda cpl: self._client.port_out(port, size, value, cpl)):
+        if not self._guarded(False, self._port, lambda *where: self._client.port_out(port, size, value, *where)):
             self._abort()
 
-    def _port(self, access: Callable[[int], Any]) -> Any:
+    def _port(self, access: Callable[[int, int, int], Any]) -> Any:
         self._save()
-        self._callback_address = self._linear_rip()
+        self._callback_address = linear = self._linear_rip()
+        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
+        bits = 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
         try:
-            return access(self._image[layout.HFLAGS] & 3)
+            return access(linear, bits, hidden & 3)
         finally:
             self._callback_address = None
 
@@ -268,7 +272,7 @@ class UnicornEngine:
             "<QQQQIiII",
             image,
             layout.EFLAGS,
-            rflags & _EAGER | 2 | (_TF if step else 0),
+            rflags | 2 | (_TF if step else 0),  # all of it: entering the engine derives the lazy flags from here
             0,
             rflags & layout.ARITHMETIC_FLAGS,
             0,
@@ -279,7 +283,7 @@ class UnicornEngine:
         )
         intercepts = layout.INTERCEPT_ALWAYS
         if step:
-            intercepts |= layout.INTERCEPT_FLAGS | layout.INTERCEPT_IRET
+            intercepts |= layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
         elif state.nmi_blocked:
             intercepts |= layout.INTERCEPT_IRET
         struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
@@ -300,12 +304,15 @@ class UnicornEngine:
         struct.pack_into("<5Q", image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
         struct.pack_into("<Q", image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
         struct.pack_into("<Q", image, layout.KERNEL_GS_BASE, state.kernel_gs_base)
-        struct.pack_into("<IxxxxQQQ", image, layout.SYSENTER_CS, *self._client_fast_call_msrs())
+        struct.pack_into("<IxxxxQQQ", image, layout.SYSENTER_CS, *self._client.fast_call_msrs())
         if state.fpu:
             image[layout.FPU : layout.FPU_END] = state.fpu
 
-    def _client_fast_call_msrs(self) -> tuple[int, int, int, int]:
-        return self._client.fast_call_msrs()
+    def _enable_extended_state(self, state: CpuState) -> None:
+        image = self._image
+        struct.pack_into("<Q", image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
+        struct.pack_into("<Q", image, layout.XCR0, state.xcr0)
+        native.library.uc_context_restore(self._handle, self._context)
 
     def _store(self, state: CpuState, arranged_tf: bool) -> None:
         image = self._image
@@ -345,13 +352,22 @@ class UnicornEngine:
     # Running.
 
     def run(
-        self, state: CpuState, *, reload: bool, budget: int | None, step: bool = False, watch_if: bool = False
+        self,
+        state: CpuState,
+        *,
+        reload: bool,
+        budget: int | None,
+        step: bool = False,
+        watch_if: bool = False,
+        instruction_limit: int | None = None,
+        osxsave: bool = False,
     ) -> EngineEvent:
         """Run to the next event (see `ExecutionEngine.run`)."""
         if self._flush_wanted:
             self._flush_now()
         shared = self.clock.shared
         shared.limit = UNLIMITED if budget is None or step else shared.elapsed + budget
+        shared.instruction_limit = UNLIMITED if instruction_limit is None or step else max(instruction_limit, 0)
         shared.watch_if = watch_if and not step
         shared.stopped = 0
         shared.size = 0
@@ -359,6 +375,8 @@ class UnicornEngine:
         self._stop_requested = False
         arranged_tf = step and not state.rflags & _TF
         self._load(state, reload, step)
+        if osxsave:
+            self._enable_extended_state(state)
         self._running = True
         status = native.library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
         self._running = False
@@ -367,10 +385,35 @@ class UnicornEngine:
             raise failure
         event = self._event(status, step)
         self._store(state, arranged_tf)
-        self.clock.take_back(self._linear_rip())
+        self._take_back()
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             return Stepped()
         return event
+
+    def _take_back(self) -> None:
+        """The run ended at RIP: what is left of the block entered last was counted but not executed."""
+        address = self._linear_rip()
+        left = self.clock.remaining_block(address)
+        if left:
+            key = (address, left, self.clock.shared.generation)
+            count = self._counts.get(key)
+            if count is None:
+                count = self._counts[key] = self._count_instructions(address, left)
+            self.clock.take_back(address, count)
+
+    def _count_instructions(self, address: int, size: int) -> int:
+        """Instructions in ``size`` bytes of code at linear ``address``, which has just been translated."""
+        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
+        bits = 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
+        code = bytearray()
+        while len(code) < size:
+            linear = address + len(code)
+            length = min(size - len(code), PAGE_SIZE - (linear & PAGE_OFFSET_MASK))
+            grant = self._client.fill(linear & ~PAGE_OFFSET_MASK, AccessKind.EXECUTE, hidden & 3, False)
+            if not isinstance(grant, Grant):
+                break
+            code += self._memory.read(grant.physical_page << PAGE_SHIFT | linear & PAGE_OFFSET_MASK, length)
+        return sum(1 for _ in Decoder(bits, bytes(code)))
 
     def _event(self, status: int, step: bool) -> EngineEvent:
         """What ended the run; afterwards the context image holds the state at the event."""
@@ -443,3 +486,4 @@ class UnicornEngine:
         data = self._memory.read(address, PAGE_SIZE)
         native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, PAGE_SIZE)
         self.clock.code_changed()
+        self._counts.clear()

@@ -99,6 +99,8 @@ class LogicalProcessor:
         self._step = False
         self._approached: int | None = None  # the deadline that whole blocks would overshoot
         self._trap_pending = False
+        self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
+        self._until: int | None = None
         self._implicit_pages: set[int] = set()
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_clock(self.msrs, self.now, lambda: None)
@@ -141,9 +143,13 @@ class LogicalProcessor:
         if cpl or self._needs_port_checks(linear, bits):
             return False
         self.platform.port_write(port, size, value)
-        if self.stop_requested or self.platform.interrupt_pending():
-            self.engine.request_stop()
+        self.device_written()
         return True
+
+    def device_written(self) -> None:
+        """The running code wrote to a device: stop soon if that changed what the current run was planned for."""
+        if self.stop_requested or self._next_deadline(self._until) != self._planned or self._interrupt_waits():
+            self.engine.request_stop()
 
     def _needs_port_checks(self, linear: int, bits: int) -> bool:
         extension = self.virtualization
@@ -341,7 +347,8 @@ class LogicalProcessor:
 
     def _run_engine(self, until: int | None) -> EngineEvent:
         state, extension = self.state, self.virtualization
-        deadline = self._next_deadline(until)
+        self._until = until
+        self._planned = deadline = self._next_deadline(until)
         budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
         waiting = self._interrupt_waits()
         watch_if = waiting and not state.rflags & _IF

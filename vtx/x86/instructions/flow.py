@@ -1,4 +1,4 @@
-"""Software interrupts, IRET, SYSCALL and SYSENTER, and the flag instructions that single-stepping brings here.
+"""Software interrupts, IRET, SYSCALL and SYSENTER, PUSHF and POPF.
 
 Spec: SDM Vol. 2, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure" and the other instructions' pages.
 """
@@ -120,7 +120,7 @@ def _require_flags_access(cpu: LogicalProcessor, size: int) -> None:
 
 
 def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """PUSHF in all its sizes; comes here only while single-stepping, which uses RFLAGS.TF behind the guest's back."""
+    """PUSHF in all its sizes: the engine's own would push RF and VM, which read as zero."""
     size = _flags_size(instruction)
     _require_flags_access(cpu, size)
     stack = Stack.of(cpu.state, cpu.mmu)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
 
-def clflushopt(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """CLFLUSHOPT: there are no caches, so only the faults of a one-byte read remain."""
-    require_feature(cpu, "CLFLUSHOPT")
+def clean_line(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """CLFLUSHOPT and CLWB: there are no caches, so only the faults of a one-byte read remain."""
+    require_feature(cpu, instruction.name)
     read_linear(cpu, operand_address(cpu, instruction, 1), 1)
     cpu.retire(instruction)
 
@@ -42,4 +42,4 @@ def movbe(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.retire(instruction)
 
 
-HANDLERS: Final = {Mnemonic.CLFLUSHOPT: clflushopt, Mnemonic.MOVBE: movbe}
+HANDLERS: Final = {Mnemonic.CLFLUSHOPT: clean_line, Mnemonic.CLWB: clean_line, Mnemonic.MOVBE: movbe}
