@@ -167,7 +167,7 @@ class Machine:
         self._exit_value: int | None = None
         self._interrupted = False
         self._board = board = _Board()
-        self.memory.add_window(DEFAULT_BASE, 0x1000, _ApicWindow(board, lambda: self.cpu.device_written()))
+        self.memory.add_window(DEFAULT_BASE, 0x1000, _ApicWindow(board, self._device_written))
 
         def engine_factory(memory: PhysicalMemory, client: LogicalProcessor) -> UnicornEngine:
             return UnicornEngine(memory, client, allow_compiled=compiled)
@@ -205,6 +205,9 @@ class Machine:
         msrs.bind(X2APIC_MSRS, apic.msr_read, apic.msr_write)
         msrs.bind(IA32_APIC_BASE, lambda index: apic.state.apic_base, lambda index, value: apic.apic_base_write(value))
         msrs.bind(IA32_TSC_DEADLINE, lambda index: apic.tsc_deadline, write_deadline)
+
+    def _device_written(self) -> None:
+        self.cpu.device_written()
 
     def _debug_exit(self, value: int) -> None:
         self._exit_value = value

@@ -39,7 +39,7 @@ from vtx.x86.memory import MmioWindow, PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, Cr4, CpuState, Rflags, Shadow
+from vtx.x86.state import MASK32, CpuState, Cr4, Rflags, Shadow
 
 # Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
 PRIVATE: Final = 1 << 45
