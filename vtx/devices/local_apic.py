@@ -107,7 +107,7 @@ class LocalApic(ApicCore):
         if new_mode not in MODE_TRANSITIONS[old_mode]:
             return False
         if old_mode and not new_mode:
-            self._clear(keep_pins=True)
+            self._clear()
             self.state.xapic_id = self.profile.apic_id & 0xFF
         elif new_mode != old_mode and new_mode == X2APIC:
             self.state.registers[Register.ICR_HIGH] = 0
@@ -117,7 +117,7 @@ class LocalApic(ApicCore):
     def reset(self) -> None:
         """Power-up and RESET: everything, IA32_APIC_BASE and the ID included."""
         base = DEFAULT_BASE | ApicBase.EN | (ApicBase.BSP if self.profile.bootstrap else 0)
-        self._clear(keep_pins=False)
+        self._clear()
         self.state.apic_base = base
         self.state.xapic_id = self.profile.apic_id & 0xFF
 
@@ -126,7 +126,7 @@ class LocalApic(ApicCore):
 
         Spec: SDM Vol. 3, "Local APIC State After an INIT Reset (Wait-for-SIPI State)".
         """
-        self._clear(keep_pins=True)
+        self._clear()
 
     def set_virtual_wire_mode(self) -> None:
         """What PC firmware leaves behind: enabled, LINT0 passes the 8259's interrupts, LINT1 is NMI."""
@@ -135,12 +135,11 @@ class LocalApic(ApicCore):
         registers[Register.LVT_LINT0] = DeliveryMode.EXTINT << 8
         registers[Register.LVT_LINT1] = DeliveryMode.NMI << 8
 
-    def _clear(self, *, keep_pins: bool) -> None:
+    def _clear(self) -> None:
+        """Put everything but IA32_APIC_BASE and the ID to its reset value; pins stay as they are driven."""
         old = self.state
         timer = ApicTimer(divide=self.profile.timer_input_ticks * divisor(0), tsc_offset=old.timer.tsc_offset)
-        self.state = LocalApicState(apic_base=old.apic_base, xapic_id=old.xapic_id, timer=timer)
-        if keep_pins:
-            self.state.local_pins = old.local_pins
+        self.state = LocalApicState(old.apic_base, old.xapic_id, timer, local_pins=old.local_pins)
 
     # --- The three ways in -------------------------------------------------------------------------------------------
 

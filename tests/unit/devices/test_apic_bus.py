@@ -139,9 +139,10 @@ def test_lowest_legal_vector() -> None:
 
 
 def test_self_ipi_register() -> None:
-    machine = Machine()
+    machine = Machine(2)
     machine.enter_x2apic()
     assert machine.apic.msr_write(0x800 + (SELF_IPI >> 4), 0x31)
+    assert receivers(machine) == [0]
     assert machine.serve() == 0x31
     assert machine.apic.msr_write(0x83F, 0x0F)
     machine.apic.msr_write(0x828, 0)

@@ -1,7 +1,7 @@
 """The local APIC timer on virtual time."""
 
 import pytest
-from apic_machine import CURRENT_COUNT, DIVIDE, INITIAL_COUNT, MASKED, SVR, TIMER, Machine
+from apic_machine import CURRENT_COUNT, DIVIDE, INITIAL_COUNT, IRR, MASKED, SVR, TIMER, Machine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,6 +158,37 @@ def test_tsc_deadline_in_the_past_fires_at_once(machine: Machine) -> None:
     machine.write(TIMER, TSC_DEADLINE | 0x40)
     machine.apic.tsc_deadline = 1000
     assert machine.serve() == 0x40
+
+
+def test_past_deadline_is_requested_without_waiting_for_advance(machine: Machine) -> None:
+    machine.clock.ticks = 1000
+    machine.write(TIMER, TSC_DEADLINE | 0x40)
+    machine.apic.tsc_deadline = 1
+    assert machine.apic.pending_vector() == 0x40
+
+
+def test_access_takes_what_is_due_first(machine: Machine) -> None:
+    machine.write(DIVIDE, 0xB)
+    machine.write(TIMER, 0x40)
+    machine.write(INITIAL_COUNT, 100)
+    machine.clock.ticks += 100
+    assert machine.read(IRR + 0x20) == 1
+    assert machine.serve() == 0x40
+    machine.write(INITIAL_COUNT, 100)
+    machine.clock.ticks += 100
+    machine.write(TIMER, MASKED | 0x40)
+    assert machine.serve() == 0x40
+    machine.write(TIMER, TSC_DEADLINE | 0x40)
+    machine.apic.tsc_deadline = 300
+    machine.clock.ticks += 100
+    machine.apic.tsc_deadline = 1000
+    assert machine.serve() == 0x40
+    machine.clock.ticks = 1000
+    machine.apic.set_tsc_offset((1 << 64) - 500)
+    assert machine.serve() == 0x40
+    machine.apic.tsc_deadline = 600
+    machine.clock.ticks = 1100
+    assert machine.apic.tsc_deadline == 0
 
 
 def test_tsc_deadline_zero_disarms(machine: Machine) -> None:

@@ -31,6 +31,7 @@ from apic_machine import (
     VERSION,
     Machine,
 )
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,6 +133,37 @@ def test_software_disabled_apic_accepts_nothing_but_keeps_what_it_has(machine: M
     machine.write(SVR, 0xFF)
     assert not machine.apic.accept_interrupt(0x60, False)
     assert machine.apic.pending_vector() == 0x50
+
+
+def test_write_only_register_reads_as_zero(machine: Machine) -> None:
+    assert machine.read(EOI) == 0
+    machine.write(ESR, 0)
+    assert machine.read(ESR) == 0
+
+
+def test_xapic_id_is_the_low_byte_of_a_wide_id() -> None:
+    machine = Machine()
+    machine.apic.profile = evolve(machine.apic.profile, apic_id=0x123)
+    machine.apic.reset()
+    assert machine.read(ID) == 0x23 << 24
+    machine.write(ID, 0x55 << 24)
+    assert machine.apic.apic_base_write(BASE)
+    assert machine.apic.apic_base_write(BASE | EN)
+    assert machine.read(ID) == 0x23 << 24
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reset_restores_power_up(number: int) -> None:
+    machine = Machine(2)
+    apic = machine.apics[number]
+    assert apic.apic_base_write(0xFED4_0000 | EN)
+    apic.accept_interrupt(0x50, False)
+    apic.cr8 = 7
+    apic.mmio_write(ID, 4, 0x55 << 24)
+    apic.reset()
+    assert apic.state.apic_base == BASE | EN | (0 if number else BSP)
+    assert apic.apic_id == number
+    assert (apic.cr8, apic.pending_vector(), apic.software_enabled) == (0, None, False)
 
 
 # --- Priorities, acceptance, EOI ---
@@ -273,13 +305,15 @@ def test_apic_base_reserved_bits(machine: Machine, bit: int) -> None:
     assert machine.apic.state.apic_base == BASE | BSP | EN
 
 
-def test_apic_base_without_x2apic_reserves_extd() -> None:
-    assert not Machine(x2apic=False).apic.apic_base_write(BASE | EN | EXTD)
+@pytest.mark.parametrize("reserved", [EXTD, 1, 1 << 9])
+def test_apic_base_without_x2apic_reserves_extd(reserved: int) -> None:
+    assert not Machine(x2apic=False).apic.apic_base_write(BASE | EN | reserved)
 
 
-def test_relocation(machine: Machine) -> None:
-    assert machine.apic.apic_base_write(0xFED4_0000 | EN)
-    assert machine.apic.page_address == 0xFED4_0000
+@pytest.mark.parametrize("address", [0xFED4_1000, 0x2000_0000_0000])
+def test_relocation(machine: Machine, address: int) -> None:
+    assert machine.apic.apic_base_write(address | EN)
+    assert machine.apic.page_address == address
     assert machine.read(VERSION) == 0x0106_0015
 
 
@@ -393,7 +427,7 @@ def test_tsc_deadline_mode_bit_is_reserved_without_the_feature() -> None:
 )
 def test_x2apic_logical_id(apic_id: int, logical: int) -> None:
     machine = Machine()
-    machine.apic.profile = type(machine.apic.profile)(apic_id=apic_id)
+    machine.apic.profile = evolve(machine.apic.profile, apic_id=apic_id)
     machine.enter_x2apic()
     assert machine.apic.msr_read(0x802) == apic_id
     assert machine.apic.msr_read(0x80D) == logical
@@ -402,6 +436,8 @@ def test_x2apic_logical_id(apic_id: int, logical: int) -> None:
 def test_x2apic_icr_is_one_register(machine: Machine) -> None:
     machine.enter_x2apic()
     assert machine.apic.msr_write(0x830, 0x0000_0007_0000_0031)
+    assert machine.apic.msr_read(0x830) == 0x0000_0007_0000_0031
+    machine.enter_x2apic()
     assert machine.apic.msr_read(0x830) == 0x0000_0007_0000_0031
 
 
@@ -432,6 +468,26 @@ def test_performance_interrupt_masks_itself(machine: Machine) -> None:
     assert machine.serve() == 0x45
     machine.apic.signal(Register.LVT_PERFORMANCE)
     assert machine.apic.pending_vector() is None
+
+
+def test_local_interrupts_are_edge_triggered(machine: Machine) -> None:
+    machine.write(THERMAL, 0x45)
+    machine.apic.signal(Register.LVT_THERMAL)
+    assert machine.serve() == 0x45
+    assert machine.eois == []
+
+
+def test_rewriting_level_lint0_in_service_keeps_its_remote_irr(machine: Machine) -> None:
+    machine.write(LINT0, 0x8055)
+    machine.apic.set_local_pin(0, True)
+    machine.apic.acknowledge()
+    machine.write(LINT0, 0x8056)
+    assert machine.read(LINT0) == 0xC056
+    machine.write(LINT0, 0x0055)
+    assert machine.read(LINT0) == 0x0055
+    machine.write(LINT0, 0x8055)
+    machine.write(LINT0, 0x8455)
+    assert machine.read(LINT0) == 0x8455
 
 
 def test_edge_lint_interrupts_once(machine: Machine) -> None:
@@ -546,6 +602,9 @@ def test_virtual_wire_mode_passes_the_8259_through() -> None:
     machine.apic.set_virtual_wire_mode()
     machine.apic.set_local_pin(0, True)
     assert machine.apic.external_interrupt_pending()
+    machine.apic.set_local_pin(1, True)
+    assert machine.pins[0].events == ["nmi"]
+    assert machine.read(SVR) == 0x10F
 
 
 # --- Anything goes ---
