@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command line: ``vtx run``, ``vtx guests``, ``vtx profiles``, ``vtx bench``."""

@@ -1,0 +1,65 @@
+"""The images that come with the package, and how the command line finds an image."""
+
+from __future__ import annotations
+
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Final
+
+import click
+from attrs import frozen
+
+from vtx.cli.status import CANNOT_START
+
+DESCRIPTIONS: Final = {
+    "hello": "the smallest VT-x hypervisor: one guest at ring 0, each VM exit printed",
+    "nested": "a hypervisor that emulates VMX for its guest, a hypervisor with a guest of its own",
+}
+_SUFFIX: Final = ".elf"
+
+
+class Unusable(click.ClickException):
+    """Something that the user named cannot be used; nothing has run."""
+
+    exit_code = CANNOT_START
+
+
+@frozen
+class Image:
+    """A boot image: ``name`` is what the guest sees as the first word of its command line."""
+
+    name: str
+    data: bytes
+
+
+def _folder() -> Traversable:
+    return resources.files("vtx") / "images"
+
+
+def bundled_names() -> list[str]:
+    """Names of the images that come with this installation, sorted; none if they have not been built."""
+    folder = _folder()
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
+
+
+def find_image(name: str) -> Image:
+    """The bundled image of that name, else the file (``./name`` is always a file); `Unusable` if there is neither."""
+    if name in bundled_names():
+        return Image(name, (_folder() / f"{name}{_SUFFIX}").read_bytes())
+    if name in DESCRIPTIONS and not Path(name).is_file():
+        raise Unusable(f"the bundled guest {name!r} has not been built; `make guests` builds it")
+    return Image(name, read_file(name))
+
+
+def read_file(name: str) -> bytes:
+    """The contents of a file that the user named."""
+    try:
+        return Path(name).read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        known = ", ".join(bundled_names())
+        hint = f" (bundled guests: {known})" if known and "/" not in name else ""
+        raise Unusable(f"cannot read {name!r}: {why}{hint}") from None

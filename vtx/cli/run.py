@@ -1,0 +1,148 @@
+"""``vtx run``: boot an image and stay with it until it ends."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from vtx.cli.console import SerialOutput, whole_input
+from vtx.cli.images import Image, Unusable, find_image, read_file
+from vtx.cli.options import memory_size
+from vtx.cli.status import GUEST_DIED, LIMIT_REACHED, ExitConvention, guest_status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vtx.cli.session import Ended
+    from vtx.machine import Machine
+    from vtx.trace import JsonLinesTracer
+
+_DEFAULT_PROFILE = "skylake-server"
+
+
+@click.command()
+@click.argument("image", metavar="IMAGE|BUNDLED-NAME")
+@click.argument("guest_args", metavar="[GUEST ARGS]...", nargs=-1)
+@click.option("--profile", default=_DEFAULT_PROFILE, show_default=True, metavar="NAME", help="Processor to be.")
+@click.option("--memory", default="128M", show_default=True, callback=memory_size, help="RAM: 64M (or 64), 2G.")
+@click.option("--initrd", "initrds", multiple=True, metavar="FILE", help="A Multiboot module; may be repeated.")
+@click.option("--trace", "trace_file", metavar="FILE", help="Write what happens as JSON lines.")
+@click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Stop after N guest instructions.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Stop after this much wall time."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option(
+    "--exit-convention",
+    type=click.Choice([convention.value for convention in ExitConvention]),
+    default=ExitConvention.VALUE.value,
+    show_default=True,
+    help="What a value V written to the debug-exit port becomes: V, or (V << 1) | 1 as with QEMU.",
+)
+def run(
+    image: str,
+    guest_args: tuple[str, ...],
+    profile: str,
+    memory: int,
+    initrds: tuple[str, ...],
+    trace_file: str | None,
+    max_instructions: int | None,
+    timeout: float | None,
+    as_json: bool,
+    exit_convention: str,
+) -> int:
+    """Boot IMAGE and run it until it writes to the debug-exit port 0xF4.
+
+    IMAGE is a bundled guest (see `vtx guests`) or a file: Multiboot 1 or 2, ELF, or a boot sector. GUEST ARGS are its
+    command line; write -- before arguments that begin with a dash. The serial port COM1 is standard input and output,
+    a summary goes to standard error.
+
+    \b
+    Exit status:
+      the value that the guest wrote (0 means pass; its low 8 bits, 255 if only those are 0)
+      124  time-out, or the limit of instructions
+      125  triple fault, shutdown, VMX abort, halted for ever, or something that is not modelled
+      130  interrupted from the keyboard
+      2    wrong usage, or an image that cannot be booted
+    """
+    from vtx.cli.session import Session  # noqa: PLC0415 - not before the options are known to be good
+
+    found = find_image(image)
+    modules = [(name, read_file(name)) for name in initrds]
+    output = SerialOutput(sys.stdout.buffer)
+    with _open_trace(trace_file) as tracer:
+        machine = _boot(found, modules, " ".join(guest_args), profile, memory, output, tracer)
+        session = Session(machine, output)
+        given = whole_input()
+        if given is None:
+            session.connect_input()
+        elif given:
+            machine.feed(given)
+        ended = session.run(max_instructions=max_instructions, timeout=timeout)
+    return _conclude(machine, ended, ExitConvention(exit_convention), timeout, as_json=as_json)
+
+
+def _open_trace(path: str | None) -> JsonLinesTracer | nullcontext[None]:
+    if path is None:
+        return nullcontext()
+    from vtx.trace import JsonLinesTracer, TraceError  # noqa: PLC0415 - only for runs that are traced
+
+    try:
+        return JsonLinesTracer(path)
+    except TraceError as error:
+        raise Unusable(str(error)) from None
+
+
+def _boot(
+    image: Image,
+    modules: Sequence[tuple[str, bytes]],
+    command_line: str,
+    profile: str,
+    memory: int,
+    output: SerialOutput,
+    tracer: JsonLinesTracer | None,
+) -> Machine:
+    from vtx.boot.image import BootError, Module  # noqa: PLC0415 - see `run`
+    from vtx.machine import Machine  # noqa: PLC0415
+    from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
+
+    try:
+        machine = Machine(profile=profile, memory=memory, serial=output.write)
+        machine.load(image.data, command_line=command_line, modules=[Module(data, name) for name, data in modules])
+    except ProfileError as error:
+        raise Unusable(f"profile {error}") from None
+    except BootError as error:
+        raise Unusable(f"cannot boot {image.name!r}: {error}") from None
+    except OSError as error:
+        raise Unusable(f"cannot have {memory >> 20} MiB of RAM: {error.strerror}") from None
+    return machine
+
+
+def _conclude(
+    machine: Machine, ended: Ended, convention: ExitConvention, timeout: float | None, *, as_json: bool
+) -> int:
+    from vtx.cli.session import Cause  # noqa: PLC0415 - see `run`
+    from vtx.cli.summary import summarize  # noqa: PLC0415
+    from vtx.machine import StopReason  # noqa: PLC0415
+
+    result = ended.result
+    message = result.message
+    if ended.cause is not None:
+        status = ended.cause.value
+        reasons = {
+            Cause.TIMEOUT: f"stopped after {timeout:g} seconds" if timeout else "",
+            Cause.INTERRUPT: "interrupted",
+            Cause.TERMINATE: "terminated",
+            Cause.OUTPUT_CLOSED: "standard output is closed",
+        }
+        message = reasons[ended.cause]
+    elif result.exit_value is not None:
+        status = guest_status(result.exit_value, convention)
+    else:
+        status = LIMIT_REACHED if result.reason is StopReason.INSTRUCTION_LIMIT else GUEST_DIED
+    summary = summarize(machine, ended, message, status, guest_is_well=result.exit_value == 0)
+    print(summary.to_json() if as_json else summary.to_text(), file=sys.stderr)  # noqa: T201
+    return status
