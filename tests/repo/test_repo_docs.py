@@ -14,6 +14,7 @@ from repository import ROOT, modules, text_of
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 EXAMPLE = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+OUTPUT = re.compile(r"^```text\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODULES = re.compile(r"```\{modules\} (\S+)\n(.*?)```", re.DOTALL)
 READ_FROM = ("vmcs", "vtx")
 UNGUIDED = {"vtx.profiles"}  # data files
@@ -25,9 +26,13 @@ def examples(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
-def test_examples_run(page: Path) -> None:
+def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They run, and what the page shows of their output is in their output."""
     code = examples(page)
     exec(compile(code, str(page), "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    for shown in OUTPUT.findall(page.read_text()):
+        assert shown in printed
 
 
 def not_modelled() -> Iterator[tuple[str, str]]:
