@@ -14,7 +14,7 @@ _PAGE: Final = 4096
 
 
 def memory_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """A size of memory in bytes: ``64`` and ``64M`` are MiB, ``4G`` is GiB, ``512K`` KiB; `click.BadParameter` if none."""
+    """A size of memory in bytes: ``64`` and ``64M`` are MiB, ``2G`` is GiB, ``512K`` KiB; else `click.BadParameter`."""
     match = re.fullmatch(r"([0-9]{1,15})([kmg]?)(?:i?b)?", value.strip().lower())
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 64M or 2G", ctx, param)

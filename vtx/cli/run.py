@@ -110,7 +110,7 @@ def _boot(
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
     try:
-        machine = Machine(profile=profile, memory=memory, serial=output.write)
+        machine = Machine(profile=profile, memory=memory, serial=output.write, tracer=tracer)
         machine.load(image.data, command_line=command_line, modules=[Module(data, name) for name, data in modules])
     except ProfileError as error:
         raise Unusable(f"profile {error}") from None

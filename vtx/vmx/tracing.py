@@ -1,9 +1,10 @@
-"""The observer that turns what VMX does into trace events."""
+"""The observer that counts VM exits and turns what VMX does into trace events."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final, Protocol
 
 from vmcs import fields as f
 from vmcs.bits import Layout
@@ -12,7 +13,7 @@ from vmcs.layouts import EVENT_TYPES
 from vmcs.region import Vmcs
 from vmcs.rules import Violation
 from vtx import events as e
-from vtx.vmx.operation import EntryFailure, VmxOperation
+from vtx.vmx.operation import EntryFailure
 from vtx.vmx.outcome import (
     EntryFailed,
     Outcome,
@@ -24,37 +25,53 @@ from vtx.vmx.outcome import (
     VmxAborted,
 )
 from vtx.vmx.record import ERROR_CODE_VALID, VALID, VmExit
+from vtx.vmx.vmx import Vmx
 from vtx.x86.outcome import Fault
+from vtx.x86.state import CpuState
 
 _BASIC_REASON: Final = 0xFFFF
 
 
-class VmxTracing:
-    """An `Observer` that reports to ``tracer``; ``now`` gives the virtual time in ticks."""
+class TracedProcessor(Protocol):
+    """What the observer reads of the processor."""
 
-    def __init__(self, operation: VmxOperation, tracer: e.Tracer, now: Callable[[], int]) -> None:
-        self.operation = operation
+    index: int
+    state: CpuState
+    vmx: Vmx
+
+    def now(self) -> int:
+        """The virtual time in ticks."""
+        ...
+
+
+class VmxTracing:
+    """An `Observer` that adds VM exits to ``exit_counts``, by name, and reports to ``tracer`` if there is one."""
+
+    def __init__(self, processor: TracedProcessor, exit_counts: Counter[str], tracer: e.Tracer | None) -> None:
+        self.processor = processor
+        self.operation = processor.vmx.operation
+        self.exit_counts = exit_counts
         self.tracer = tracer
-        self.now = now
-        self.vcpu = operation.processor.index
 
     def vm_instruction(self, name: str, outcome: Outcome) -> None:
         """See `Observer.vm_instruction`."""
-        self.tracer.emit(e.VmInstruction(self.vcpu, self.now(), name, describe(outcome)))
+        if self.tracer is not None:
+            self.tracer.emit(e.VmInstruction(self.processor.index, self.processor.now(), name, describe(outcome)))
 
     def vm_entry(self, vmcs: Vmcs) -> None:
         """See `Observer.vm_entry`."""
-        operation = self.operation
-        active = operation.current
+        if self.tracer is None:
+            return
+        state, active = self.processor.state, self.operation.current
         assert active is not None
         self.tracer.emit(
             e.VmEntry(
-                self.vcpu,
-                self.now(),
+                self.processor.index,
+                self.processor.now(),
                 active.pointer,
                 active.context is not None and active.context.launching,
-                operation.processor.state.rip,
-                operation.processor.state.cr3,
+                state.rip,
+                state.cr3,
                 injected=_interruption(
                     vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION], vmcs[f.VM_ENTRY_EXCEPTION_ERROR_CODE]
                 ),
@@ -63,10 +80,12 @@ class VmxTracing:
 
     def vm_entry_failed(self, failure: EntryFailure) -> None:
         """See `Observer.vm_entry_failed`."""
+        if self.tracer is None:
+            return
         self.tracer.emit(
             e.VmEntryFailed(
-                self.vcpu,
-                self.now(),
+                self.processor.index,
+                self.processor.now(),
                 self.operation.current_pointer,
                 describe(failure.outcome),
                 tuple(_violation(violation) for violation in failure.violations),
@@ -76,17 +95,21 @@ class VmxTracing:
     def vm_exit(self, vmcs: Vmcs, record: VmExit) -> None:
         """See `Observer.vm_exit`."""
         number = record.reason & _BASIC_REASON
+        name = _reason_name(number)
+        self.exit_counts[name] += 1
+        if self.tracer is None:
+            return
         self.tracer.emit(
             e.VmExit(
-                self.vcpu,
-                self.now(),
+                self.processor.index,
+                self.processor.now(),
                 self.operation.current_pointer,
                 number,
-                _reason_name(number),
+                name,
                 record.qualification,
                 _decode(record),
                 vmcs[f.GUEST_RIP],
-                self.operation.processor.state.rip,
+                self.processor.state.rip,
                 _interruption(record.interruption, record.interruption_error),
                 _interruption(record.vectoring, record.vectoring_error),
                 record.instruction_length,
