@@ -24,11 +24,14 @@ from vtx.devices.pic import PicPair
 from vtx.devices.ports import PortDevice
 from vtx.devices.uart import Uart16550
 from vtx.engine.unicorn_engine import UnicornEngine
+from vtx.events import MachineStopped, Tracer
 from vtx.vmx import Vmx
+from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.msr_table import IA32_APIC_BASE, IA32_TSC_DEADLINE, X2APIC_MSRS
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
+from vtx.x86.tracing import ProcessorTracing
 from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
 
 DEFAULT_MEMORY: Final = 128 << 20
@@ -82,6 +85,10 @@ class _Board:
         entry = self.ports.get(port)
         if entry is not None:
             entry[0].port_write(entry[1], size, value)
+
+    def port_device(self, port: int) -> str:
+        entry = self.ports.get(port)
+        return "none" if entry is None else type(entry[0]).__name__
 
     def interrupt_pending(self) -> bool:
         return self.apic.pending_vector() is not None or self._external()
@@ -150,7 +157,7 @@ class Machine:
     """A PC with one processor.
 
     ``profile`` names a CPU profile or is one; ``memory`` is the RAM size in bytes. ``serial`` receives what the guest
-    writes to COM1. ``compiled=False`` keeps the engine from using its compiled helper (the results are the same).
+    writes to COM1, ``tracer`` every event. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the engine from using its compiled helper (the results are the same).
     """
 
     def __init__(
@@ -159,6 +166,7 @@ class Machine:
         profile: str | Profile = DEFAULT_PROFILE,
         memory: int = DEFAULT_MEMORY,
         serial: Callable[[bytes], None] | None = None,
+        tracer: Tracer | None = None,
         compiled: bool = True,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
@@ -176,6 +184,10 @@ class Machine:
         self._add_devices(serial or (lambda data: None))
         self.cpu.vmx = Vmx(self.cpu)
         self.cpu.virtualization = self.cpu.vmx
+        self.tracer = tracer
+        self.cpu.vmx.operation.observer = VmxTracing(self.cpu, self.exit_counts, tracer)
+        if tracer is not None:
+            self.cpu.tracing = ProcessorTracing(self.cpu, tracer)
 
     def _add_devices(self, serial: Callable[[bytes], None]) -> None:
         board, cpu = self._board, self.cpu
@@ -251,4 +263,8 @@ class Machine:
         return self._result(StopReason.INSTRUCTION_LIMIT, f"instruction limit of {max_instructions} reached")
 
     def _result(self, reason: StopReason, message: str) -> RunResult:
-        return RunResult(reason, self._exit_value, message, self.cpu.instructions, self.cpu.now())
+        result = RunResult(reason, self._exit_value, message, self.cpu.instructions, self.cpu.now())
+        if self.tracer is not None:
+            stopped = MachineStopped(0, result.ticks, reason.value, message, result.instructions, result.exit_value)
+            self.tracer.emit(stopped)
+        return result

@@ -16,6 +16,10 @@ class Platform(Protocol):
         """Store ``size`` bytes at an I/O port."""
         ...
 
+    def port_device(self, port: int) -> str:
+        """Name of the device at an I/O port, for people; ``none`` where nothing answers."""
+        ...
+
     def interrupt_pending(self) -> bool:
         """Whether an interrupt controller requests service for a vector above the task priority."""
         ...

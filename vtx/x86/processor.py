@@ -15,9 +15,10 @@ from typing import Final
 from attrs import evolve, frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.events import Access
 from vtx.x86 import access
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
-from vtx.x86.double_fault import Intercepted, TripleFault, deliver_with_faults
+from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import (
     BudgetSpent,
@@ -37,6 +38,7 @@ from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
 from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
+from vtx.x86.tracing import ProcessorTracing
 from vtx.x86.virtualization import Virtualization
 
 TICKS_PER_BYTE: Final = 4
@@ -88,6 +90,7 @@ class LogicalProcessor:
         self.msrs = MsrFile(profile, bootstrap=index == 0)
         self.mmu = Mmu(memory, profile.physical_address_width, page1gb=profile.has("PAGE1GB"))
         self.virtualization: Virtualization | None = None
+        self.tracing: ProcessorTracing | None = None
         self.random_state = seed & MASK64
         self.halt: Halt | None = None
         self.stop_requested = False
@@ -136,15 +139,28 @@ class LogicalProcessor:
         """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""
         if cpl or self._needs_port_checks(linear, bits):
             return None
-        return self.platform.port_read(port, size)
+        return self.port_read(port, size)
 
     def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
         """A port write the engine may make on the spot."""
         if cpl or self._needs_port_checks(linear, bits):
             return False
-        self.platform.port_write(port, size, value)
+        self.port_write(port, size, value)
         self.device_written()
         return True
+
+    def port_read(self, port: int, size: int) -> int:
+        """Read an I/O port; all checks have been made."""
+        value = self.platform.port_read(port, size)
+        if self.tracing is not None:
+            self.tracing.port(port, size, Access.READ, value)
+        return value
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """Write an I/O port; all checks have been made."""
+        if self.tracing is not None:
+            self.tracing.port(port, size, Access.WRITE, value)
+        self.platform.port_write(port, size, value)
 
     def device_written(self) -> None:
         """The running code wrote to a device: stop soon if that changed what the current run was planned for."""
@@ -228,7 +244,10 @@ class LogicalProcessor:
         self.charge(TRAP_TICKS)
         if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):
             assert extension is not None
-            extension.second_level_fault(outcome.cause, outcome.event)
+            self._second_level_fault(extension, outcome.cause, outcome.event)
+        elif isinstance(outcome, Delivered):
+            if self.tracing is not None:
+                self.tracing.delivered(outcome.event)
         elif isinstance(outcome, TripleFault):
             if extension is not None and extension.non_root and extension.delivery_fault(event, None):
                 return
@@ -334,6 +353,8 @@ class LogicalProcessor:
             return True
         if state.rflags & _IF and not state.shadow and self.platform.interrupt_pending():
             vector = self.platform.acknowledge_interrupt()
+            if self.tracing is not None:
+                self.tracing.interrupt(vector)
             self.deliver(Event(vector, EventKind.EXTERNAL_INTERRUPT))
             return True
         return False
@@ -378,7 +399,7 @@ class LogicalProcessor:
             self.execute()
         elif isinstance(event, ExceptionTrap):
             if event.vector == Vector.UD:
-                self.execute()
+                self.execute("not known to the engine")
             elif event.vector == Vector.DB:
                 self.raise_fault(Fault(Vector.DB, debug=_DR6_BS))
             else:
@@ -388,10 +409,12 @@ class LogicalProcessor:
         elif isinstance(event, BudgetSpent):
             self._approached = self._next_deadline(until)
 
-    def execute(self) -> None:
+    def execute(self, why: str = "sensitive instruction") -> None:
         """Execute the instruction at RIP in the model."""
         try:
             instruction = self.fetch()
+            if self.tracing is not None:
+                self.tracing.intercepted(instruction, why)
             self.charge(TRAP_TICKS)
             if instruction is None:
                 raise InstructionAborted(Fault(Vector.UD))
@@ -428,12 +451,19 @@ class LogicalProcessor:
         elif isinstance(cause, SecondLevelFault):
             self._reload = True
             assert self.virtualization is not None
-            self.virtualization.second_level_fault(cause, None)
+            self._second_level_fault(self.virtualization, cause, None)
         else:
             raise TypeError(f"an instruction was aborted with {cause!r}")
 
+    def _second_level_fault(self, extension: Virtualization, fault: SecondLevelFault, delivering: Event | None) -> None:
+        if self.tracing is not None:
+            self.tracing.second_level_fault(fault)
+        extension.second_level_fault(fault, delivering)
+
     def raise_fault(self, fault: Fault) -> None:
         """Raise an exception at the current instruction: a VM exit, or delivery."""
+        if self.tracing is not None:
+            self.tracing.exception(fault)
         event = Event.from_fault(fault)
         extension = self.virtualization
         if extension is not None and extension.non_root and extension.intercept_event(event, fault):
@@ -485,6 +515,8 @@ class LogicalProcessor:
             return
         if isinstance(result, Fault) and result.vector == Vector.GP and access.uses_stack(self):
             result = evolve(result, vector=Vector.SS)
+        if self.tracing is not None:
+            self.tracing.walk(exact, event.kind, state.cpl)
         self.abort(result)
 
     def _crosses(self, linear: int, page: int) -> bool:

@@ -54,6 +54,11 @@ def _pae_paging(cr0: int, cr4: int, efer: int) -> bool:
     return bool(cr0 & Cr0.PG and cr4 & Cr4.PAE and not efer & Efer.LMA)
 
 
+def _trace(cpu: LogicalProcessor, register: str, old: int, new: int) -> None:
+    if cpu.tracing is not None:
+        cpu.tracing.control_write(register, old, new)
+
+
 def write_cr0(cpu: LogicalProcessor, value: int) -> None:
     """Give CR0 a value software asked for, with all checks and consequences. Raises #GP(0)."""
     state = cpu.state
@@ -76,7 +81,8 @@ def write_cr0(cpu: LogicalProcessor, value: int) -> None:
         efer &= ~int(Efer.LMA)
     if _pae_paging(value, state.cr4, efer) and (value ^ old) & _CR0_RELOADS_PDPTRS:
         state.pdptrs[:] = cpu.mmu.load_pdptrs(state.cr3)
-    state.cr0, state.efer = int(value), int(efer)
+    state.cr0, state.efer = value, efer
+    _trace(cpu, "CR0", old, value)
     cpu.control_registers_written()
 
 
@@ -90,6 +96,7 @@ def write_cr3(cpu: LogicalProcessor, value: int) -> None:
         raise gp(0)
     if _pae_paging(state.cr0, state.cr4, state.efer):
         state.pdptrs[:] = cpu.mmu.load_pdptrs(value)
+    _trace(cpu, "CR3", state.cr3, value)
     state.cr3 = value
     cpu.mmu.cr3_written(state, preserve=preserve)
 
@@ -109,6 +116,7 @@ def write_cr4(cpu: LogicalProcessor, value: int) -> None:
         raise gp(0)
     if _pae_paging(state.cr0, value, state.efer) and changed & _CR4_RELOADS_PDPTRS:
         state.pdptrs[:] = cpu.mmu.load_pdptrs(state.cr3)
+    _trace(cpu, "CR4", state.cr4, value)
     state.cr4 = value
     cpu.control_registers_written()
 
@@ -117,6 +125,7 @@ def write_cr8(cpu: LogicalProcessor, value: int) -> None:
     """Write the task priority. Raises #GP(0)."""
     if value >> 4:
         raise gp(0)
+    _trace(cpu, "CR8", cpu.task_priority(), value)
     cpu.set_task_priority(value)
 
 

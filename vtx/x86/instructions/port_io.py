@@ -41,7 +41,7 @@ def port_in(cpu: LogicalProcessor, instruction: Instruction) -> None:
     check_io_permission(cpu.state, cpu.mmu, port, size)
     if cpu.intercepts(PortIo(port, size, True, False, False, immediate), instruction):
         return
-    value = cpu.platform.port_read(port, size)
+    value = cpu.port_read(port, size)
     mask = (1 << 8 * size) - 1
     gpr[Gpr.RAX] = value & MASK32 if size == 4 else gpr[Gpr.RAX] & ~mask | value & mask
     cpu.retire(instruction)
@@ -58,7 +58,7 @@ def port_out(cpu: LogicalProcessor, instruction: Instruction) -> None:
     check_io_permission(cpu.state, cpu.mmu, port, size)
     if cpu.intercepts(PortIo(port, size, False, False, False, immediate), instruction):
         return
-    cpu.platform.port_write(port, size, gpr[Gpr.RAX] & ((1 << 8 * size) - 1))
+    cpu.port_write(port, size, gpr[Gpr.RAX] & ((1 << 8 * size) - 1))
     cpu.retire(instruction)
 
 
@@ -80,9 +80,9 @@ def port_string(cpu: LogicalProcessor, instruction: Instruction) -> None:
     if is_in:
         user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
         cpu.mmu.check(linear, size, AccessKind.WRITE, user=user, ac=ac)
-        write_linear(cpu, linear, size, cpu.platform.port_read(port, size))
+        write_linear(cpu, linear, size, cpu.port_read(port, size))
     else:
-        cpu.platform.port_write(port, size, read_linear(cpu, linear, size))
+        cpu.port_write(port, size, read_linear(cpu, linear, size))
     _advance(cpu, instruction, Gpr.RDI if is_in else Gpr.RSI, size, mask)
 
 
