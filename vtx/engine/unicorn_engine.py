@@ -372,7 +372,8 @@ class UnicornEngine:
         shared.stopped = 0
         shared.size = 0
         self._trap = self._refused = self._aborted = None
-        self._stop_requested = False
+        if self._stop_requested:
+            shared.limit = 0
         arranged_tf = step and not state.rflags & _TF
         self._load(state, reload, step)
         if osxsave:
@@ -436,11 +437,12 @@ class UnicornEngine:
         if status == native.ERR_EXCEPTION and self._refused is not None:
             return RefusedFill(*self._refused)
         if self.clock.shared.stopped == STOPPED_BY_LIMIT:
+            if self._stop_requested:
+                self._stop_requested = False
+                return Interrupted()
             return BudgetSpent()
         if self.clock.shared.stopped == STOPPED_BY_IF:
             return WindowOpen()
-        if self._stop_requested and status == native.ERR_OK:
-            return Interrupted()
         native.check(status, f"running at {self._linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._linear_rip():#x} without saying why")
 
@@ -457,9 +459,12 @@ class UnicornEngine:
         return count
 
     def request_stop(self) -> None:
-        """From within a callback: stop at the end of the current block."""
+        """From within a callback or another thread: stop at the end of the current block.
+
+        The library's own stop would make it execute the storing instruction of a device access a second time.
+        """
         self._stop_requested = True
-        native.library.uc_emu_stop(self._handle)
+        self.clock.shared.limit = 0
 
     def fpu(self) -> bytes:
         """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
