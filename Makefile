@@ -94,10 +94,8 @@ $(VENV)/.installed: $(PACKAGE) | $(VENV)/.debian
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-HDL_REQUIREMENTS := $(wildcard hdl_tests/requirements.txt)
-
-$(VENV)/.installed-test: $(PACKAGE) $(HDL_REQUIREMENTS) | $(VENV)/.debian
-	$(BIN)/pip install --quiet --editable '.[test]' $(HDL_REQUIREMENTS:%=--requirement %)
+$(VENV)/.installed-test: $(PACKAGE) hdl_tests/requirements.txt | $(VENV)/.debian
+	$(BIN)/pip install --quiet --editable '.[test]' --requirement hdl_tests/requirements.txt
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(PACKAGE) | $(VENV)/.debian

@@ -1,18 +1,21 @@
 """Directives that print the project's own records, so that the documentation cannot disagree with the code.
 
 ``rules STAGE``, ``msr-rules``, ``controls WORD``, ``exit-reasons``, ``instruction-errors``, ``vmcs-fields``,
-``features PROFILE``: a table each. ``modules PACKAGE``: the modules named in the body, in that order, each with the
-first sentence of its docstring. ``interpretations``: the paragraphs of all docstrings that begin with
+``trace-events``, ``features PROFILE``: a table each. ``modules PACKAGE``: the modules named in the body, in that order,
+each with the first sentence of its docstring. ``interpretations``: the paragraphs of all docstrings that begin with
 "Interpretations.".
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import attrs
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
@@ -20,6 +23,7 @@ from sphinx.application import Sphinx
 
 from vmcs import controls, exits, fields
 from vmcs.rules import RULES, Stage, msr_load
+from vtx import events
 from vtx.x86.profile import load_profile
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +109,21 @@ class VmcsFields(Directive):
         return [table(("Encoding", "Field", "Bits", "Exists on"), rows, (10, 40, 8, 42))]
 
 
+class TraceEvents(Directive):
+    """All events of a trace."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = (
+            (
+                event.name,
+                first_sentence(inspect.getdoc(event) or "").replace("`", ""),
+                ", ".join(each.name for each in attrs.fields(event)),
+            )
+            for event in typing.get_args(events.TraceEvent)
+        )
+        return [table(("Event", "Meaning", "Fields"), rows, (22, 48, 30))]
+
+
 class Features(Directive):
     """The CPUID features of one profile."""
 
@@ -182,6 +201,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "exit-reasons": ExitReasons,
         "instruction-errors": InstructionErrors,
         "vmcs-fields": VmcsFields,
+        "trace-events": TraceEvents,
         "features": Features,
         "modules": Modules,
         "interpretations": Interpretations,
