@@ -1,7 +1,7 @@
 """Directives that print the project's own records, so that the documentation cannot disagree with the code.
 
 ``rules STAGE``, ``msr-rules``, ``controls WORD``, ``exit-reasons``, ``instruction-errors``, ``vmcs-fields``,
-``trace-events``, ``features PROFILE``: a table each. ``modules PACKAGE``: the modules named in the body, in that order,
+``trace-events``, ``allowed-controls PROFILE``: a table each. ``features PROFILE``: a list. ``modules PACKAGE``: the modules named in the body, in that order,
 each with the first sentence of its docstring. ``interpretations``: the paragraphs of all docstrings that begin with
 "Interpretations.".
 """
@@ -22,6 +22,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 from vmcs import controls, exits, fields
+from vmcs.capabilities import Capabilities
 from vmcs.rules import RULES, Stage, msr_load
 from vtx import events
 from vtx.x86.profile import load_profile
@@ -124,6 +125,20 @@ class TraceEvents(Directive):
         return [table(("Event", "Meaning", "Fields"), rows, (22, 48, 30))]
 
 
+class AllowedControls(Directive):
+    """The VMX controls whose 1-setting one profile allows, by control word."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        capabilities = Capabilities(load_profile(self.arguments[0]).vmx_capabilities)
+        rows = (
+            (word.value, ", ".join(each.name for each in listed if capabilities.allows(each)) or "none")
+            for word, listed in controls.BY_WORD.items()
+        )
+        return [table(("Control word", "Controls that may be 1"), rows, (30, 70))]
+
+
 class Features(Directive):
     """The CPUID features of one profile."""
 
@@ -202,6 +217,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "instruction-errors": InstructionErrors,
         "vmcs-fields": VmcsFields,
         "trace-events": TraceEvents,
+        "allowed-controls": AllowedControls,
         "features": Features,
         "modules": Modules,
         "interpretations": Interpretations,
