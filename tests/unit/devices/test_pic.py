@@ -223,3 +223,121 @@ def test_output_line_reports_changes_only(pc: Pc) -> None:
     assert pc.levels == [True]
     pc.pics.acknowledge()
     assert pc.levels == [True, False]
+
+
+def initialize(pc: Pc, *words: int) -> None:
+    """ICW1 to the master's first port, the other words to its second, and then unmask everything."""
+    pc.pics.master.port_write(0, 1, words[0])
+    for word in words[1:]:
+        pc.pics.master.port_write(1, 1, word)
+    pc.pics.master.port_write(1, 1, 0x00)
+
+
+@pytest.mark.parametrize("words", [(0x13, 0x67, 0x01), (0x12, 0x67), (0x10, 0x67, 0x04), (0x11, 0x67, 0x04, 0x01)])
+def test_initialization_takes_the_words_icw1_announces(pc: Pc, words: tuple[int, ...]) -> None:
+    initialize(pc, *words)
+    assert pc.pics.master.port_read(1, 1) == 0
+    pc.raise_irq(3)
+    assert pc.pics.acknowledge() == 0x63
+    assert pc.in_service()[0] == 0x08
+
+
+def test_initialization_keeps_active_levels_and_forgets_edges(pc: Pc) -> None:
+    pc.pics.edge_level.port_write(0, 1, 0x20)
+    pc.raise_irq(4)
+    pc.raise_irq(5)
+    initialize(pc, 0x11, 0x20, 0x04, 0x01)
+    assert pc.pics.acknowledge() == 0x25
+    pc.lower_irq(5)
+    pc.eoi(5)
+    assert not pc.pics.pending()
+
+
+def test_making_an_active_input_level_triggered_requests(pc: Pc) -> None:
+    pc.raise_irq(5)
+    pc.pics.acknowledge()
+    pc.eoi(5)
+    assert not pc.pics.pending()
+    pc.pics.edge_level.port_write(0, 1, 0x20)
+    assert pc.pics.pending()
+
+
+def test_rotation_in_automatic_eoi_mode() -> None:
+    pc = Pc(icw4=0x03)
+    pc.pics.master.port_write(0, 1, 0x80)
+    pc.raise_irq(4)
+    assert pc.pics.acknowledge() == 0x24
+    pc.raise_irq(3)
+    pc.raise_irq(5)
+    assert pc.pics.acknowledge() == 0x25
+    pc.pics.master.port_write(0, 1, 0x00)
+    assert pc.pics.acknowledge() == 0x23
+    pc.lower_irq(5)
+    pc.raise_irq(5)
+    pc.raise_irq(6)
+    assert pc.pics.acknowledge() == 0x26  # 5 is still the lowest: 3 did not rotate
+
+
+def test_rotation_on_specific_eoi(pc: Pc) -> None:
+    pc.raise_irq(4)
+    pc.pics.acknowledge()
+    pc.pics.master.port_write(0, 1, 0xE4)
+    assert pc.in_service() == (0, 0)
+    pc.raise_irq(3)
+    pc.raise_irq(5)
+    assert pc.pics.acknowledge() == 0x25
+
+
+def test_set_priority_to_the_default_order(pc: Pc) -> None:
+    pc.pics.master.port_write(0, 1, 0xC3)
+    pc.pics.master.port_write(0, 1, 0xC7)
+    pc.raise_irq(4)
+    pc.raise_irq(0)
+    assert pc.pics.acknowledge() == 0x20
+
+
+def test_no_operation_commands_change_nothing(pc: Pc) -> None:
+    pc.raise_irq(4)
+    pc.pics.acknowledge()
+    pc.pics.master.port_write(0, 1, 0x40)
+    pc.pics.master.port_write(0, 1, 0x44)
+    assert pc.in_service() == (0x10, 0)
+    pc.raise_irq(3)
+    assert pc.pics.acknowledge() == 0x23
+
+
+def test_operation_word_changes_only_what_it_selects(pc: Pc) -> None:
+    pc.raise_irq(1)
+    pc.pics.acknowledge()
+    pc.raise_irq(4)
+    pc.pics.master.port_write(1, 1, 0x02)
+    pc.pics.master.port_write(0, 1, 0x68)
+    assert pc.pics.pending()
+    pc.pics.master.port_write(0, 1, 0x0B)  # read ISR; special mask mode stays
+    pc.pics.master.port_write(0, 1, 0x28)  # special mask bit without its enable; ISR stays selected
+    assert pc.pics.pending()
+    assert pc.pics.master.port_read(0, 1) == 0x02
+    pc.pics.master.port_write(0, 1, 0x48)
+    assert not pc.pics.pending()
+
+
+def test_poll_is_for_one_read(pc: Pc) -> None:
+    pc.pics.master.port_write(1, 1, 0x5A)
+    pc.pics.master.port_write(0, 1, 0x0C)
+    assert pc.pics.master.port_read(1, 1) == 0
+    assert pc.pics.master.port_read(1, 1) == 0x5A
+
+
+def test_special_fully_nested_slave_in_service_holds_off_lower_inputs() -> None:
+    pc = Pc(icw4=0x11)
+    pc.raise_irq(12)
+    pc.pics.acknowledge()
+    pc.raise_irq(3)
+    assert not pc.pics.pending()
+
+
+def test_ports_beyond_the_device_do_not_answer(pc: Pc) -> None:
+    assert pc.pics.master.port_read(1, 2) == 0xFF00
+    assert pc.pics.edge_level.port_read(1, 2) == 0xFF00
+    pc.pics.master.port_write(2, 1, 0xFF)
+    assert pc.pics.master.port_read(1, 1) == 0
