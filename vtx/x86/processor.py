@@ -47,7 +47,16 @@ TICKS_PER_BYTE: Final = 4
 TRAP_TICKS: Final = 24
 """What an instruction costs on top when the model executes it: these are slow instructions on every processor."""
 
-_DR6_BS: Final = 1 << 14
+EVENT_TICKS: Final = 300
+"""Delivery of an interrupt or exception."""
+
+TRANSITION_TICKS: Final = 600
+"""A VM entry or a VM exit, passing once it is complete: the order of magnitude of current processors."""
+
+# Layout of CpuState.pending_debug, which is that of the VMCS field.
+_PENDING_BS: Final = 1 << 14
+_DELIVERABLE_DEBUG: Final = 1 << 12 | _PENDING_BS
+_DEBUG_CAUSES: Final = 0xF | _PENDING_BS  # the bits it shares with DR6
 _IF: Final = int(Rflags.IF)
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
@@ -101,7 +110,7 @@ class LogicalProcessor:
         self._reload = True
         self._step = False
         self._approached: int | None = None  # the deadline that whole blocks would overshoot
-        self._trap_pending = False
+        self._transitions = 0  # VM entries and VM exits whose time has passed
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
         self._until: int | None = None
         self._implicit_pages: set[int] = set()
@@ -236,12 +245,11 @@ class LogicalProcessor:
     def deliver(self, event: Event) -> None:
         """Deliver ``event`` through the IDT."""
         self._reload = True
-        self._trap_pending = False
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
         outcome = deliver_with_faults(self.state, self.mmu, event, on_fault)
         self.mmu.update(self.state)
-        self.charge(TRAP_TICKS)
+        self.charge(EVENT_TICKS)
         if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):
             assert extension is not None
             self._second_level_fault(extension, outcome.cause, outcome.event)
@@ -268,13 +276,15 @@ class LogicalProcessor:
         state = self.state
         self.advance_rip(instruction.length)
         if state.rflags & (_TF | _RF):
-            self._trap_pending = bool(state.rflags & _TF)
+            if state.rflags & _TF:
+                state.pending_debug |= _PENDING_BS
             state.rflags &= ~_RF
         state.shadow = Shadow.NONE
 
     def completed(self, *, single_step: bool) -> None:
         """An instruction that set RIP itself completed; ``single_step`` as RFLAGS.TF was when it began."""
-        self._trap_pending = single_step
+        if single_step:
+            self.state.pending_debug |= _PENDING_BS
         self.state.shadow = Shadow.NONE
 
     def advance_rip(self, length: int) -> None:
@@ -317,15 +327,14 @@ class LogicalProcessor:
     def run_once(self, until: int | None = None) -> None:
         """Handle what is pending between instructions, then run the engine to its next event."""
         extension = self.virtualization
-        now = self.now()
-        self._pass_deadline(now)
+        if extension is not None and extension.transitions != self._transitions:
+            self.charge((extension.transitions - self._transitions) * TRANSITION_TICKS)
+            self._transitions = extension.transitions
+        self._pass_deadline(self.now())
         if extension is not None and extension.boundary():
-            self._trap_pending = False
             self._reload = True
             return
-        if self._trap_pending:
-            self._trap_pending = False
-            self.raise_fault(Fault(Vector.DB, debug=_DR6_BS))
+        if self.state.pending_debug and self._raise_pending_debug():
             return
         if self._accept_interrupt():
             return
@@ -333,6 +342,16 @@ class LogicalProcessor:
             self._idle(until)
             return
         self._handle(self._run_engine(until), until)
+
+    def _raise_pending_debug(self) -> bool:
+        """Deliver the debug traps of the previous instruction, unless MOV SS holds them back."""
+        state = self.state
+        pending = state.pending_debug
+        if state.shadow & Shadow.MOV_SS or not pending & _DELIVERABLE_DEBUG:
+            return False
+        state.pending_debug = 0
+        self.raise_fault(Fault(Vector.DB, debug=pending & _DEBUG_CAUSES))
+        return True
 
     def _pass_deadline(self, now: int) -> None:
         deadline = self.platform.next_deadline()
@@ -401,7 +420,7 @@ class LogicalProcessor:
             if event.vector == Vector.UD:
                 self.execute("not known to the engine")
             elif event.vector == Vector.DB:
-                self.raise_fault(Fault(Vector.DB, debug=_DR6_BS))
+                self.state.pending_debug |= _PENDING_BS
             else:
                 self.raise_fault(_fault(event))
         elif isinstance(event, RefusedFill):
@@ -440,8 +459,8 @@ class LogicalProcessor:
             return False
         if extension.transitions != transitions:
             self._reload = True
-        else:
-            self._trap_pending = bool(single_step)
+        elif single_step:
+            self.state.pending_debug |= _PENDING_BS
         return True
 
     def abort(self, cause: object) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PAUSE_TICKS: Final = 140  # as on recent server parts; what matters is that spinning lets time pass
 
+WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
+
 _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 
@@ -50,6 +52,7 @@ def wbinvd(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """WBINVD: there are no caches."""
     require_ring_0(cpu)
     if not cpu.intercepts(Simple(Plain.WBINVD), instruction):
+        cpu.charge(WBINVD_TICKS)
         cpu.retire(instruction)
 
 
