@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, next to the other emulators of this machine: ``vtx bench``."""

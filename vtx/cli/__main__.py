@@ -1,0 +1,7 @@
+"""``python -m vtx.cli`` is ``vtx``."""
+
+import sys
+
+from vtx.cli.main import main
+
+sys.exit(main())
