@@ -34,7 +34,7 @@ def test_every_exit_status_is_documented() -> None:
     assert {str(each) for each in named} <= documented
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/testing.md", "docs/limits.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/testing.md"])
 def test_commands_mentioned_exist(page: str) -> None:
     mentioned = set(re.findall(r"(?:`|^)vtx ([a-z]+)", text_of(page), re.MULTILINE))
     assert mentioned

@@ -17,7 +17,7 @@ EXAMPLE = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 OUTPUT = re.compile(r"^```text\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODULES = re.compile(r"```\{modules\} (\S+)\n(.*?)```", re.DOTALL)
 READ_FROM = ("vmcs", "vtx")
-UNGUIDED = {"vtx.profiles"}  # data files
+UNGUIDED = {"vtx.cli.__main__"}
 
 
 def examples(page: Path) -> str:
