@@ -179,3 +179,104 @@ def test_wide_access_reaches_consecutive_registers(port: Port) -> None:
     port.uart.port_write(THR, 2, 0x0141)
     assert port.printed == b"A"
     assert port.read(IER) == 0x01
+
+
+@pytest.mark.parametrize("enabled", [0x01, 0x02, 0x04, 0x08])
+def test_each_interrupt_has_its_enable(port: Port, enabled: int) -> None:
+    port.write(MCR, LOOP)  # changes modem inputs: modem status
+    port.write(IER, 0x02)
+    port.write(THR, 1)
+    port.write(THR, 2)  # received data, overrun, transmitter empty
+    port.write(IER, enabled)
+    identification = {0x01: 0x04, 0x02: 0x02, 0x04: 0x06, 0x08: 0x00}[enabled]
+    assert port.read(IIR) == identification
+
+
+def test_disabled_interrupts_stay_silent(port: Port) -> None:
+    port.write(MCR, OUT2)
+    port.uart.feed(b"x")
+    port.write(THR, 1)
+    assert port.read(IIR) == 0x01
+    assert not port.line
+
+
+def test_divisor_bytes_are_independent(port: Port) -> None:
+    port.write(LCR, 0x80)
+    port.write(DLL, 0xFF)
+    port.write(DLM, 0xFF)
+    port.write(DLL, 0x12)
+    assert (port.read(DLL), port.read(DLM)) == (0x12, 0xFF)
+    port.write(DLM, 0x34)
+    assert (port.read(DLL), port.read(DLM)) == (0x12, 0x34)
+
+
+def test_input_waits_while_looped_back(port: Port) -> None:
+    port.write(MCR, LOOP)
+    port.uart.feed(b"x")
+    assert not port.read(LSR) & 1
+    port.write(MCR, 0)
+    assert port.read(LSR) & 1
+    assert port.read(RBR) == ord("x")
+
+
+@pytest.mark.parametrize(("fifo_control", "capacity"), [(0x00, 1), (0x01, 16)])
+def test_overrun_in_loopback(port: Port, fifo_control: int, capacity: int) -> None:
+    port.write(FCR, fifo_control)
+    port.write(MCR, LOOP)
+    for value in range(capacity):
+        port.write(THR, value)
+    assert not port.read(LSR) & 0x02
+    port.write(THR, 0xEE)
+    assert port.read(LSR) & 0x02
+    assert not port.read(LSR) & 0x02
+    # Without FIFO the new byte replaces the old; with FIFO what is queued stays.
+    assert port.read(RBR) == (0 if fifo_control else 0xEE)
+
+
+def test_switching_the_fifos_clears_the_receiver(port: Port) -> None:
+    port.uart.feed(b"ab")  # "a" received, "b" on the line
+    port.write(FCR, 0x01)
+    assert port.read(RBR) == ord("b")
+    port.uart.feed(b"cde")
+    port.write(FCR, 0x00)
+    assert not port.read(LSR) & 1
+    assert port.read(IIR) == 0x01
+
+
+def test_rewriting_fifo_control_keeps_what_was_received(port: Port) -> None:
+    port.write(FCR, 0x01)
+    port.uart.feed(b"a")
+    port.write(FCR, 0xC1)
+    assert port.read(RBR) == ord("a")
+
+
+def test_receiver_reset_needs_enabled_fifos(port: Port) -> None:
+    port.uart.feed(b"a")
+    port.write(FCR, 0x02)
+    assert port.read(RBR) == ord("a")
+
+
+def test_fifo_reset_makes_room_for_what_waits(port: Port) -> None:
+    port.write(FCR, 0x01)
+    port.uart.feed(bytes(range(20)))
+    port.write(FCR, 0x03)
+    assert [port.read(RBR) for _ in range(4)] == [16, 17, 18, 19]
+
+
+@pytest.mark.parametrize(("fifo_control", "level"), [(0x01, 1), (0x41, 4), (0x81, 8), (0xC1, 14)])
+def test_trigger_levels(port: Port, fifo_control: int, level: int) -> None:
+    port.write(FCR, fifo_control)
+    port.write(IER, 0x01)
+    for count in range(1, 16):
+        port.uart.feed(b"x")
+        assert port.read(IIR) == (0xC4 if count >= level else 0xCC)
+
+
+def test_modem_deltas_accumulate_until_read(port: Port) -> None:
+    port.write(MCR, LOOP)
+    port.read(MSR)
+    port.write(MCR, LOOP | 0x02)
+    port.write(MCR, LOOP | 0x03)
+    assert port.read(MSR) == 0x33
+    port.write(MCR, LOOP | 0x03)
+    assert port.read(MSR) == 0x30
