@@ -46,17 +46,6 @@ def _name(path: Path) -> str:
 
 
 @functools.cache
-def modules() -> tuple[Module, ...]:
-    """Every module of the packages, tests aside."""
-    paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return tuple(
-        Module(_name(path), path, ast.parse(path.read_text()))
-        for path in paths
-        if not path.name.startswith(("test_", "conftest")) and "sim_build" not in path.parts
-    )
-
-
-@functools.cache
 def tracked_files() -> tuple[Path, ...]:
     """Files of the repository as git knows them; without git (an unpacked sdist), the ones of the packages."""
     if not (ROOT / ".git").exists():
@@ -64,6 +53,18 @@ def tracked_files() -> tuple[Path, ...]:
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return tuple(ROOT / name for name in names if name and (ROOT / name).is_file())
+
+
+@functools.cache
+def modules() -> tuple[Module, ...]:
+    """Every module of the packages, tests aside."""
+    return tuple(
+        Module(_name(path), path, ast.parse(path.read_text()))
+        for path in tracked_files()
+        if path.suffix == ".py"
+        and path.relative_to(ROOT).parts[0] in PACKAGES
+        and not path.name.startswith(("test_", "conftest"))
+    )
 
 
 def text_of(name: str) -> str:
