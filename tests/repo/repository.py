@@ -50,7 +50,7 @@ def tracked_files() -> tuple[Path, ...]:
     """Files of the repository as git knows them; without git (an unpacked sdist), the ones of the packages."""
     if not (ROOT / ".git").exists():
         return tuple(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    command = ["git", "-C", str(ROOT), "-c", "safe.directory=*", "ls-files", "-z"]
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return tuple(ROOT / name for name in names if name and (ROOT / name).is_file())
 
