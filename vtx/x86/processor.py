@@ -318,9 +318,11 @@ class LogicalProcessor:
     # The run loop.
 
     def run(self, until: int | None = None) -> None:
-        """Run until tick ``until``, or until ``halt`` or ``stop_requested`` is set."""
+        """Run until tick ``until`` or the instruction limit, or until ``halt`` or ``stop_requested`` is set."""
         while not self.stop_requested and self.halt is None:
             if until is not None and self.now() >= until:
+                return
+            if self.instruction_limit is not None and self.instructions >= self.instruction_limit:
                 return
             self.run_once(until)
 
@@ -427,6 +429,7 @@ class LogicalProcessor:
             self._refused(event)
         elif isinstance(event, BudgetSpent):
             self._approached = self._next_deadline(until)
+            self._step = True  # the limit may also be that of instructions
 
     def execute(self, why: str = "sensitive instruction") -> None:
         """Execute the instruction at RIP in the model."""
