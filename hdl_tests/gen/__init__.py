@@ -1,0 +1,1 @@
+"""What RTL and Python must agree on: interface layouts and architectural numbers, declared once."""

@@ -1,0 +1,1 @@
+"""Running simulators and provers, and counting what they covered."""

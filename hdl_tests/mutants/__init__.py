@@ -1,0 +1,1 @@
+"""Seeded bugs: every one must be caught, or the harness is not trusted."""

@@ -1,0 +1,1 @@
+"""Coroutines that run inside the simulator, and what they draw from."""
