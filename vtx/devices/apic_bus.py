@@ -25,14 +25,17 @@ class InterruptBus:
         """Make ``apic`` reachable."""
         self.apics.append(apic)
 
-    def send_ipi(self, message: InterruptMessage) -> None:
-        """Deliver ``message`` to every APIC it addresses, or to one of them in lowest-priority mode."""
+    def send_ipi(self, message: InterruptMessage) -> bool:
+        """Deliver ``message`` to every APIC it addresses, or to one of them in lowest-priority mode.
+
+        Whether one of them accepted it.
+        """
         targets = [apic for apic in self.apics if self._is_target(apic, message)]
         if message.delivery_mode is DeliveryMode.LOWEST_PRIORITY and targets:
             able = [apic for apic in targets if apic.software_enabled] or targets
             targets = [min(able, key=lambda apic: (apic.processor_priority(), apic.profile.apic_id))]
-        for apic in targets:
-            apic.receive(message)
+        accepted = [apic.receive(message) for apic in targets]
+        return any(accepted)
 
     def broadcast_eoi(self, vector: int) -> None:
         """Tell every I/O APIC that service of ``vector`` ended."""

@@ -35,8 +35,8 @@ DEFAULT_BASE = 0xFEE0_0000
 class ApicBus(Protocol):
     """Where messages of a local APIC go."""
 
-    def send_ipi(self, message: InterruptMessage) -> None:
-        """Deliver an interprocessor interrupt (any shorthand but SELF)."""
+    def send_ipi(self, message: InterruptMessage) -> bool:
+        """Deliver an interprocessor interrupt (any shorthand but SELF); whether a local APIC accepted it."""
         ...
 
     def broadcast_eoi(self, vector: int) -> None:
@@ -206,9 +206,9 @@ class ApicCore:
         same_cluster = destination >> 4 in (mine >> 4, 0xF)
         return same_cluster and bool(destination & mine & 0xF)
 
-    def receive(self, message: InterruptMessage) -> None:
-        """Take a message this APIC is addressed by."""
-        self._dispatch(message.delivery_mode, message.vector, message.level_triggered)
+    def receive(self, message: InterruptMessage) -> bool:
+        """Take a message this APIC is addressed by; False if it does not accept it."""
+        return self._dispatch(message.delivery_mode, message.vector, message.level_triggered)
 
     def signal(self, lvt: Register) -> None:
         """A local source (thermal, performance counters, CMCI) asks for the interrupt its LVT entry describes."""
@@ -221,10 +221,10 @@ class ApicCore:
         if not entry & Lvt.MASKED and self.enabled:
             self._dispatch(DeliveryMode(entry >> 8 & 7), entry & 0xFF, False)
 
-    def _dispatch(self, mode: DeliveryMode, vector: int, level_triggered: bool) -> None:
+    def _dispatch(self, mode: DeliveryMode, vector: int, level_triggered: bool) -> bool:
         match mode:
             case DeliveryMode.FIXED | DeliveryMode.LOWEST_PRIORITY:
-                self.accept_interrupt(vector, level_triggered)
+                return self.accept_interrupt(vector, level_triggered)
             case DeliveryMode.SMI:
                 self._pins.smi()
             case DeliveryMode.NMI:
@@ -235,6 +235,7 @@ class ApicCore:
                 self._pins.start_up(vector)
             case DeliveryMode.EXTINT:
                 self.state.external_message = True
+        return True
 
     def accept_interrupt(self, vector: int, level_triggered: bool) -> bool:
         """Request the fixed interrupt ``vector``; False if the APIC does not take it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from attrs import define
+from attrs import define, frozen
 
 
 class Clock(Protocol):
@@ -41,3 +41,22 @@ class ManualClock:
     def now(self) -> int:
         """Ticks since power-up."""
         return self.ticks
+
+
+@frozen
+class Oscillator:
+    """A clock of ``frequency`` Hz derived from ticks of ``tick_frequency`` Hz; its edge 0 is at tick 0.
+
+    Whole numbers only: an edge is never more than one tick late, and the error does not add up.
+    """
+
+    frequency: int
+    tick_frequency: int
+
+    def edges(self, tick: int) -> int:
+        """Number of the latest edge at or before ``tick``."""
+        return tick * self.frequency // self.tick_frequency
+
+    def tick_of(self, edge: int) -> int:
+        """The first tick at which `edges` is ``edge``."""
+        return -(-edge * self.tick_frequency // self.frequency)

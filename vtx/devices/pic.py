@@ -5,8 +5,9 @@
 wires, do not exist: the mode bits that select them are ignored. So is ICW1's level-triggered mode, which the edge/level
 registers of a PC replace.
 
-With edge triggering an input must stay high until it is acknowledged, as the data sheet asks; a pulse that ends earlier
-is lost, or leads to a spurious interrupt when the request has reached the processor already.
+Interpretation. An edge requests until it is acknowledged even if the input falls before. The data sheet asks for an
+input held high until then and calls what follows a shorter pulse a default interrupt; virtual machines in use latch the
+edge, and their guests send pulses. The cascade input follows the slave, so a request the slave withdraws is gone.
 
 Threats: the guest chooses every command word in any order, including during initialization. State is eleven small
 integers a chip, no command loops, and an acknowledge with nothing requested is the spurious interrupt, not an error.
@@ -68,12 +69,13 @@ class Pic8259:
         self._output = output
 
     def set_input(self, number: int, level: bool) -> None:
-        """Drive input ``number`` (0 to 7): a rising edge or an active level requests, a low input withdraws."""
+        """Drive input ``number`` (0 to 7): a rising edge or an active level requests, a level that ends withdraws."""
         state = self.state
         bit = 1 << number
         if not level:
             state.lines &= ~bit
-            state.irr &= ~bit
+            if state.level_triggered & bit or (self._is_master and number == CASCADE_INPUT):
+                state.irr &= ~bit
         elif not state.lines & bit:
             state.lines |= bit
             state.irr |= bit
@@ -258,9 +260,22 @@ class PicPair:
         # A machine that boots without firmware starts with everything masked.
         self.master.state.imr = self.slave.state.imr = 0xFF
 
+    def set_firmware_state(self) -> None:
+        """What PC firmware leaves behind: initialized, vectors 08H-0FH and 70H-77H, open to whoever drives a line."""
+        for chip, vector_base in ((self.master, 0x08), (self.slave, 0x70)):
+            chip.state.vector_base = vector_base
+            chip.state.imr = 0
+            chip.update()
+
     def line(self, number: int) -> InterruptLine:
         """The line of ISA interrupt ``number``, 0 to 15; 2 is the slave's."""
         return lambda level: (self.master if number < 8 else self.slave).set_input(number & 7, level)
+
+    def masks(self, number: int) -> bool:
+        """Whether ISA interrupt ``number`` is masked, at its controller or at the master's cascade input."""
+        if number < 8:
+            return bool(self.master.state.imr >> number & 1)
+        return bool(self.slave.state.imr >> (number & 7) & 1 or self.master.state.imr >> CASCADE_INPUT & 1)
 
     def pending(self) -> bool:
         """Whether INTR is asserted."""

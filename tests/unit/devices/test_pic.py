@@ -128,20 +128,56 @@ def test_edge_level_registers_keep_system_inputs_edge(pc: Pc) -> None:
     assert pc.pics.edge_level.port_read(0, 2) == 0xDEF8
 
 
+def test_edge_is_latched_though_the_pulse_ends(pc: Pc) -> None:
+    for number in (4, 11):
+        pc.raise_irq(number)
+        pc.lower_irq(number)
+    assert pc.pics.acknowledge() == 0x2B
+    pc.eoi(11)
+    assert pc.pics.acknowledge() == 0x24
+
+
+def test_firmware_state() -> None:
+    pics = PicPair()
+    pics.set_firmware_state()
+    assert not pics.pending()
+    pics.line(11)(True)
+    assert pics.acknowledge() == 0x73
+    pics.line(1)(True)
+    assert pics.acknowledge() == 0x09
+
+
+def test_firmware_state_lets_through_what_is_asserted() -> None:
+    pics = PicPair()
+    pics.line(12)(True)
+    pics.set_firmware_state()
+    assert pics.pending()
+
+
 def test_spurious_master(pc: Pc) -> None:
-    pc.raise_irq(4)
-    pc.lower_irq(4)
+    pc.pics.edge_level.port_write(0, 1, 0x20)
+    pc.raise_irq(5)
+    pc.lower_irq(5)
+    assert not pc.pics.pending()
     assert pc.pics.acknowledge() == 0x27
     assert pc.in_service() == (0, 0)
 
 
 def test_spurious_slave_leaves_the_cascade_in_service(pc: Pc) -> None:
+    pc.pics.edge_level.port_write(1, 1, 0x02)
     pc.raise_irq(9)
     # Between the two acknowledge pulses the request goes away: only the master has latched it.
     assert pc.pics.master.acknowledge() == 2
     pc.lower_irq(9)
     assert pc.pics.slave.acknowledge() == 7
     assert pc.in_service() == (0x04, 0)
+
+
+def test_masked_slave_request_leaves_nothing_in_the_master(pc: Pc) -> None:
+    pc.raise_irq(9)
+    assert pc.pics.pending()
+    pc.pics.slave.port_write(1, 1, 0xFF)
+    assert not pc.pics.pending()
 
 
 def test_specific_eoi(pc: Pc) -> None:
