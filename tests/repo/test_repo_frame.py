@@ -56,7 +56,7 @@ def test_make_accepts_every_target() -> None:
 def test_continuous_integration_is_make_test() -> None:
     script = ROOT / ".ci/run"
     assert script.stat().st_mode & 0o100
-    assert script.read_text().rstrip().endswith("exec make test")
+    assert script.read_text().rstrip().endswith("exec make --keep-going test")
 
 
 def test_licence_is_the_whole_gpl() -> None:
