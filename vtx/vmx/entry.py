@@ -17,6 +17,7 @@ from vmcs import layouts
 from vmcs.exits import Reason
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import RULES, EntryContext, EntryFails, FailInvalid, Stage, Violation
+from vmcs.rules.msr_load import Area
 from vtx.vmx.exit import perform_entry_failure
 from vtx.vmx.guest_state import guest_pdptes, guest_uses_pae_paging, load_guest
 from vtx.vmx.msr_area import load_msrs
@@ -33,7 +34,6 @@ from vtx.x86.second_level import IdentitySecondLevel
 from vtx.x86.state import Efer, Shadow
 
 _LOAD_COUNT: Final = f.VM_ENTRY_MSR_LOAD_COUNT.encoding
-_LOAD_ADDRESS: Final = f.VM_ENTRY_MSR_LOAD_ADDRESS.encoding
 _INTERRUPTION: Final = f.VM_ENTRY_INTERRUPTION_INFORMATION.encoding
 _ERROR_CODE: Final = f.VM_ENTRY_EXCEPTION_ERROR_CODE.encoding
 _LENGTH: Final = f.VM_ENTRY_INSTRUCTION_LENGTH.encoding
@@ -52,8 +52,9 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
     """VM entry through the current VMCS: VmEntered, a VMfail, EntryFailed, or VmxAborted."""
     active = operation.current
     if active is None:
-        return FAIL_INVALID
-    violation = _check(_context(operation, active, launching), active.vmcs.changed)
+        return _remember(operation, FAIL_INVALID, (), "there is no current VMCS")
+    context = _context(operation, active, launching)
+    violation = _check(context, active.vmcs.changed)
     if violation is not None and not isinstance(violation.outcome, EntryFails):
         return _refuse(operation, violation)
     view = _refresh_view(operation, active)
@@ -66,15 +67,15 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
     if guest_uses_pae_paging(vmcs, view):
         pdptes = _pdptes(operation, vmcs, view)
         if pdptes is None:
-            return _fail(operation, Reason.ENTRY_FAILURE_GUEST_STATE, _PDPTE_QUALIFICATION)
+            detail = f"a PDPTE in memory at {vmcs[f.GUEST_CR3]:#x} (guest CR3) has reserved bits set"
+            return _fail(operation, Reason.ENTRY_FAILURE_GUEST_STATE, _PDPTE_QUALIFICATION, (), detail)
     operation.host_nmi_blocked = operation.processor.state.nmi_blocked
     load_guest(operation, vmcs, view, pdptes)
-    count = vmcs.values[_LOAD_COUNT]
-    if count:
-        failing = load_msrs(operation.processor, operation.capabilities, vmcs.values[_LOAD_ADDRESS], count)
-        if failing:
+    if vmcs.values[_LOAD_COUNT]:
+        failing = load_msrs(operation.processor, context, Area.ENTRY_LOAD)
+        if failing is not None:
             operation.processor.state.nmi_blocked = operation.host_nmi_blocked
-            return _fail(operation, Reason.ENTRY_FAILURE_MSR_LOADING, failing)
+            return _fail(operation, Reason.ENTRY_FAILURE_MSR_LOADING, failing.entry.number, (), failing.render())
     if launching:
         vmcs.launch_state = LaunchState.LAUNCHED
     _start_guest(operation, active, view)
@@ -125,13 +126,19 @@ def _refuse(operation: VmxOperation, violation: Violation) -> Outcome:
 
 
 def _fail(
-    operation: VmxOperation, reason: Reason, qualification: int, violations: tuple[Violation, ...] = ()
+    operation: VmxOperation,
+    reason: Reason,
+    qualification: int,
+    violations: tuple[Violation, ...],
+    detail: str = "",
 ) -> Outcome:
-    return _remember(operation, perform_entry_failure(operation, reason, qualification), violations)
+    return _remember(operation, perform_entry_failure(operation, reason, qualification), violations, detail)
 
 
-def _remember(operation: VmxOperation, outcome: Outcome, violations: tuple[Violation, ...]) -> Outcome:
-    operation.last_failure = EntryFailure(outcome, violations)
+def _remember(
+    operation: VmxOperation, outcome: Outcome, violations: tuple[Violation, ...], detail: str = ""
+) -> Outcome:
+    operation.last_failure = EntryFailure(outcome, violations, detail)
     if operation.observer is not None:
         operation.observer.vm_entry_failed(operation.last_failure)
     return outcome

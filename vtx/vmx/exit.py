@@ -11,10 +11,11 @@ from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.exits import AbortIndicator, Reason
 from vmcs.region import Vmcs
+from vmcs.rules.msr_load import Area, MsrViolation
 from vtx.vmx.guest_state import save_guest
 from vtx.vmx.host_state import load_host
 from vtx.vmx.msr_area import load_msrs, store_msrs
-from vtx.vmx.operation import VmxOperation
+from vtx.vmx.operation import ActiveVmcs, VmxOperation
 from vtx.vmx.outcome import EntryFailed, Outcome, VmExited, VmxAborted
 from vtx.vmx.record import ENTRY_FAILURE, ERROR_CODE_VALID, VALID, VmExit
 from vtx.vmx.view import ControlView
@@ -33,9 +34,7 @@ _PHYSICAL: Final = f.GUEST_PHYSICAL_ADDRESS.encoding
 _ENTRY_INTERRUPTION: Final = f.VM_ENTRY_INTERRUPTION_INFORMATION.encoding
 _ENTRY_CONTROLS: Final = f.VM_ENTRY_CONTROLS.encoding
 _STORE_COUNT: Final = f.VM_EXIT_MSR_STORE_COUNT.encoding
-_STORE_ADDRESS: Final = f.VM_EXIT_MSR_STORE_ADDRESS.encoding
 _LOAD_COUNT: Final = f.VM_EXIT_MSR_LOAD_COUNT.encoding
-_LOAD_ADDRESS: Final = f.VM_EXIT_MSR_LOAD_ADDRESS.encoding
 
 _VIRTUAL_NMIS: Final = c.VIRTUAL_NMIS.mask
 _IA32E_MODE_GUEST: Final = c.ENTRY_IA32E_MODE_GUEST.mask
@@ -51,13 +50,14 @@ def perform_exit(operation: VmxOperation, record: VmExit) -> Outcome:
     _record(vmcs, record)
     _update_entry_controls(operation, vmcs)
     save_guest(operation, vmcs, view, record)
-    count = vmcs.values[_STORE_COUNT]
-    if count and store_msrs(operation.processor, operation.capabilities, vmcs.values[_STORE_ADDRESS], count):
-        return abort(operation, AbortIndicator.SAVING_GUEST_MSRS)
+    if vmcs.values[_STORE_COUNT]:
+        failing = store_msrs(operation.processor, active.rule_context)
+        if failing is not None:
+            return abort(operation, AbortIndicator.SAVING_GUEST_MSRS, failing)
     state = operation.processor.state
     # With virtual NMIs, blocking was the guest's own; NMIs themselves were not blocked while it ran.
     state.nmi_blocked = record.is_nmi or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
-    aborted = return_to_host(operation, vmcs, view)
+    aborted = return_to_host(operation, active, view)
     if aborted is not None:
         return aborted
     if operation.observer is not None:
@@ -75,23 +75,24 @@ def perform_entry_failure(operation: VmxOperation, reason: Reason, qualification
     values = active.vmcs.values
     values[_REASON] = int(reason | ENTRY_FAILURE)
     values[_QUALIFICATION] = qualification
-    aborted = return_to_host(operation, active.vmcs, active.view)
+    aborted = return_to_host(operation, active, active.view)
     return aborted or EntryFailed(reason | ENTRY_FAILURE, qualification)
 
 
-def return_to_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> Outcome | None:
+def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlView) -> Outcome | None:
     """Load host state and the host's MSRs; VmxAborted if that fails."""
     operation.non_root = False
     operation.view = None
     operation.timer_deadline = None
     operation.trap_flag = operation.pending_trap = False
     operation.transitions += 1
-    indicator = load_host(operation, vmcs, view)
+    indicator = load_host(operation, active.vmcs, view)
     if indicator is not None:
         return abort(operation, indicator)
-    count = vmcs.values[_LOAD_COUNT]
-    if count and load_msrs(operation.processor, operation.capabilities, vmcs.values[_LOAD_ADDRESS], count):
-        return abort(operation, AbortIndicator.LOADING_HOST_MSRS)
+    if active.vmcs.values[_LOAD_COUNT]:
+        failing = load_msrs(operation.processor, active.rule_context, Area.EXIT_LOAD)
+        if failing is not None:
+            return abort(operation, AbortIndicator.LOADING_HOST_MSRS, failing)
     operation.processor.load_control_state()
     return None
 
@@ -130,8 +131,8 @@ def _update_entry_controls(operation: VmxOperation, vmcs: Vmcs) -> None:
             vmcs.changed[_ENTRY_CONTROLS] = vmcs.changed.get(_ENTRY_CONTROLS, 0) | _IA32E_MODE_GUEST
 
 
-def abort(operation: VmxOperation, indicator: AbortIndicator) -> VmxAborted:
-    """VMX abort: leave the indicator in the VMCS region and shut the processor down."""
+def abort(operation: VmxOperation, indicator: AbortIndicator, cause: MsrViolation | None = None) -> VmxAborted:
+    """VMX abort: leave the indicator in the VMCS region and shut the processor down; ``cause`` is for the message."""
     active = operation.current
     assert active is not None
     active.vmcs.abort_indicator = indicator
@@ -140,5 +141,8 @@ def abort(operation: VmxOperation, indicator: AbortIndicator) -> VmxAborted:
     operation.timer_deadline = None
     processor = operation.processor
     processor.memory.write_u32(active.pointer + _ABORT_OFFSET, indicator)
-    processor.shut_down(f"VMX abort {int(indicator)} ({indicator.name.lower().replace('_', ' ')})")
+    message = f"VMX abort {int(indicator)} ({indicator.name.lower().replace('_', ' ')})"
+    if cause is not None:
+        message += f": {cause.rule.id}, entry {cause.entry.number}, MSR {cause.entry.index:#x}"
+    processor.shut_down(message)
     return VmxAborted(indicator)

@@ -1,5 +1,8 @@
 """MSR areas: lists in memory of MSRs to load at VM entry, to store and to load at VM exit.
 
+Which entries must fail is in `vmcs.rules.msr_load`; this module carries out the others, in order, up to the first that
+fails.
+
 Spec: SDM Vol. 3, "VM Entries", "Loading MSRs"; "VM Exits", "Saving MSRs" and "Loading MSRs".
 """
 
@@ -7,50 +10,41 @@ from __future__ import annotations
 
 from typing import Final
 
-from vmcs.capabilities import Capabilities
+from vmcs.rules import EntryContext
+from vmcs.rules.msr_load import RULES, SAVING, Area, MsrRule, MsrViolation, entries, violation
 from vtx.x86.virtualization import Processor
 
-_ENTRY_SIZE: Final = 16
-_X2APIC_PAGE: Final = 0x8  # bits 31:8 of the indexes that are APIC registers in x2APIC mode
-_BASES: Final = (0xC000_0100, 0xC000_0101)  # IA32_FS_BASE and IA32_GS_BASE come from the VMCS alone
-_MICROCODE_UPDATE: Final = 0x79
-_SMM_MONITOR: Final = 0x9B  # written in SMM only
-_SMBASE: Final = 0x9E  # read in SMM only
-_NOT_LOADABLE: Final = frozenset((*_BASES, _MICROCODE_UPDATE, _SMM_MONITOR))
+_VALUE_OFFSET: Final = 8  # of the MSR's value in an entry
+
+_WRMSR: Final = next(rule for rule in RULES if rule.id == "msr-load.wrmsr")
+_RDMSR: Final = MsrRule(
+    "msr-store.rdmsr",
+    "RDMSR at privilege level 0 would succeed",
+    frozenset((Area.EXIT_STORE,)),
+    lambda context, entry: False,
+    SAVING,
+)
 
 
-def load_msrs(processor: Processor, capabilities: Capabilities, address: int, count: int) -> int:
-    """Load the area of ``count`` entries at physical ``address``; 0, or the number (from 1) of the failing entry.
-
-    Entries before the failing one have been loaded. The manual leaves a list longer than the recommended maximum
-    undefined; here the first entry beyond it fails, so that no list keeps the processor busy for ever.
-    """
-    memory = processor.memory
-    for number in range(1, count + 1):
-        if number > capabilities.msr_list_maximum:
-            return number
-        entry = address + (number - 1) * _ENTRY_SIZE
-        word = memory.read_u64(entry)
-        # Bits 63:32 are reserved, so that a valid word is an index.
-        if word >> 8 == _X2APIC_PAGE or word in _NOT_LOADABLE or word >> 32:
-            return number
-        if not processor.msrs.write(word, memory.read_u64(entry + 8)):
-            return number
-    return 0
+def load_msrs(processor: Processor, context: EntryContext, area: Area) -> MsrViolation | None:
+    """Load the MSRs of ``area``; the entry that fails, after those before it have been loaded."""
+    for entry in entries(context, area):
+        found = violation(context, entry, area)
+        if found is not None:
+            return found
+        if not processor.msrs.write(entry.index, entry.value):
+            return MsrViolation(_WRMSR, entry, area)
+    return None
 
 
-def store_msrs(processor: Processor, capabilities: Capabilities, address: int, count: int) -> int:
-    """Store into the area of ``count`` entries at physical ``address``; 0, or the number of the failing entry."""
-    memory = processor.memory
-    for number in range(1, count + 1):
-        if number > capabilities.msr_list_maximum:
-            return number
-        entry = address + (number - 1) * _ENTRY_SIZE
-        word = memory.read_u64(entry)
-        if word >> 8 == _X2APIC_PAGE or word == _SMBASE or word >> 32:
-            return number
-        value = processor.msrs.read(word)
+def store_msrs(processor: Processor, context: EntryContext) -> MsrViolation | None:
+    """Store the MSRs of the VM-exit MSR-store area; the entry that fails, after those before it have been stored."""
+    for entry in entries(context, Area.EXIT_STORE):
+        found = violation(context, entry, Area.EXIT_STORE)
+        if found is not None:
+            return found
+        value = processor.msrs.read(entry.index)
         if value is None:
-            return number
-        memory.write_u64(entry + 8, value)
-    return 0
+            return MsrViolation(_RDMSR, entry, Area.EXIT_STORE)
+        processor.memory.write_u64(entry.address + _VALUE_OFFSET, value)
+    return None

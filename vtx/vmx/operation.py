@@ -43,17 +43,27 @@ class ActiveVmcs:
     second_level: SecondLevel | None = None
     context: EntryContext | None = None
 
+    @property
+    def rule_context(self) -> EntryContext:
+        """What the rules of VM entry looked at; there is one once an entry was tried."""
+        assert self.context is not None
+        return self.context
+
 
 @frozen
 class EntryFailure:
     """Why the last failing VM entry failed.
 
-    ``outcome`` is what software saw. ``violations`` are the broken rules in order (empty if MSR loading failed), each
-    printable.
+    ``outcome`` is what software saw. ``violations`` are the broken rules in order; ``detail`` explains a failure that
+    no rule stands for: an MSR that cannot be loaded, invalid PDPTEs in memory, no current VMCS.
     """
 
     outcome: Outcome
     violations: tuple[Violation, ...] = ()
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join([*(violation.render() for violation in self.violations), *filter(None, (self.detail,))])
 
 
 @define(slots=True, eq=False)

@@ -18,7 +18,8 @@ from vmcs import fields as f
 from vmcs.capabilities import Capabilities
 from vmcs.exits import Reason
 from vmcs.fields import Field
-from vmcs.region import Vmcs
+from vmcs.region import LaunchState, Vmcs
+from vmcs.rules import Violation, explain
 from vtx.vmx import events, instructions
 from vtx.vmx.boundary import boundary_exit, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
@@ -109,6 +110,16 @@ class Vmx:
     def last_failure(self) -> EntryFailure | None:
         """Why the last failing VM entry failed."""
         return self.operation.last_failure
+
+    def explain(self) -> list[Violation]:
+        """Every rule that VM entry through the current VMCS would break now; empty if there is no current VMCS."""
+        active = self.operation.current
+        if active is None:
+            return []
+        context = self.operation.new_context(active)
+        context.launching = active.vmcs.launch_state is LaunchState.CLEAR
+        context.host_long_mode = self.operation.processor.state.long_mode
+        return explain(context)
 
     # VMX instructions, called from Python. RFLAGS and state change as for guest code, but RIP stays.
 
