@@ -39,7 +39,7 @@ from vtx.x86.memory import MmioWindow, PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, CpuState, Cr4, Rflags, Shadow
+from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 
 # Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
 PRIVATE: Final = 1 << 45
@@ -57,7 +57,16 @@ _KINDS: Final = {
 }
 _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
+_AM: Final = int(Cr0.AM)
 _STI_OPCODE: Final = 0xFB
+
+
+def _iret_drops_base(state: CpuState) -> bool:
+    """Whether an IRET to an outer level would make FS or GS unusable: the engine's own would clear the base too."""
+    for segment in state.segments[4:]:
+        if segment.selector & ~3 and segment.dpl < 3 and (segment.base or state.kernel_gs_base):
+            return True
+    return False
 
 
 class UnicornEngine:
@@ -284,8 +293,12 @@ class UnicornEngine:
         intercepts = layout.INTERCEPT_ALWAYS
         if step:
             intercepts |= layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
-        elif state.nmi_blocked:
-            intercepts |= layout.INTERCEPT_IRET
+        else:
+            if state.nmi_blocked or _iret_drops_base(state):
+                intercepts |= layout.INTERCEPT_IRET
+            if state.cr0 & _AM:
+                # These two can set RFLAGS.AC at CPL 3, from where on alignment is checked.
+                intercepts |= layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
         struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
         native.library.uc_context_restore(self._handle, self._context)
 

@@ -11,11 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from iced_x86 import Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register, RegisterExt
+from attrs import frozen
+from iced_x86 import (
+    CodeSize,
+    Decoder,
+    DecoderOptions,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    OpAccess,
+    Register,
+    RegisterExt,
+)
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, CpuState, SegmentRegister
+from vtx.x86.state import MASK32, MASK64, CpuState, SegmentRegister
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -34,6 +44,7 @@ _WRITES: Final = frozenset(
 _READS: Final = frozenset(
     (OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE),
 )
+_WIDTHS: Final[Mapping[int, int]] = {CodeSize.CODE16: 0xFFFF, CodeSize.CODE32: MASK32}
 _LARGEST_OPERAND: Final = 512  # FXSAVE; an XSAVE area is larger but reported without a size
 _FACTORY: Final = InstructionInfoFactory()
 
@@ -50,8 +61,22 @@ def _register_value(state: CpuState, register: int) -> int:
     return value & ((1 << 8 * RegisterExt.size(register)) - 1)  # type: ignore[arg-type]
 
 
-def _operands(processor: LogicalProcessor) -> list[tuple[int, int, int, int]]:
-    """(linear address, size, access, segment register) of each memory operand of the instruction at RIP."""
+@frozen
+class Operand:
+    """A memory operand, explicit or implicit, of an instruction about to execute; ``stack`` if through SS."""
+
+    linear: int
+    size: int
+    reads: bool
+    writes: bool
+    stack: bool
+
+
+def operands(processor: LogicalProcessor) -> list[Operand]:
+    """The memory operands of the instruction at RIP; none if its bytes are no instruction.
+
+    The bit offset of BT and its relatives is not followed. Raises `InstructionAborted` if it cannot be fetched.
+    """
     instruction = processor.fetch()
     if instruction is None:
         return []
@@ -59,24 +84,19 @@ def _operands(processor: LogicalProcessor) -> list[tuple[int, int, int, int]]:
     raw = Decoder(instruction.bits, instruction.encoding, DecoderOptions.NONE, state.rip).decode()
     found = []
     for memory in _FACTORY.info(raw).used_memory():
+        reads, writes = memory.access in _READS, memory.access in _WRITES
+        if not reads and not writes:
+            continue
         values = [0, 0, 0]
         for i, register in enumerate((memory.segment, memory.base, memory.index)):
             if register != Register.NONE:
                 values[i] = _register_value(state, register)
-        width = {2: 0xFFFF, 4: MASK32}.get(int(memory.address_size), (1 << 64) - 1)
         offset = values[1] + values[2] * memory.scale + memory.displacement
-        address = values[0] + (offset & width)
-        if not state.in_64_bit_mode:
-            address &= MASK32
-        size = raw.memory_size and _sizes(int(memory.memory_size))
-        found.append((address & (1 << 64) - 1, size or 1, int(memory.access), int(memory.segment)))
+        linear = values[0] + (offset & _WIDTHS.get(memory.address_size, MASK64))
+        linear &= MASK64 if state.in_64_bit_mode else MASK32
+        size = MemorySizeExt.size(memory.memory_size) or _LARGEST_OPERAND
+        found.append(Operand(linear, size, reads, writes, memory.segment == Register.SS))
     return found
-
-
-def _sizes(memory_size: int) -> int:
-    from iced_x86 import MemorySizeExt  # noqa: PLC0415 - only needed on this rare path
-
-    return MemorySizeExt.size(memory_size) or _LARGEST_OPERAND  # type: ignore[arg-type]
 
 
 def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> tuple[int, bool]:
@@ -86,13 +106,12 @@ def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> t
     table or the TSS. The address is then the page's own, because only the page is known.
     Raises `InstructionAborted` if the instruction can no longer be fetched.
     """
-    accesses = _WRITES if kind is AccessKind.WRITE else _READS
     fallback = None
-    for address, size, access, _ in _operands(processor):
-        last = address + size - 1
-        if address & ~PAGE_OFFSET_MASK <= page <= last & ~PAGE_OFFSET_MASK:
-            exact = max(address, page)
-            if access in accesses:
+    for operand in operands(processor):
+        last = operand.linear + operand.size - 1
+        if operand.linear & ~PAGE_OFFSET_MASK <= page <= last & ~PAGE_OFFSET_MASK:
+            exact = max(operand.linear, page)
+            if operand.writes if kind is AccessKind.WRITE else operand.reads:
                 return exact, False
             fallback = exact
     if fallback is not None:
@@ -102,7 +121,7 @@ def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> t
 
 def uses_stack(processor: LogicalProcessor) -> bool:
     """Whether the memory operand of the instruction at RIP is in the stack segment."""
-    return any(segment == Register.SS for *_, segment in _operands(processor))
+    return any(operand.stack for operand in operands(processor))
 
 
 def _holds_system_table(state: CpuState, page: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vtx.x86 import descriptors
 from vtx.x86.descriptors import Descriptor, is_null, null_segment, real_mode_segment, selector_fault
@@ -244,7 +244,8 @@ def _drop_inner_segments(state: CpuState, cpl: int) -> None:
         segment = state.segments[register]
         conforming = segment.access_rights & 0xC == 0xC
         if segment.usable and segment.dpl < cpl and not conforming:
-            state.segments[register] = null_segment()
+            # The base survives, as software that sets it with WRMSR and never reloads the selector relies on.
+            state.segments[register] = evolve(null_segment(), base=segment.base)
 
 
 def _commit(state: CpuState, code: Segment, rip: int, rflags: int, pointer: int) -> None:

@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.events import Access
-from vtx.x86 import access
+from vtx.x86 import access, watch
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
 from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
@@ -161,12 +161,14 @@ class LogicalProcessor:
     def port_read(self, port: int, size: int) -> int:
         """Read an I/O port; all checks have been made."""
         value = self.platform.port_read(port, size)
+        self._note_port_breakpoints(port, size)
         if self.tracing is not None:
             self.tracing.port(port, size, Access.READ, value)
         return value
 
     def port_write(self, port: int, size: int, value: int) -> None:
         """Write an I/O port; all checks have been made."""
+        self._note_port_breakpoints(port, size)
         if self.tracing is not None:
             self.tracing.port(port, size, Access.WRITE, value)
         self.platform.port_write(port, size, value)
@@ -343,7 +345,10 @@ class LogicalProcessor:
         if self.state.activity is not Activity.ACTIVE:
             self._idle(until)
             return
-        self._handle(self._run_engine(until), until)
+        if watch.is_needed(self.state):
+            self._watched_step()
+        else:
+            self._handle(self._run_engine(until), until)
 
     def _raise_pending_debug(self) -> bool:
         """Deliver the debug traps of the previous instruction, unless MOV SS holds them back."""
@@ -408,6 +413,30 @@ class LogicalProcessor:
         )
         self._implicit_pages.clear()
         return event
+
+    def _watched_step(self) -> None:
+        """One instruction, with breakpoints and alignment checks."""
+        try:
+            fault, hits = watch.before(self)
+        except InstructionAborted as aborted:
+            self.abort(aborted.cause)
+            return
+        if fault is not None:
+            self.raise_fault(fault)
+            return
+        transitions = self._transitions
+        reload, self._reload = self._reload, False
+        event = self.engine.run(self.state, reload=reload, budget=None, step=True)
+        self._handle(event)
+        faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)
+        if hits and not faulted and self._transitions == transitions:
+            self.state.pending_debug |= hits | watch.ENABLED_BREAKPOINT
+
+    def _note_port_breakpoints(self, port: int, size: int) -> None:
+        """An IN, OUT, INS or OUTS is completing: its I/O breakpoints become pending."""
+        hits = watch.port_hits(self.state, port, size)
+        if hits:
+            self.state.pending_debug |= hits | watch.ENABLED_BREAKPOINT
 
     def _interrupt_waits(self) -> bool:
         extension = self.virtualization
