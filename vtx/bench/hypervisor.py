@@ -83,7 +83,7 @@ def install(
     Both run in 64-bit mode with memory mapped one to one, ``host`` from `HOST_CODE` with ``exits`` in R15. ``controls``
     are set in addition to the necessary ones, ``fields`` override what the VMCS would hold.
     """
-    machine.load(_elf({HOST_CODE: host, GUEST_CODE: guest}))
+    machine.load(elf64({HOST_CODE: host, GUEST_CODE: guest}))
     _enter_vmx_operation(machine)
     cpu = machine.cpu
     cpu.state.gpr[Gpr.R15] = exits
@@ -154,7 +154,7 @@ def _valid_fields(machine: Machine) -> dict[Field, int]:
     return values
 
 
-def _elf(parts: Mapping[int, bytes]) -> bytes:
+def elf64(parts: Mapping[int, bytes]) -> bytes:
     """An ELF64 executable that loads each of ``parts`` at its physical address and starts at the first.
 
     Spec: System V Application Binary Interface, "ELF Header", "Program Header".

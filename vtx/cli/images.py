@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,6 +19,7 @@ DESCRIPTIONS: Final = {
     "nested": "a hypervisor that emulates VMX for its guest, a hypervisor with a guest of its own",
 }
 _SUFFIX: Final = ".elf"
+_LARGEST: Final = 1 << 30
 
 
 class Unusable(click.ClickException):
@@ -55,11 +58,18 @@ def find_image(name: str) -> Image:
 
 
 def read_file(name: str) -> bytes:
-    """The contents of a file that the user named."""
+    """The contents of a file, or of a pipe, that the user named."""
     try:
-        return Path(name).read_bytes()
+        with Path(name).open("rb") as file:
+            kind = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+                raise Unusable(f"cannot read {name!r}: it is not a file")
+            data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         known = ", ".join(bundled_names())
         hint = f" (bundled guests: {known})" if known and "/" not in name else ""
         raise Unusable(f"cannot read {name!r}: {why}{hint}") from None
+    if len(data) > _LARGEST:
+        raise Unusable(f"cannot read {name!r}: it is larger than {_LARGEST >> 30} GiB")
+    return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -22,3 +23,10 @@ def memory_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     if not _SMALLEST <= size <= _LARGEST or size % _PAGE:
         raise click.BadParameter(f"{value!r} is not between 1M and 1024G in steps of 4K", ctx, param)
     return size
+
+
+def wall_time(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """A number of seconds above zero; `click.BadParameter` for what is no amount of time."""
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise click.BadParameter(f"{value} is not a number of seconds above 0", ctx, param)
+    return value

@@ -10,7 +10,7 @@ import click
 
 from vtx.cli.console import SerialOutput, whole_input
 from vtx.cli.images import Image, Unusable, find_image, read_file
-from vtx.cli.options import memory_size
+from vtx.cli.options import memory_size, wall_time
 from vtx.cli.status import GUEST_DIED, LIMIT_REACHED, ExitConvention, guest_status
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _DEFAULT_PROFILE = "skylake-server"
 @click.option("--initrd", "initrds", multiple=True, metavar="FILE", help="A Multiboot module; may be repeated.")
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what happens as JSON lines.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Stop after N guest instructions.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Stop after this much wall time."
-)
+@click.option("--timeout", type=float, callback=wall_time, metavar="SECONDS", help="Stop after this much wall time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option(
     "--exit-convention",
