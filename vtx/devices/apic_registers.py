@@ -48,8 +48,8 @@ class Register(enum.IntEnum):
     SELF_IPI = 0x3F
 
 
-class Access(enum.Flag):
-    """What software may do with a register."""
+class Access:
+    """What software may do with a register: a set of bits."""
 
     NONE = 0
     READ = 1
@@ -131,8 +131,8 @@ class RegisterInfo:
     """
 
     number: int
-    xapic: Access
-    x2apic: Access
+    xapic: int
+    x2apic: int
     writable: int = 0
     ignored: int = 0
 

@@ -157,7 +157,7 @@ class LocalApic(ApicCore):
         info = self._registers.get(offset >> 4)
         if info is None or not info.xapic:
             self.detect(Esr.ILLEGAL_REGISTER_ADDRESS)
-        elif Access.WRITE in info.xapic:
+        elif info.xapic & Access.WRITE:
             self._write(info, value)
 
     def msr_read(self, index: int) -> int | None:
@@ -166,7 +166,7 @@ class LocalApic(ApicCore):
         Spec: SDM Vol. 3, "x2APIC Register Availability", "Reserved Bit Checking".
         """
         info = self._registers.get(index - X2APIC_MSR_BASE)
-        if not self.x2apic_mode or info is None or Access.READ not in info.x2apic:
+        if not self.x2apic_mode or info is None or not info.x2apic & Access.READ:
             return None
         value = self._read(info.number)
         if info.number == Register.ICR_LOW:
@@ -176,7 +176,7 @@ class LocalApic(ApicCore):
     def msr_write(self, index: int, value: int) -> bool:
         """WRMSR to 800H-8FFH; False where the access raises #GP(0): nothing changed then."""
         info = self._registers.get(index - X2APIC_MSR_BASE)
-        if not self.x2apic_mode or info is None or Access.WRITE not in info.x2apic:
+        if not self.x2apic_mode or info is None or not info.x2apic & Access.WRITE:
             return False
         low = value
         if info.number == Register.ICR_LOW:
@@ -222,7 +222,7 @@ class LocalApic(ApicCore):
         if info is None or not info.xapic:
             self.detect(Esr.ILLEGAL_REGISTER_ADDRESS)
             return 0
-        return self._read(number) if Access.READ in info.xapic else 0
+        return self._read(number) if info.xapic & Access.READ else 0
 
     def _read(self, number: int) -> int:
         """The value of a register that exists and is readable."""

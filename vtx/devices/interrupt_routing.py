@@ -18,10 +18,9 @@ from attrs import define, field
 from vtx.devices.io_apic import PINS, IoApic
 from vtx.devices.pic import CASCADE_INPUT, PicPair
 from vtx.devices.ports import InterruptLine
+from vtx.pc_map import TIMER_IRQ, TIMER_PIN
 
 ISA_LINES = 16
-TIMER_LINE = 0
-TIMER_PIN = 2
 
 
 @define(slots=True)
@@ -60,13 +59,13 @@ class InterruptLines:
         """Whether an interrupt controller would now pass on a request on line ``number``."""
         if number < ISA_LINES and not self._pic.masks(number):
             return True
-        pin = TIMER_PIN if number == TIMER_LINE else number
+        pin = TIMER_PIN if number == TIMER_IRQ else number
         return number != CASCADE_INPUT and not self._io_apic.masks(pin)
 
     def _targets_of(self, number: int) -> tuple[Callable[[bool], None], ...]:
         if number == CASCADE_INPUT:
             return ()
-        pin = self._io_apic.line(TIMER_PIN if number == TIMER_LINE else number)
+        pin = self._io_apic.line(TIMER_PIN if number == TIMER_IRQ else number)
         return (self._pic.line(number), pin) if number < ISA_LINES else (pin,)
 
 
