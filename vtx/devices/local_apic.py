@@ -70,6 +70,15 @@ class LocalApic(ApicCore):
     def __init__(self, profile: ApicProfile, clock: Clock, bus: ApicBus, pins: ProcessorPins) -> None:
         super().__init__(profile, clock, bus, pins)
         self._registers = _registers_of(profile)
+        self._readers: dict[int, Callable[[], int]] = {
+            Register.ID: self._read_id,
+            Register.VERSION: lambda: profile.version_register,
+            Register.PPR: self.processor_priority,
+            Register.LDR: lambda: self.logical_id,
+            Register.INITIAL_COUNT: self._read_initial_count,
+            Register.CURRENT_COUNT: self._read_current_count,
+            **{number: partial(self._read_vectors, number) for number in range(Register.ISR, Register.ESR)},
+        }
         self._writers: dict[int, Callable[[int], None]] = {
             Register.ID: self._write_id,
             Register.EOI: self._write_eoi,
@@ -226,27 +235,26 @@ class LocalApic(ApicCore):
 
     def _read(self, number: int) -> int:
         """The value of a register that exists and is readable."""
+        reader = self._readers.get(number)
+        return self.state.registers[number] if reader is None else reader()
+
+    def _read_id(self) -> int:
+        return self.apic_id if self.x2apic_mode else self.apic_id << 24
+
+    def _read_vectors(self, number: int) -> int:
+        """32 vectors of ISR, TMR or IRR."""
+        self.advance(self._clock.now())
         state = self.state
-        if Register.ISR <= number < Register.ESR:
-            self.advance(self._clock.now())
-            vectors = (state.isr, state.tmr, state.irr)[number - Register.ISR >> 3]
-            return vectors >> (32 * (number & 7)) & MASK32
-        match number:
-            case Register.ID:
-                return self.apic_id if self.x2apic_mode else self.apic_id << 24
-            case Register.VERSION:
-                return self.profile.version_register
-            case Register.PPR:
-                return self.processor_priority()
-            case Register.LDR:
-                return self.logical_id
-            case Register.CURRENT_COUNT:
-                now = self._clock.now()
-                self.advance(now)
-                return state.timer.current_count(now)
-            case Register.INITIAL_COUNT:
-                return state.timer.initial_count
-        return state.registers[number]
+        vectors = (state.isr, state.tmr, state.irr)[number - Register.ISR >> 3]
+        return vectors >> (32 * (number & 7)) & MASK32
+
+    def _read_initial_count(self) -> int:
+        return self.state.timer.initial_count
+
+    def _read_current_count(self) -> int:
+        now = self._clock.now()
+        self.advance(now)
+        return self.state.timer.current_count(now)
 
     def _write(self, info: RegisterInfo, value: int) -> None:
         """Store a register that exists and is writable, ignoring bits that are not."""
