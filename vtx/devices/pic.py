@@ -260,13 +260,6 @@ class PicPair:
         # A machine that boots without firmware starts with everything masked.
         self.master.state.imr = self.slave.state.imr = 0xFF
 
-    def set_firmware_state(self) -> None:
-        """What PC firmware leaves behind: initialized, vectors 08H-0FH and 70H-77H, open to whoever drives a line."""
-        for chip, vector_base in ((self.master, 0x08), (self.slave, 0x70)):
-            chip.state.vector_base = vector_base
-            chip.state.imr = 0
-            chip.update()
-
     def line(self, number: int) -> InterruptLine:
         """The line of ISA interrupt ``number``, 0 to 15; 2 is the slave's."""
         return lambda level: (self.master if number < 8 else self.slave).set_input(number & 7, level)

@@ -3,7 +3,6 @@
 from functools import partial
 
 from vtx.devices.interrupt_lines import InterruptTestLines
-from vtx.devices.pic import PicPair
 
 
 def test_writes_drive_the_line_of_the_port() -> None:
@@ -19,13 +18,3 @@ def test_writes_drive_the_line_of_the_port() -> None:
     device.port_write(16, 1, 1)
     assert driven == [(11, True), (11, False), (3, True)]
     assert device.port_read(11, 4) == 0
-
-
-def test_a_pulse_reaches_the_processor() -> None:
-    pics = PicPair()
-    pics.set_firmware_state()
-    device = InterruptTestLines([pics.line(number) for number in range(16)])
-    device.port_write(11, 4, 1)
-    device.port_write(11, 4, 0)
-    assert pics.pending()
-    assert pics.acknowledge() == 0x73

@@ -137,23 +137,6 @@ def test_edge_is_latched_though_the_pulse_ends(pc: Pc) -> None:
     assert pc.pics.acknowledge() == 0x24
 
 
-def test_firmware_state() -> None:
-    pics = PicPair()
-    pics.set_firmware_state()
-    assert not pics.pending()
-    pics.line(11)(True)
-    assert pics.acknowledge() == 0x73
-    pics.line(1)(True)
-    assert pics.acknowledge() == 0x09
-
-
-def test_firmware_state_lets_through_what_is_asserted() -> None:
-    pics = PicPair()
-    pics.line(12)(True)
-    pics.set_firmware_state()
-    assert pics.pending()
-
-
 def test_spurious_master(pc: Pc) -> None:
     pc.pics.edge_level.port_write(0, 1, 0x20)
     pc.raise_irq(5)
