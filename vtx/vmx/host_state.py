@@ -105,7 +105,6 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
             state.pdptrs = list(processor.mmu.load_pdptrs(state.cr3))
         except InstructionAborted:
             return AbortIndicator.HOST_PDPTES
-        processor.mmu.update(state)
     return None
 
 

@@ -143,6 +143,11 @@ def test_debug_controls_not_loaded__stay() -> None:
     assert processor.state.dr7 == 0x455
 
 
+def test_reserved_bits_of_dr7__are_fixed_on_loading() -> None:
+    processor, _, _ = launch(c.ENTRY_LOAD_DEBUG_CONTROLS, fields={f.GUEST_DR7: 0xFFFF_FFFF})
+    assert processor.state.dr7 == 0xFFFF_2FFF
+
+
 class TestPdptes:
     """A guest with PAE paging."""
 

@@ -10,6 +10,7 @@ from vmcs.exits import InstructionError, Reason
 from vtx.vmx import Vmx
 from vtx.x86.decode import Instruction, decode
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.state import Shadow
 
 # All with RAX as the address register where there is one.
 VMXON_RAX = "f30fc730"
@@ -240,3 +241,12 @@ def test_guest_exit__vmread_register_form(root: tuple[FakeProcessor, Vmx]) -> No
     vmx.vmlaunch()
     assert vmx.execute(instruction("450f78cb"))  # VMREAD R11, R9
     assert vmcs[f.VM_EXIT_INSTRUCTION_INFORMATION] & 0xF000_0478 == 11 << 3 | 1 << 10 | 9 << 28
+
+
+def test_completed_instruction__ends_the_shadow_and_clears_rf(root: tuple[FakeProcessor, Vmx]) -> None:
+    processor, vmx = root
+    processor.state.shadow = Shadow.STI
+    processor.state.rflags |= 1 << 16
+    assert vmx.execute(instruction(VMPTRST_RAX))
+    assert processor.state.shadow is Shadow.NONE
+    assert processor.state.rflags == 2

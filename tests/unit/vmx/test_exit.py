@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from vmx_machine import BUSY_TSS, CODE_64, DATA, HOST_RIP, REGION_A, UNUSABLE, launch, make_vmx, prepare
+from vmx_machine import BUSY_TSS, CODE_64, DATA, HOST_RIP, PAGE_TABLES, REGION_A, UNUSABLE, launch, make_vmx, prepare
 
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.exits import AbortIndicator, Reason
 from vmcs.fields import Field
 from vtx.vmx import Vmx
-from vtx.vmx.outcome import VmEntered, VmExited, VmxAborted
+from vtx.vmx.outcome import EntryFailed, VmEntered, VmExited, VmxAborted
 from vtx.vmx.record import NMI_WORD, VmExit
+from vtx.x86.outcome import InstructionAborted
 from vtx.x86.state import Activity, Segment, Shadow
 
 AREA = 0x3_8000
@@ -59,13 +60,19 @@ def test_saves_registers() -> None:
 
 def test_loads_the_host() -> None:
     processor, vmx, _ = launch()
+    state = processor.state
+    state.segments = [Segment(0x99, 0x9999, 0x999, 0x40F3) for _ in range(6)]
+    state.tr, state.idtr.limit, state.gdtr.limit = Segment(0x99, 0x9999, 0x999, 0x83), 9, 9
+    state.cr0, state.cr3, state.cr4, state.rflags = 0x33, 0x9000, 0x26A0, 0x10246
     processor.state.dr7 = 0x4FF
     processor.msrs.values[0x1D9] = 3
     processor.state.activity = Activity.HLT
     processor.state.shadow = Shadow.STI
     processor.state.ldtr = Segment(0x30, 0x3000, 0x7F, 0x82)
+    loads = processor.control_loads
     vmx.exit(VmExit(Reason.HLT))
     state = processor.state
+    assert processor.control_loads == loads + 1
     assert (state.rip, state.gpr[4], state.rflags) == (HOST_RIP, 0xFFFF_8000_0000_8000, 2)
     assert (state.cr0, state.cr3, state.cr4, state.efer) == (0x8005_0033, 0x10000, 0x2020, 0xD01)
     assert (state.dr7, processor.msrs.read(0x1D9)) == (0x400, 0)
@@ -85,6 +92,13 @@ def test_loads_the_host() -> None:
     assert (state.gdtr.base, state.gdtr.limit) == (0xFFFF_8000_0004_0000, 0xFFFF)
     assert (state.idtr.base, state.idtr.limit) == (0xFFFF_8000_0005_0000, 0xFFFF)
     assert (state.activity, state.shadow) == (Activity.ACTIVE, Shadow.NONE)
+
+
+def test_saved_guest_that_cannot_run__is_refused_at_the_next_entry() -> None:
+    processor, vmx, _ = launch()
+    processor.state.rip = 1 << 63
+    vmx.vmcall()
+    assert isinstance(vmx.vmresume(), EntryFailed)
 
 
 def test_records_only_what_the_exit_defines() -> None:
@@ -262,6 +276,46 @@ def test_timer_value__saved_if_asked_for() -> None:
     processor.ticks += 700
     vmx.vmcall()
     assert vmcs[f.VMX_PREEMPTION_TIMER_VALUE] == 0
+
+
+@pytest.mark.parametrize(("controls", "survive"), [((), False), ((c.ENABLE_VPID,), True)])
+def test_translations_of_the_host__survive_a_guest_with_a_vpid(controls: tuple[c.Control, ...], survive: bool) -> None:
+    processor, vmx = make_vmx()
+    prepare(vmx, *controls, fields={f.VPID: 7})
+    entry = PAGE_TABLES + 0x2000 + 8  # maps 2 to 4 MiB
+    assert processor.mmu.read(0x20_0000, 8) == 0
+    old = processor.memory.read_u64(entry)
+    processor.memory.write_u64(entry, 0)
+    assert processor.mmu.read(0x20_0000, 8) == 0  # the stale translation is still there
+    assert vmx.vmlaunch() == VmEntered()
+    assert vmx.vmcall() == VmExited(Reason.VMCALL, 0)
+    if survive:
+        assert processor.mmu.read(0x20_0000, 8) == 0
+    else:
+        with pytest.raises(InstructionAborted):
+            processor.mmu.read(0x20_0000, 8)
+    processor.memory.write_u64(entry, old)
+
+
+def test_translations_of_the_host__do_not_reach_a_guest_without_vpid() -> None:
+    processor, vmx = make_vmx()
+    prepare(vmx, fields={f.GUEST_CR3: PAGE_TABLES})
+    assert processor.mmu.read(0x20_0000, 8) == 0
+    processor.memory.write_u64(PAGE_TABLES + 0x2000 + 8, 0)
+    assert vmx.vmlaunch() == VmEntered()
+    with pytest.raises(InstructionAborted):
+        processor.mmu.read(0x20_0000, 8)
+
+
+def test_translations_of_a_guest_without_vpid__do_not_reach_the_host() -> None:
+    processor, vmx = make_vmx()
+    prepare(vmx, fields={f.GUEST_CR3: PAGE_TABLES})
+    assert vmx.vmlaunch() == VmEntered()
+    assert processor.mmu.read(0x20_0000, 8) == 0
+    processor.memory.write_u64(PAGE_TABLES + 0x2000 + 8, 0)
+    assert vmx.vmcall() == VmExited(Reason.VMCALL, 0)
+    with pytest.raises(InstructionAborted):
+        processor.mmu.read(0x20_0000, 8)
 
 
 def test_32_bit_host__with_invalid_pdptes__aborts() -> None:
