@@ -4,7 +4,7 @@ The block sees one logical processor and `REGIONS` page-aligned memory regions, 
 or VMCS region. What a check reads from a VMCS is abstracted to one bit per class of check (`Component`), so that
 every VMfail and both kinds of VM-entry failure remain reachable and distinguishable.
 
-Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM-Instruction Error Numbers"; "Format of the VMCS Region".
+Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM Instruction Error Numbers"; "Format of the VMCS Region".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Numbers are literals here on purpose: this table is a second entry next to the tables of ``vmcs``.
 
-Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM-Instruction Error Numbers"; "VMX Basic Exit Reasons".
+Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM Instruction Error Numbers"; "VMX Basic Exit Reasons".
 """
 
 from __future__ import annotations

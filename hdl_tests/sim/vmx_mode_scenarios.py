@@ -2,7 +2,7 @@
 
 Each starts from reset. They hold for the RTL and for the model alike, so an error that both share still shows.
 
-Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM-Instruction Error Numbers"; "VMX Basic Exit Reasons".
+Spec: SDM Vol. 3, "VMX Instruction Reference"; "VM Instruction Error Numbers"; "VMX Basic Exit Reasons".
 """
 
 from __future__ import annotations

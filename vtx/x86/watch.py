@@ -3,7 +3,7 @@
 The engine knows neither debug registers nor alignment checks. While either can matter, the processor executes one
 instruction at a time and looks at its address and memory operands first; guests that use neither pay nothing.
 
-Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Alignment Check Exception (#AC)".
+Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Interrupt 17—Alignment Check Exception (#AC)".
 """
 
 from __future__ import annotations
