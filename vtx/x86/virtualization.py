@@ -83,6 +83,9 @@ class Virtualization(Protocol):
         """VMX non-root operation or SVM guest mode."""
         ...
 
+    iret_unblocked_nmi: bool
+    """For the processor to set while it executes an IRET that ended blocking by NMI: exits due to its faults say so."""
+
     @property
     def transitions(self) -> int:
         """How many VM entries and VM exits there have been; unchanged after `execute` means an ordinary instruction."""
