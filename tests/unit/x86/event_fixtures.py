@@ -122,7 +122,7 @@ def memory_with_gdt() -> FakeMemory:
 def protected_machine(cpl: int = 0) -> tuple[CpuState, FakeMemory]:
     """32-bit protected mode at ``cpl`` 0 or 3: EIP 401234H, ESP 9000H, IF set."""
     state = CpuState()
-    state.cr0 = (Cr0.PE | Cr0.ET | Cr0.NE).value
+    state.cr0 = Cr0.PE | Cr0.ET | Cr0.NE
     state.gdtr = DescriptorTable(GDT, 0xFF)
     state.idtr = DescriptorTable(IDT, 0x7FF)
     state.tr = Segment(0x28, TSS, 0x67, 0x8B)
@@ -143,7 +143,7 @@ def long_machine(cpl: int = 0) -> tuple[CpuState, FakeMemory]:
     state, memory = protected_machine(cpl)
     state.cr0 |= Cr0.PG.value
     state.cr4 = 0x20
-    state.efer = (Efer.LMA | Efer.LME | Efer.SCE).value
+    state.efer = Efer.LMA | Efer.LME | Efer.SCE
     state.idtr = DescriptorTable(IDT, 0xFFF)
     state.tr = Segment(0x28, TSS, 0x67, 0x8B)
     dpl = cpl << 5
