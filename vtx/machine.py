@@ -13,26 +13,19 @@ from typing import Final
 
 from attrs import frozen
 
+from vtx.board import Board, Socket
+from vtx.boot import acpi, firmware
 from vtx.boot.image import BootOptions, Module
 from vtx.boot.loaders import load
-from vtx.devices.apic_bus import InterruptBus
-from vtx.devices.apic_core import DEFAULT_BASE, ApicProfile
-from vtx.devices.debug_exit import DebugExit
-from vtx.devices.fw_cfg import FwCfg, standard_items
-from vtx.devices.local_apic import LocalApic
-from vtx.devices.pic import PicPair
-from vtx.devices.ports import PortDevice
-from vtx.devices.uart import Uart16550
 from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
 from vtx.vmx import Vmx
 from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.msr_table import IA32_APIC_BASE, IA32_TSC_DEADLINE, X2APIC_MSRS
 from vtx.x86.outcome import NotModelled
-from vtx.x86.processor import LogicalProcessor
-from vtx.x86.tracing import ProcessorTracing
+from vtx.x86.processor import Halt, LogicalProcessor
 from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
+from vtx.x86.tracing import ProcessorTracing
 
 DEFAULT_MEMORY: Final = 128 << 20
 
@@ -63,79 +56,6 @@ class RunResult:
     ticks: int
 
 
-class _Board:
-    """Ports, interrupt controllers and time, as the processor sees them (`Platform`)."""
-
-    def __init__(self) -> None:
-        self.ports: dict[int, tuple[PortDevice, int]] = {}
-        self.apic: LocalApic
-        self.pic: PicPair
-
-    def attach(self, first: int, count: int, device: PortDevice) -> None:
-        for port in range(first, first + count):
-            self.ports[port] = (device, port - first)
-
-    def port_read(self, port: int, size: int) -> int:
-        entry = self.ports.get(port)
-        if entry is None:
-            return (1 << 8 * size) - 1
-        return entry[0].port_read(entry[1], size)
-
-    def port_write(self, port: int, size: int, value: int) -> None:
-        entry = self.ports.get(port)
-        if entry is not None:
-            entry[0].port_write(entry[1], size, value)
-
-    def port_device(self, port: int) -> str:
-        entry = self.ports.get(port)
-        return "none" if entry is None else type(entry[0]).__name__
-
-    def interrupt_pending(self) -> bool:
-        return self.apic.pending_vector() is not None or self._external()
-
-    def _external(self) -> bool:
-        return self.pic.pending() and (not self.apic.enabled or self.apic.external_interrupt_pending())
-
-    def acknowledge_interrupt(self) -> int:
-        if self._external():
-            self.apic.external_interrupt_acknowledged()
-            return self.pic.acknowledge()
-        return self.apic.acknowledge()
-
-    def next_deadline(self) -> int | None:
-        return self.apic.next_deadline()
-
-    def advance(self, now: int) -> None:
-        self.apic.advance(now)
-
-    @property
-    def apic_enabled(self) -> bool:
-        return self.apic.enabled
-
-    @property
-    def task_priority(self) -> int:
-        return self.apic.cr8
-
-    @task_priority.setter
-    def task_priority(self, value: int) -> None:
-        self.apic.cr8 = value
-
-
-class _ApicWindow:
-    """The page at which the local APIC's registers appear, from before there is one."""
-
-    def __init__(self, board: _Board, written: Callable[[], None]) -> None:
-        self._board = board
-        self._written = written
-
-    def mmio_read(self, offset: int, size: int) -> int:
-        return self._board.apic.mmio_read(offset, size)
-
-    def mmio_write(self, offset: int, size: int, value: int) -> None:
-        self._board.apic.mmio_write(offset, size, value)
-        self._written()
-
-
 class Cpu(LogicalProcessor):
     """The machine's processor; ``vmx`` is its virtualization extension."""
 
@@ -157,7 +77,8 @@ class Machine:
     """A PC with one processor.
 
     ``profile`` names a CPU profile or is one; ``memory`` is the RAM size in bytes. ``serial`` receives what the guest
-    writes to COM1, ``tracer`` every event. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the engine from using its compiled helper (the results are the same).
+    writes to COM1, ``tracer`` every event. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the
+    engine from using its compiled helper (the results are the same).
     """
 
     def __init__(
@@ -174,14 +95,24 @@ class Machine:
         self.exit_counts: Counter[str] = Counter()
         self._exit_value: int | None = None
         self._interrupted = False
-        self._board = board = _Board()
-        self.memory.add_window(DEFAULT_BASE, 0x1000, _ApicWindow(board, self._device_written))
+        self.board = Board(
+            self.memory,
+            self,
+            self.profile.tsc_frequency,
+            cpus=1,
+            serial=serial or (lambda data: None),
+            exit_run=self._debug_exit,
+            power_off=self._power_off,
+            due_changed=self._due_changed,
+        )
+        self.uart = self.board.uart
+        socket = Socket(self.board)
 
         def engine_factory(memory: PhysicalMemory, client: LogicalProcessor) -> UnicornEngine:
             return UnicornEngine(memory, client, allow_compiled=compiled)
 
-        self.cpu = Cpu(self.memory, self.profile, board, engine_factory)
-        self._add_devices(serial or (lambda data: None))
+        self.cpu = Cpu(self.memory, self.profile, socket, engine_factory)
+        socket.insert(self.profile, 0, self.cpu, self.cpu, self.cpu.msrs)
         self.cpu.vmx = Vmx(self.cpu)
         self.cpu.virtualization = self.cpu.vmx
         self.tracer = tracer
@@ -189,37 +120,16 @@ class Machine:
         if tracer is not None:
             self.cpu.tracing = ProcessorTracing(self.cpu, tracer)
 
-    def _add_devices(self, serial: Callable[[bytes], None]) -> None:
-        board, cpu = self._board, self.cpu
-        bus = InterruptBus()
-        profile = ApicProfile(
-            x2apic=self.profile.has("x2APIC"),
-            tsc_deadline=self.profile.has("TSC-Deadline"),
-            max_physical_address=self.profile.physical_address_width,
-        )
-        board.apic = LocalApic(profile, cpu, bus, cpu)
-        board.apic.set_virtual_wire_mode()
-        bus.attach(board.apic)
-        board.pic = PicPair(lambda level: board.apic.set_local_pin(0, level))
-        self.uart = Uart16550(serial, board.pic.line(4))
-        board.attach(0x20, 2, board.pic.master)
-        board.attach(0xA0, 2, board.pic.slave)
-        board.attach(0x4D0, 2, board.pic.edge_level)
-        board.attach(0x3F8, 8, self.uart)
-        board.attach(0xF4, 4, DebugExit(self._debug_exit))
-        board.attach(0x510, 2, FwCfg(standard_items(self.memory.size, 1)))
-        msrs, apic = cpu.msrs, board.apic
+    def now(self) -> int:
+        """Virtual time: ticks of the time-stamp counter since power-up."""
+        return self.cpu.now()
 
-        def write_deadline(index: int, value: int) -> bool:
-            apic.tsc_deadline = value
-            return True
-
-        msrs.bind(X2APIC_MSRS, apic.msr_read, apic.msr_write)
-        msrs.bind(IA32_APIC_BASE, lambda index: apic.state.apic_base, lambda index, value: apic.apic_base_write(value))
-        msrs.bind(IA32_TSC_DEADLINE, lambda index: apic.tsc_deadline, write_deadline)
-
-    def _device_written(self) -> None:
+    def _due_changed(self) -> None:
         self.cpu.device_written()
+
+    def _power_off(self) -> None:
+        self.cpu.halt = Halt("the guest switched the machine off", shutdown=False)
+        self.cpu.stop_requested = True
 
     def _debug_exit(self, value: int) -> None:
         self._exit_value = value
@@ -231,6 +141,8 @@ class Machine:
         Raises `vtx.boot.BootError` with one clear line for an image that cannot be booted here.
         """
         options = BootOptions(command_line=command_line, modules=tuple(modules))
+        acpi.install(self.memory, 1)
+        firmware.install(self.memory, self.board.port_write)
         load(image, self.memory, options, self.cpu.state)
         self.cpu.load_control_state()
 

@@ -43,7 +43,7 @@ _TABLE_ENTRIES = 512
 def enter_real_mode(cpu: CpuState, entry: int) -> None:
     """16-bit real-address mode at physical ``entry`` below 1 MiB, as firmware enters a boot sector.
 
-    Interrupts are off because nothing serves them: the vectors at 0 are zero. DL is the first hard disk.
+    Interrupts are off; `vtx.boot.firmware` has set up the vectors at 0. DL is the first hard disk.
     """
     paragraph = entry >> 4 if entry > 0xFFFF else 0
     for register in SegmentRegister:

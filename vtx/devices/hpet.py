@@ -5,16 +5,15 @@ timers are 64 bits wide, can be periodic and reach interrupt lines 20 to 23; the
 legacy replacement, timers 0 and 1 drive lines 0 and 8 instead, and ``legacy_changed`` tells the board to disconnect the
 8254 and the real-time clock from them.
 
-Interpretations. An edge is the line going inactive and active again; it stays active, which an 8259 needs to see the
-request, until the timer is reprogrammed. A timer routed to a line it cannot reach drives nothing. The comparator of a
-timer in periodic mode with the period 0 matches once. Registers take aligned accesses of 4 and 8 bytes; narrower reads
-see the bytes they cover, narrower writes are dropped. Writing the main counter while it runs, which is undefined, sets
-it.
+Interpretations. An edge is the line going inactive and active again; it stays active until
+the timer is reprogrammed. A timer routed to a line it cannot reach drives nothing. The comparator of a timer in
+periodic mode with the period 0 matches once. Registers take aligned accesses of 4 and 8 bytes; narrower reads see the
+bytes they cover, narrower writes are dropped. Writing the main counter while it runs, which is undefined, sets it.
 
 Threats: the guest chooses comparators and periods down to one count. A late look skips missed periods by arithmetic; a
 level interrupt that waits for software is no deadline.
 
-Spec: IA-PC HPET Specification, "Register Model and Memory Mapping", "Theory Of Operation".
+Spec: IA-PC HPET Specification, "Hardware Overview".
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ line 2 (the cascade of the 8259s) nowhere. Lines 16 to 23 lead to the I/O APIC a
 
 Threats: none of its own; the number of drivers is fixed when the machine is built.
 
-Spec: MultiProcessor Specification, "Interrupt Assignments"; ACPI Specification, "Interrupt Source Override Structure".
+Spec: MultiProcessor Specification, "I/O Interrupt Assignment Entries"; ACPI Specification, "Interrupt Source Override
+Structure".
 """
 
 from __future__ import annotations

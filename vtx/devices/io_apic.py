@@ -12,7 +12,7 @@ nothing. Messages are delivered at once, so delivery status always reads as idle
 Threats: the guest chooses entries and addresses. State is 24 integers; an EOI that leads to another message of a pin
 still active leads to one, not to a loop, because remote IRR is set before anything else can happen.
 
-Spec: 82093AA data sheet, "Register Description"; SDM Vol. 3, "Interrupt Control Registers" is the receivers' side.
+Spec: 82093AA data sheet, "Register Description".
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ answers: it reads as ones, as configuration reads of an absent function do, and 
 
 Threats: the guest chooses the address; it selects nothing.
 
-Spec: PCI Local Bus Specification, "Configuration Mechanism #1".
+Spec: PCI Local Bus Specification, "Software Generation of Configuration Transactions".
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ memory or channel error ever occurs; the refresh bit changes every 18 pulses wha
 Threats: the guest chooses modes, counts and rates up to one interrupt every two pulses. Counting is arithmetic, so a
 long silence costs as much as a short one; state is three small records.
 
-Spec: 8254 data sheet, "Programming the 8254", "Read Operations"; ISA "System Control Port B".
+Spec: 8254 data sheet, "Programming the 8254", "Read Operations"; 82371AB (PIIX4) data
+sheet, "NMI Status and Control Register" (port 61H).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Threats: one byte the guest chooses.
 
-Spec: IBM Personal Computer AT Technical Reference, "Diagnostic port" (manufacturing checkpoint port).
+Spec: IBM Personal Computer AT Technical Reference, "I/O Address Map".
 """
 
 from __future__ import annotations

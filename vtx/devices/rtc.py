@@ -6,19 +6,17 @@ was given and counts virtual time from a 32768-Hz oscillator; the host's clock p
 Interpretations. The update at the end of each second takes no time; update-in-progress shows for the 8 pulses (244
 microseconds) before it. The divider runs in its normal setting alone; leaving its reset, the first update follows half
 a second later. Daylight saving and the square-wave output do not exist, their bits are stored. The century, in CMOS
-byte 32H, counts along. Registers with values that are no time count on from where they say, see
-`vtx.devices.rtc_calendar`.
-The NMI mask is a latch: what it would mask, parity and channel errors, never occurs here.
+byte 32H, counts along. Registers with values that are no time count on from where they say
+(`vtx.devices.rtc_calendar`). The NMI mask is a latch: what it would mask, parity and channel errors, never occurs here.
 
 Threats: the guest sets any register. Every catch-up is arithmetic however long nobody looked, at most a few thousand
 steps once; interrupts are no deadline while one of them waits to be acknowledged.
 
-Spec: MC146818A data sheet, "Registers", "Interrupts"; ACPI Specification, "RTC/CMOS Alarm" (the century byte).
+Spec: MC146818A data sheet, "Registers", "Interrupts"; ACPI Specification, "Real Time Clock Alarm".
 """
 
 from __future__ import annotations
 
-import datetime
 import enum
 from collections.abc import Callable, Mapping
 
@@ -31,7 +29,7 @@ from vtx.devices.rtc_calendar import DAY, CalendarTime
 FREQUENCY = 32_768
 SIZE = 128
 UPDATE_PULSES = 8
-START_DATE = datetime.datetime(2026, 1, 1)
+MIDNIGHT_2026 = CalendarTime(second=0, minute=0, hour=0, weekday=5, day=1, month=1, year=2026)
 
 
 class Cmos(enum.IntEnum):
@@ -130,7 +128,7 @@ class Rtc:
         tick_frequency: int,
         line: InterruptLine = unconnected,
         *,
-        start: datetime.datetime = START_DATE,
+        start: CalendarTime = MIDNIGHT_2026,
         cmos: Mapping[int, int] | None = None,
     ) -> None:
         self.state = RtcState()
@@ -142,17 +140,7 @@ class Rtc:
         contents[Cmos.B] = B.HOURS_24
         for at, value in (cmos or {}).items():
             contents[at] = value
-        self._store(
-            CalendarTime(
-                start.second,
-                start.minute,
-                start.hour,
-                start.isoweekday() % 7 + 1,
-                start.day,
-                start.month,
-                start.year,
-            )
-        )
+        self._store(start)
 
     def port_read(self, offset: int, size: int) -> int:
         """The selected byte at offset 1; ones from the write-only index."""

@@ -386,11 +386,17 @@ class LogicalProcessor:
         return False
 
     def _idle(self, until: int | None) -> None:
-        deadline = self._next_deadline(until)
+        deadline = self._next_deadline(until) if self._can_be_woken(until) else None
         if deadline is None:
             self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
         elif deadline > self.now():
             self.charge(deadline - self.now())
+
+    def _can_be_woken(self, until: int | None) -> bool:
+        """Whether anything to come can end a HLT: to maskable interrupts alone it may be deaf."""
+        state, extension = self.state, self.virtualization
+        deaf = state.activity is Activity.HLT and not state.rflags & _IF and until is None
+        return not deaf or (extension is not None and extension.non_root) or self.platform.can_interrupt_deaf()
 
     def _run_engine(self, until: int | None) -> EngineEvent:
         state, extension = self.state, self.virtualization

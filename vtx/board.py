@@ -1,0 +1,309 @@
+"""The board of a PC: its devices, the ports and addresses they answer at, their interrupt lines and their time.
+
+A `Socket` holds what belongs to one processor, its local APIC, and is the `Platform` the processor sees. Everything
+else is on the `Board`, once.
+
+Devices that act by themselves are asked for their next deadline only when it may have changed: after an access to one
+of them or to an interrupt controller, and when time has reached the deadline. Until then it is one stored number. A
+device whose interrupt every controller masks has no deadline; the access that unmasks it brings it up to date first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from attrs import frozen
+
+from vtx import pc_map
+from vtx.devices.acpi_pm import AcpiPm
+from vtx.devices.apic_bus import InterruptBus
+from vtx.devices.apic_core import ProcessorPins
+from vtx.devices.apic_msrs import apic_profile, bind_local_apic
+from vtx.devices.clock import Clock
+from vtx.devices.debug_exit import DebugExit
+from vtx.devices.fw_cfg import FwCfg, standard_items
+from vtx.devices.hpet import Hpet
+from vtx.devices.interrupt_lines import InterruptTestLines
+from vtx.devices.interrupt_routing import InterruptLines, LineSwitch
+from vtx.devices.io_apic import PINS, IoApic
+from vtx.devices.local_apic import LocalApic
+from vtx.devices.pci_config import PciConfig
+from vtx.devices.pic import PicPair
+from vtx.devices.pit import Pit8254, SystemControlPort
+from vtx.devices.ports import PortDevice
+from vtx.devices.post_port import PostPort
+from vtx.devices.rtc import Rtc, memory_size_bytes
+from vtx.devices.uart import Uart16550
+from vtx.x86.memory import HIGH_RAM_START, MmioDevice, PhysicalMemory
+from vtx.x86.msrs import MsrFile
+from vtx.x86.profile import Profile
+
+WINDOW_SIZE: Final = 0x1000
+
+
+@frozen
+class PortEntry:
+    """Who answers at one port: ``offset`` within ``device``. ``timed`` if the access may change what is due when."""
+
+    device: PortDevice
+    offset: int
+    timed: bool
+
+
+class Board:
+    """The devices of a machine whose time-stamp counters run at ``tick_frequency`` Hz.
+
+    ``serial`` receives what the guest writes to COM1, ``exit_run`` what it writes to the debug-exit port; ``power_off``
+    is called when it switches the machine off. ``due_changed`` is called when an access by the guest may have changed
+    what is due when, so that the current run can be cut short; after port writes the processor looks by itself.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        clock: Clock,
+        tick_frequency: int,
+        *,
+        cpus: int,
+        serial: Callable[[bytes], None],
+        exit_run: Callable[[int], None],
+        power_off: Callable[[], None],
+        due_changed: Callable[[], None],
+    ) -> None:
+        self.sockets: list[Socket] = []
+        self.running: Socket
+        self._ports: dict[int, PortEntry] = {}
+        self._clock = clock
+        self.due_changed = due_changed
+        self._deadline: int | None = None
+        self._add_interrupt_controllers()
+        self._add_timers(memory, tick_frequency, power_off)
+        self.uart = Uart16550(serial, self.lines.driver(pc_map.COM1_IRQ))
+        self._attach(pc_map.COM1_PORT, 8, self.uart)
+        self._attach(pc_map.POST_PORT, 1, PostPort())
+        self._attach(pc_map.DEBUG_EXIT_PORT, 4, DebugExit(exit_run))
+        self._attach(pc_map.FW_CFG_PORT, 2, FwCfg(standard_items(memory.size, cpus)))
+        self._attach(pc_map.PCI_CONFIG_PORT, 8, PciConfig())
+        self._attach(
+            pc_map.TEST_LINES_PORT, PINS, InterruptTestLines([self.lines.driver(number) for number in range(PINS)])
+        )
+        memory.add_window(pc_map.IO_APIC_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.io_apic))
+        memory.add_window(pc_map.HPET_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.hpet))
+        memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))
+
+    def _add_interrupt_controllers(self) -> None:
+        self.bus = InterruptBus()
+        self.io_apic = IoApic(self.bus, identity=pc_map.IO_APIC_ID)
+        self.bus.eoi_listeners.append(self.io_apic.end_of_interrupt)
+        self.pic = PicPair(self._external_interrupt)
+        self.lines = InterruptLines(self.pic, self.io_apic)
+        self._attach(pc_map.PIC_MASTER_PORT, 2, self.pic.master, timed=True)
+        self._attach(pc_map.PIC_SLAVE_PORT, 2, self.pic.slave, timed=True)
+        self._attach(pc_map.PIC_EDGE_LEVEL_PORT, 2, self.pic.edge_level, timed=True)
+
+    def _add_timers(self, memory: PhysicalMemory, frequency: int, power_off: Callable[[], None]) -> None:
+        clock, lines = self._clock, self.lines
+        self._legacy_timers = LineSwitch(lines.driver(pc_map.TIMER_IRQ)), LineSwitch(lines.driver(pc_map.RTC_IRQ))
+        self.pit = Pit8254(clock, frequency, self._legacy_timers[0].drive)
+        low = memory.ram[0].size
+        high = sum(ram.size for ram in memory.ram if ram.start >= HIGH_RAM_START)
+        self.rtc = Rtc(clock, frequency, self._legacy_timers[1].drive, cmos=memory_size_bytes(low, high))
+        self.hpet = Hpet(clock, frequency, [lines.driver(number) for number in range(PINS)], self._replace_legacy)
+        self.acpi_pm = AcpiPm(clock, frequency, lines.driver(pc_map.SCI_IRQ), power_off)
+        self._attach(pc_map.PIT_PORT, 4, self.pit, timed=True)
+        self._attach(pc_map.SYSTEM_CONTROL_PORT, 1, SystemControlPort(self.pit))
+        self._attach(pc_map.RTC_PORT, 2, self.rtc, timed=True)
+        self._attach(pc_map.ACPI_PM_PORT, 12, self.acpi_pm, timed=True)
+
+    def _attach(self, first: int, count: int, device: PortDevice, *, timed: bool = False) -> None:
+        for offset in range(count):
+            self._ports[first + offset] = PortEntry(device, offset, timed)
+
+    def port_read(self, port: int, size: int) -> int:
+        """Value of ``size`` bytes at an I/O port; ones where nothing answers."""
+        entry = self._ports.get(port)
+        if entry is None:
+            return (1 << 8 * size) - 1
+        if entry.timed:
+            return self.timed_read(entry.device.port_read, entry.offset, size)
+        return entry.device.port_read(entry.offset, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """Store ``size`` bytes at an I/O port."""
+        entry = self._ports.get(port)
+        if entry is None:
+            return
+        if entry.timed:
+            self.timed_write(entry.device.port_write, entry.offset, size, value)
+        else:
+            entry.device.port_write(entry.offset, size, value)
+
+    def port_device(self, port: int) -> str:
+        """Name of the device at an I/O port, ``none`` where nothing answers."""
+        entry = self._ports.get(port)
+        return "none" if entry is None else type(entry.device).__name__
+
+    def timed_read(self, read: Callable[[int, int], int], offset: int, size: int) -> int:
+        """A read that may change what is due when, as one that acknowledges an interrupt does."""
+        before = self._deadline
+        self._bring_up_to_date()
+        value = read(offset, size)
+        self._plan()
+        if self._deadline != before:
+            self.due_changed()
+        return value
+
+    def timed_write(self, write: Callable[[int, int, int], None], offset: int, size: int, value: int) -> None:
+        """A write that may change what is due when."""
+        self._bring_up_to_date()
+        write(offset, size, value)
+        self._plan()
+
+    # Time.
+
+    def next_deadline(self) -> int | None:
+        """The tick at which a device next interrupts by itself, or None; a stored number."""
+        return self._deadline
+
+    def advance(self, now: int) -> None:
+        """Let devices do what is due at tick ``now``."""
+        if self._deadline is not None and self._deadline <= now:
+            self._bring_up_to_date()
+            self._plan()
+
+    def _bring_up_to_date(self) -> None:
+        now = self._clock.now()
+        self.pit.advance(now)
+        self.rtc.advance(now)
+        self.hpet.advance(now)
+        self.acpi_pm.advance(now)
+
+    def _plan(self) -> None:
+        """Find the next deadline of a device whose interrupt would get through."""
+        is_heard = self.lines.is_heard
+        deadlines = [self.hpet.next_deadline(is_heard)]
+        if not self.hpet.replaces_legacy:
+            if is_heard(pc_map.TIMER_IRQ):
+                deadlines.append(self.pit.next_deadline())
+            if is_heard(pc_map.RTC_IRQ):
+                deadlines.append(self.rtc.next_deadline())
+        if is_heard(pc_map.SCI_IRQ):
+            deadlines.append(self.acpi_pm.next_deadline())
+        self._deadline = min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # Interrupts.
+
+    def _external_interrupt(self, level: bool) -> None:
+        """The output of the 8259 pair: LINT0 of every processor, and the first input of the I/O APIC."""
+        for socket in self.sockets:
+            socket.apic.set_local_pin(0, level)
+        self.io_apic.set_pin(0, level)
+
+    def _replace_legacy(self, replaced: bool) -> None:
+        for switch in self._legacy_timers:
+            switch.close(not replaced)
+
+
+class Socket:
+    """One processor's place on the board: its local APIC, and the board as it sees it (`Platform`)."""
+
+    apic: LocalApic
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def insert(self, profile: Profile, index: int, clock: Clock, pins: ProcessorPins, msrs: MsrFile) -> None:
+        """Give the processor ``index`` its local APIC and connect it; processor 0 is the bootstrap processor."""
+        self.apic = LocalApic(apic_profile(profile, index, bootstrap=index == 0), clock, self.board.bus, pins)
+        bind_local_apic(msrs, self.apic)
+        self.board.bus.attach(self.apic)
+        self.board.sockets.append(self)
+        if index == 0:
+            self.apic.set_virtual_wire_mode()
+            self.board.running = self
+
+    def port_read(self, port: int, size: int) -> int:
+        """Value of ``size`` bytes at an I/O port."""
+        return self.board.port_read(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """Store ``size`` bytes at an I/O port."""
+        self.board.port_write(port, size, value)
+
+    def port_device(self, port: int) -> str:
+        """Name of the device at an I/O port."""
+        return self.board.port_device(port)
+
+    def can_interrupt_deaf(self) -> bool:
+        """Whether a device is set up to interrupt a processor that does not take maskable interrupts."""
+        return self.board.io_apic.sends_past_mask() or self.apic.local_pin_sends_past_mask()
+
+    def interrupt_pending(self) -> bool:
+        """Whether an interrupt controller requests service for a vector above the task priority."""
+        return self.apic.pending_vector() is not None or self._external()
+
+    def _external(self) -> bool:
+        return self.board.pic.pending() and (not self.apic.enabled or self.apic.external_interrupt_pending())
+
+    def acknowledge_interrupt(self) -> int:
+        """Run an interrupt-acknowledge cycle; the vector to deliver."""
+        if self._external():
+            self.apic.external_interrupt_acknowledged()
+            return self.board.pic.acknowledge()
+        return self.apic.acknowledge()
+
+    def next_deadline(self) -> int | None:
+        """The tick at which the local APIC or a device of the board next acts by itself, or None."""
+        mine, others = self.apic.next_deadline(), self.board.next_deadline()
+        if mine is None or others is None:
+            return others if mine is None else mine
+        return min(mine, others)
+
+    def advance(self, now: int) -> None:
+        """Let devices do what is due at tick ``now``."""
+        self.apic.advance(now)
+        self.board.advance(now)
+
+    @property
+    def apic_enabled(self) -> bool:
+        """IA32_APIC_BASE.EN."""
+        return self.apic.enabled
+
+    @property
+    def task_priority(self) -> int:
+        """CR8."""
+        return self.apic.cr8
+
+    @task_priority.setter
+    def task_priority(self, value: int) -> None:
+        self.apic.cr8 = value
+
+
+class _TimedWindow:
+    """Memory-mapped registers of ``device``, whose accesses may change what is due when."""
+
+    def __init__(self, board: Board, device: MmioDevice) -> None:
+        self._board = board
+        self._device = device
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        return self._board.timed_read(self._device.mmio_read, offset, size)
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        self._board.timed_write(self._device.mmio_write, offset, size, value)
+        self._board.due_changed()
+
+
+class _LocalApicWindow:
+    """The page at which a processor finds its own local APIC."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        return self._board.running.apic.mmio_read(offset, size)
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        self._board.running.apic.mmio_write(offset, size, value)
+        self._board.due_changed()
