@@ -188,6 +188,7 @@ def test_address_fields_win_over_elf_headers() -> None:
     [
         (flat_image(load=0x20_0011), "Multiboot load address 0x200011 is above the header's address 0x200010"),
         (flat_image(load_end=0x1F_0000), "Multiboot load end 0x1f0000 is not above the load address 0x200000"),
+        (flat_image(load_end=0x20_0000), "Multiboot load end 0x200000 is not above the load address 0x200000"),
         (flat_image(load_end=0x20_1000), "truncated Multiboot image: needs 0x1000 bytes, file has 0x47"),
         (flat_image(bss_end=0x20_0001), "Multiboot bss end 0x200001 is below the load end 0x200047"),
         (flat_image(entry=0x20_0047), "Multiboot entry point 0x200047 lies outside the image"),
@@ -195,7 +196,8 @@ def test_address_fields_win_over_elf_headers() -> None:
             flat_image(header=0x30_0010, load=0),
             "Multiboot load address 0x0 lies before the start of the file",
         ),
-        (flat_image()[:40], "truncated Multiboot header: no room for its address fields"),
+        (flat_image()[:47], "truncated Multiboot header: no room for its address fields"),
+        (flat_image()[:48], "Multiboot entry point 0x200040 lies outside the image"),
         (multiboot1_header(1 << 5), "Multiboot header requires unknown features: flags 0x20"),
         (multiboot1_header(), "Multiboot image is neither an ELF file nor has load addresses in its header"),
     ],
