@@ -1,16 +1,19 @@
 """Keeping code and data coherent: a frame is either writable somewhere or executable somewhere.
 
-The engine translates code once and would keep running the translation after the code changed through another mapping.
-Because every mapping is granted by our fill callback, one rule covers all aliases: granting a write to a frame that has
-been executed first drops its translations; granting execution of a frame that is writable first withdraws the write.
-A frame that keeps changing sides (code and data on one page) is granted both through a single linear page, where the
-engine's own detection of self-modifying code works, at the price of slow stores.
+An engine translates code once and would keep running the translation after the code changed through another mapping,
+or on another processor. Because every mapping is granted by our fill callback, one rule covers all aliases and all
+engines: granting a write to a frame that has been executed first drops its translations; granting execution of a
+frame that is writable first withdraws the write. A frame that keeps changing sides (code and data on one page) is
+granted both through a single linear page of a single engine, where the engine's own detection of self-modifying code
+works, at the price of slow stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
+
+from attrs import define, field
 
 from vtx.x86.second_level import AccessKind
 
@@ -20,61 +23,92 @@ MIXED_AFTER: Final = 4
 _READ_EXECUTE: Final = AccessKind.READ | AccessKind.EXECUTE
 
 
+@define(slots=True, eq=False)
+class Member:
+    """One engine: ``withdraw`` drops all its TLB entries, ``retranslate`` its translations of a frame."""
+
+    withdraw: Callable[[], None]
+    retranslate: Callable[[int], None]
+    executed: set[int] = field(factory=set)
+    writable: set[int] = field(factory=set)
+
+
 class Coherence:
-    """The sides frames are on. ``withdraw`` drops all engine TLB entries; ``retranslate`` a frame's translations."""
+    """The sides that the frames of one memory are on.
 
-    def __init__(self, withdraw: Callable[[], None], retranslate: Callable[[int], None]) -> None:
-        self._withdraw = withdraw
-        self._retranslate = retranslate
+    ``executed`` are the frames that any engine may hold translations of.
+    """
+
+    def __init__(self) -> None:
         self.executed: set[int] = set()
-        self.writable: set[int] = set()
+        self._members: list[Member] = []
         self._changes: dict[int, int] = {}
-        self._owners: dict[int, int] = {}
+        self._owners: dict[int, tuple[Member, int]] = {}
 
-    def tlb_flushed(self) -> None:
-        """The engine's TLB is empty: no frame is writable through it any more."""
-        self.writable.clear()
-        self._owners.clear()
+    def join(self, withdraw: Callable[[], None], retranslate: Callable[[int], None]) -> Member:
+        """Take in an engine."""
+        member = Member(withdraw, retranslate)
+        self._members.append(member)
+        return member
+
+    def tlb_flushed(self, member: Member) -> None:
+        """The TLB of ``member`` is empty: no frame is writable through it any more."""
+        member.writable.clear()
 
     def written(self, frame: int) -> None:
-        """The model wrote to ``frame`` behind the engine's back."""
+        """The model wrote to ``frame`` behind the engines' backs."""
         if frame in self.executed:
-            self._retranslate(frame)
+            self._drop_translations(frame)
             if frame not in self._owners:
                 self.executed.discard(frame)
                 self._withdraw()
 
-    def grant(self, frame: int, page: int, kind: AccessKind, permissions: int) -> int:
-        """Permissions to hand out for ``frame`` at linear page ``page``, no more than ``permissions``."""
+    def grant(self, member: Member, frame: int, page: int, kind: AccessKind, permissions: int) -> int:
+        """What to allow ``member`` at linear page ``page``, which maps ``frame``: no more than ``permissions``."""
         if kind is AccessKind.EXECUTE:
-            if frame in self.writable:
-                if self._mixed(frame):
-                    return self._share(frame, page, permissions)
+            if any(frame in each.writable for each in self._members):
+                if self._is_mixed(frame):
+                    return self._share(member, frame, page, permissions)
                 self._withdraw()
-            self.executed.add(frame)
+            self._note_executed(member, frame)
             return permissions & _READ_EXECUTE
         if not permissions & AccessKind.WRITE:
             return permissions & AccessKind.READ
         if frame in self.executed:
             if kind is AccessKind.READ:
                 return AccessKind.READ
-            if self._mixed(frame):
-                return self._share(frame, page, permissions)
-            self._retranslate(frame)
+            if self._is_mixed(frame):
+                return self._share(member, frame, page, permissions)
+            self._drop_translations(frame)
             self._withdraw()
             self.executed.discard(frame)
-        self.writable.add(frame)
+        member.writable.add(frame)
         return permissions & ~AccessKind.EXECUTE
 
-    def _mixed(self, frame: int) -> bool:
+    def _note_executed(self, member: Member, frame: int) -> None:
+        self.executed.add(frame)
+        member.executed.add(frame)
+
+    def _withdraw(self) -> None:
+        self._owners.clear()
+        for member in self._members:
+            member.withdraw()
+
+    def _drop_translations(self, frame: int) -> None:
+        for member in self._members:
+            if frame in member.executed:
+                member.executed.discard(frame)
+                member.retranslate(frame)
+
+    def _is_mixed(self, frame: int) -> bool:
         changes = self._changes[frame] = self._changes.get(frame, 0) + 1
         return changes > MIXED_AFTER
 
-    def _share(self, frame: int, page: int, permissions: int) -> int:
-        if self._owners.get(frame) != page:
-            self._retranslate(frame)
+    def _share(self, member: Member, frame: int, page: int, permissions: int) -> int:
+        if self._owners.get(frame) != (member, page):
+            self._drop_translations(frame)
             self._withdraw()
-            self._owners[frame] = page
-        self.executed.add(frame)
-        self.writable.add(frame)
+            self._owners[frame] = member, page
+        self._note_executed(member, frame)
+        member.writable.add(frame)
         return permissions

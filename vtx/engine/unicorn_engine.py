@@ -70,9 +70,19 @@ def _iret_drops_base(state: CpuState) -> bool:
 
 
 class UnicornEngine:
-    """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`)."""
+    """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`).
 
-    def __init__(self, memory: PhysicalMemory, client: EngineClient, *, allow_compiled: bool = True) -> None:
+    Engines of one machine share its ``coherence``.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        client: EngineClient,
+        *,
+        coherence: Coherence | None = None,
+        allow_compiled: bool = True,
+    ) -> None:
         require_known_library()
         self._client = client
         self._memory = memory
@@ -90,7 +100,8 @@ class UnicornEngine:
         self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
         self._image = memoryview(self._buffer).cast("B")
         self._prepare_context()
-        self.coherence = Coherence(self._flush_now, self._retranslate)
+        self.coherence = coherence or Coherence()
+        self._member = self.coherence.join(self._flush_now, self._retranslate)
         self._scratch = ctypes.create_string_buffer(PAGE_SIZE)
         self.clock = BlockClock(self._handle, allow_compiled=allow_compiled)
         self._install_hooks()
@@ -212,7 +223,7 @@ class UnicornEngine:
             return False
         frame, permissions = grant
         if self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
-            permissions = self.coherence.grant(frame, address >> PAGE_SHIFT, kind, permissions)
+            permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
             entry.paddr = frame << PAGE_SHIFT
         elif kind is AccessKind.EXECUTE:
             permissions = AccessKind.EXECUTE
@@ -496,7 +507,7 @@ class UnicornEngine:
     def _flush_now(self) -> None:
         self._flush_wanted = False
         native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
-        self.coherence.tlb_flushed()
+        self.coherence.tlb_flushed(self._member)
 
     def _retranslate(self, frame: int) -> None:
         """Drop the translations of a frame: writing its own bytes back makes the library notice."""
