@@ -1,11 +1,12 @@
 """Seeded bugs in the model: each wraps the door of `vtx.vmx.Vmx` that a real bug would hide behind.
 
-They apply to the class, in a simulator process of their own, and must be found by comparison with the RTL.
+They apply to the class while a context lasts, and must be found by comparison with the RTL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -17,16 +18,6 @@ from vtx.x86.outcome import Fault, Vector
 from vtx.x86.state import Rflags
 
 Method = Callable[..., Any]
-
-
-def _around(name: str, replacement: Callable[[Method, Vmx, tuple[Any, ...]], Any]) -> None:
-    original = getattr(Vmx, name)
-
-    @wraps(original)
-    def wrapper(self: Vmx, *arguments: Any) -> Any:
-        return replacement(original, self, arguments)
-
-    setattr(Vmx, name, wrapper)
 
 
 def _launch_leaves_clear(original: Method, vmx: Vmx, arguments: tuple[Any, ...]) -> Any:
@@ -125,7 +116,18 @@ MUTANTS: dict[str, tuple[str, Callable[[Method, Vmx, tuple[Any, ...]], Any]]] = 
 """Name of the bug: the method of `Vmx` it is in, and what it does there."""
 
 
-def seed(name: str) -> None:
-    """Put the bug called ``name`` into `Vmx`; KeyError if there is none."""
+@contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """`Vmx` with the bug called ``name`` for the time of the context; KeyError if there is none."""
     method, replacement = MUTANTS[name]
-    _around(method, replacement)
+    original = getattr(Vmx, method)
+
+    @wraps(original)
+    def wrapper(self: Vmx, *arguments: Any) -> Any:
+        return replacement(original, self, arguments)
+
+    setattr(Vmx, method, wrapper)
+    try:
+        yield
+    finally:
+        setattr(Vmx, method, original)

@@ -1,7 +1,6 @@
 """Testbench of the block "VMX operation mode and launch state": RTL against the model, response by response.
 
-Plusargs: ``operations`` random operations per run, ``seed`` of the random stimuli, ``report`` the JSON file to write,
-``model_mutant`` a seeded bug to put into the model.
+Plusargs: ``operations`` random operations per run, ``seed`` of the random stimuli, ``report`` the JSON file to write.
 """
 
 from __future__ import annotations
@@ -13,55 +12,32 @@ from random import Random
 
 import cocotb
 from attrs import asdict
-from cocotb.triggers import Timer
 
-from hdl_tests.gen.layout import pack, unpack, width
+from hdl_tests.gen.layout import unpack
 from hdl_tests.gen.vmx_mode import Operation, Outcome, Request, Response, State
-from hdl_tests.mutants.model import seed
 from hdl_tests.ref.vmx_mode import Reference
+from hdl_tests.sim.batch import REQUEST_BYTES, RESPONSE_BYTES, reset, responses, stimuli
 from hdl_tests.sim.vmx_mode_coverage import declare, sample
 from hdl_tests.sim.vmx_mode_scenarios import SCENARIOS
 from hdl_tests.sim.vmx_mode_stimulus import Stimulus
 
-REQUEST_BYTES = width(Request) // 8
-RESPONSE_BYTES = width(Response) // 8
-
 # A loop in the RTL that takes no simulated time would hang the simulator; nothing but a signal ends that.
-signal.alarm(120)
-
-if "model_mutant" in cocotb.plusargs:
-    seed(cocotb.plusargs["model_mutant"])
+signal.alarm(120 + int(cocotb.plusargs["operations"]) // 100)
 
 
 class Mismatch(AssertionError):  # noqa: N818 - the finding of a check, not an error of the program
     """RTL and model disagree."""
 
 
-class Batch:
-    """Driver of the batch harness: a list of packed requests in, the blob of packed responses out."""
-
-    def __init__(self, dut: object) -> None:
-        self.dut = dut
-        if not dut.go.value.is_resolvable:
-            dut.go.value = 0
-        self.size = int(dut.K.value)
-
-    async def reset(self) -> None:
-        """Bring the block to its reset state; no batch is running."""
-        self.dut.rst_n.value = 0
-        await Timer(5, "ns")
-        self.dut.rst_n.value = 1
-        await Timer(5, "ns")
-
-    async def run(self, requests: list[int]) -> bytes:
-        """Responses to ``requests`` (at most K), one after the other."""
-        stimuli = b"".join(request.to_bytes(REQUEST_BYTES, "little") for request in requests)
-        self.dut.stimuli.value = int.from_bytes(stimuli.ljust(self.size * REQUEST_BYTES, b"\0"), "little")
-        self.dut.go.value = not self.dut.go.value
-        await self.dut.done.value_change
-        # Requests of zeros pad a short batch; their responses are cut off and the block is reset before the next one.
-        whole = int(self.dut.responses.value).to_bytes(self.size * RESPONSE_BYTES, "little")
-        return whole[: len(requests) * RESPONSE_BYTES]
+async def run_batch(dut, requests: list[Request]) -> bytes:
+    """The packed responses of the batch harness to ``requests`` (at most K), one after the other."""
+    size = int(dut.K.value)
+    dut.stimuli.value = int.from_bytes(stimuli(requests).ljust(size * REQUEST_BYTES, b"\0"), "little")
+    dut.go.value = not dut.go.value
+    await dut.done.value_change
+    # Requests of zeros pad a short batch; their responses are cut off and the block is reset before the next one.
+    whole = int(dut.responses.value).to_bytes(size * RESPONSE_BYTES, "little")
+    return whole[: len(requests) * RESPONSE_BYTES]
 
 
 def report(**found: object) -> None:
@@ -84,14 +60,15 @@ def explain(request: Request, expected: Response, actual: Response) -> str:
     return "\n".join(lines)
 
 
-def compare(requests: list[Request], expected: list[int], actual: bytes, done: int) -> None:
+def compare(requests: list[Request], wanted: list[Response], actual: bytes, done: int) -> None:
     """Raise `Mismatch` at the first response that differs; ``done`` operations agreed before this batch."""
-    if b"".join(response.to_bytes(RESPONSE_BYTES, "little") for response in expected) == actual:
+    if responses(wanted) == actual:
         return
-    for index, (request, want) in enumerate(zip(requests, expected, strict=True)):
-        got = int.from_bytes(actual[index * RESPONSE_BYTES : (index + 1) * RESPONSE_BYTES], "little")
+    for index, (request, want) in enumerate(zip(requests, wanted, strict=True)):
+        packed = int.from_bytes(actual[index * RESPONSE_BYTES : (index + 1) * RESPONSE_BYTES], "little")
+        got = unpack(Response, packed)
         if got != want:
-            text = explain(request, unpack(Response, want), unpack(Response, got))
+            text = explain(request, want, got)
             report(mismatch={"operation": done + index + 1, "text": text})
             raise Mismatch(f"operation {done + index + 1}: {text}")
 
@@ -99,16 +76,14 @@ def compare(requests: list[Request], expected: list[int], actual: bytes, done: i
 @cocotb.test()
 async def directed(dut):
     """The scenarios, against the RTL, the model, and the results typed from the manual."""
-    batch = Batch(dut)
     model = Reference(vmwrite_any=0)
     done = 0
     for name, steps in SCENARIOS.items():
-        await batch.reset()
+        await reset(dut)
         model.reset()
         requests = [request for request, _, _ in steps]
         expected = [model.step(request) for request in requests]
-        actual = await batch.run([pack(request) for request in requests])
-        compare(requests, [pack(response) for response in expected], actual, done)
+        compare(requests, expected, await run_batch(dut, requests), done)
         for position, (response, (request, outcome, number)) in enumerate(zip(expected, steps, strict=True)):
             if (response.outcome, response.number) != (outcome, number):
                 found = f"{Outcome(response.outcome).name} {response.number}"
@@ -123,25 +98,23 @@ async def directed(dut):
 @cocotb.parametrize(vmwrite_any=(0, 1))
 async def random_operations(dut, vmwrite_any):
     """Random operations through RTL and model; every response and the whole state after each are equal."""
-    batch = Batch(dut)
-    await batch.reset()
+    await reset(dut)
     model = Reference(vmwrite_any)
     total = int(cocotb.plusargs["operations"])
     stimulus = Stimulus(Random(int(cocotb.plusargs["seed"]) + vmwrite_any), vmwrite_any)
     coverage = declare(vmwrite_any)
     state: State = model.state
-    previous, done = Outcome.RETIRED.value, 0
+    previous, done, size = Outcome.RETIRED.value, 0, int(dut.K.value)
     while done < total:
         requests: list[Request] = []
-        responses: list[Response] = []
-        for _ in range(batch.size):
+        expected: list[Response] = []
+        for _ in range(size):
             requests.append(stimulus.draw(model.state))
-            responses.append(model.step(requests[-1]))
-        actual = await batch.run([pack(request) for request in requests])
-        compare(requests, [pack(response) for response in responses], actual, done)
-        for request, response in zip(requests, responses, strict=True):
+            expected.append(model.step(requests[-1]))
+        compare(requests, expected, await run_batch(dut, requests), done)
+        for request, response in zip(requests, expected, strict=True):
             sample(coverage, state, previous, request, response)
             state, previous = response.state, response.outcome
-        done += batch.size
+        done += size
     found = {"operations": done, "covered": coverage.covered, "goal": coverage.goal, "missing": coverage.missing()}
     report(**{f"vmwrite_any_{vmwrite_any}": found})
