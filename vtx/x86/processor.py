@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.events import Access
-from vtx.x86 import access, watch
+from vtx.x86 import refusal, watch
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
 from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
@@ -49,6 +49,9 @@ TRAP_TICKS: Final = 24
 
 EVENT_TICKS: Final = 300
 """Delivery of an interrupt or exception."""
+
+IDLE_TICKS: Final = 10_000
+"""What passes at least when a processor waits for another one."""
 
 TRANSITION_TICKS: Final = 600
 """A VM entry or a VM exit, passing once it is complete: the order of magnitude of current processors."""
@@ -103,17 +106,18 @@ class LogicalProcessor:
         self.random_state = seed & MASK64
         self.halt: Halt | None = None
         self.stop_requested = False
+        self._gives_way = False
         self.instruction_limit: int | None = None
         self.retired = 0
         self._nmi = False
         self._extra_ticks = 0
-        self._reload = True
-        self._step = False
+        self.reload = True
+        self.step_next = False
         self._approached: int | None = None  # the deadline that whole blocks would overshoot
-        self._transitions = 0  # VM entries and VM exits whose time has passed
+        self.transitions_seen = 0  # VM entries and VM exits whose time has passed
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
         self._until: int | None = None
-        self._implicit_pages: set[int] = set()
+        self.implicit_pages: set[int] = set()
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_clock(self.msrs, self.now, lambda: None)
         self.engine = engine_factory(memory, self)
@@ -142,7 +146,7 @@ class LogicalProcessor:
 
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         """Translate a page for the engine."""
-        return self.mmu.fill(linear_page, kind, cpl, ac, implicit=linear_page in self._implicit_pages)
+        return self.mmu.fill(linear_page, kind, cpl, ac, implicit=linear_page in self.implicit_pages)
 
     def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
         """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""
@@ -203,12 +207,12 @@ class LogicalProcessor:
 
     def load_control_state(self) -> None:
         """Registers beyond GPRs, RIP and RFLAGS changed."""
-        self._reload = True
+        self.reload = True
         self.mmu.update(self.state)
 
     def control_registers_written(self) -> None:
         """CR0, CR4, IA32_EFER or a segment base was written by software."""
-        self._reload = True
+        self.reload = True
         self.mmu.controls_written(self.state)
 
     def interrupt_pending(self) -> bool:
@@ -246,7 +250,7 @@ class LogicalProcessor:
 
     def deliver(self, event: Event) -> None:
         """Deliver ``event`` through the IDT."""
-        self._reload = True
+        self.reload = True
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
         outcome = deliver_with_faults(self.state, self.mmu, event, on_fault)
@@ -296,7 +300,7 @@ class LogicalProcessor:
 
     def changed_system_state(self) -> None:
         """A handler changed segments, descriptor tables or other state the engine loads only on request."""
-        self._reload = True
+        self.reload = True
 
     def fetch(self) -> Instruction | None:
         """Fetch and decode the instruction at RIP; None if the bytes are no instruction.
@@ -321,22 +325,63 @@ class LogicalProcessor:
 
     def run(self, until: int | None = None) -> None:
         """Run until tick ``until`` or the instruction limit, or until ``halt`` or ``stop_requested`` is set."""
-        while not self.stop_requested and self.halt is None:
+        self._gives_way = False
+        while not self.stop_requested and self.halt is None and not self._gives_way:
             if until is not None and self.now() >= until:
                 return
             if self.instruction_limit is not None and self.instructions >= self.instruction_limit:
                 return
             self.run_once(until)
 
+    # Among other processors (`vtx.scheduler.Scheduled`).
+
+    @property
+    def awake(self) -> bool:
+        """Whether it executes instructions or may take an event that is pending."""
+        state = self.state
+        if state.activity is Activity.ACTIVE:
+            return True
+        if state.activity is not Activity.HLT:
+            return False
+        extension = self.virtualization
+        non_root = extension is not None and extension.non_root
+        timer = extension.next_deadline() if extension is not None else None
+        return bool(
+            (self._nmi and not state.nmi_blocked)
+            or state.pending_debug & _DELIVERABLE_DEBUG
+            or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
+            or (timer is not None and timer <= self.now())
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether it must not run any more."""
+        return self.stop_requested or self.halt is not None
+
+    def give_way(self) -> None:
+        """Make `run` return soon."""
+        self._gives_way = True
+        self.engine.request_stop()
+
+    def sleep_until(self, tick: int) -> None:
+        """Let time pass without executing."""
+        if tick > self.now():
+            self.charge(tick - self.now())
+        self.platform.advance(self.now())
+
+    def wake_time(self) -> int | None:
+        """The tick at which something may wake it by itself, or None."""
+        return self._next_deadline(None) if self.state.activity in _WAKEABLE else None
+
     def run_once(self, until: int | None = None) -> None:
         """Handle what is pending between instructions, then run the engine to its next event."""
         extension = self.virtualization
-        if extension is not None and extension.transitions != self._transitions:
-            self.charge((extension.transitions - self._transitions) * TRANSITION_TICKS)
-            self._transitions = extension.transitions
+        if extension is not None and extension.transitions != self.transitions_seen:
+            self.charge((extension.transitions - self.transitions_seen) * TRANSITION_TICKS)
+            self.transitions_seen = extension.transitions
         self._pass_deadline(self.now())
         if extension is not None and extension.boundary():
-            self._reload = True
+            self.reload = True
             return
         if self.state.pending_debug and self._raise_pending_debug():
             return
@@ -346,9 +391,9 @@ class LogicalProcessor:
             self._idle(until)
             return
         if watch.is_needed(self.state):
-            self._watched_step()
+            watch.step(self)
         else:
-            self._handle(self._run_engine(until), until)
+            self.handle(self._run_engine(until), until)
 
     def _raise_pending_debug(self) -> bool:
         """Deliver the debug traps of the previous instruction, unless MOV SS holds them back."""
@@ -388,7 +433,10 @@ class LogicalProcessor:
     def _idle(self, until: int | None) -> None:
         deadline = self._next_deadline(until) if self._can_be_woken(until) else None
         if deadline is None:
-            self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
+            if self.count == 1:
+                self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
+            self.give_way()
+            self.charge(IDLE_TICKS)
         elif deadline > self.now():
             self.charge(deadline - self.now())
 
@@ -406,37 +454,19 @@ class LogicalProcessor:
         waiting = self._interrupt_waits()
         watch_if = waiting and not state.rflags & _IF
         step = (
-            self._step
+            self.step_next
             or (deadline is not None and deadline == self._approached)
             or (extension is not None and extension.wants_boundary())
             or (waiting and not watch_if)
             or (self._nmi and not state.nmi_blocked)
         )
-        reload, self._reload, self._step = self._reload, False, False
+        reload, self.reload, self.step_next = self.reload, False, False
         limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
         event = self.engine.run(
             state, reload=reload, budget=budget, step=step, watch_if=watch_if, instruction_limit=limit
         )
-        self._implicit_pages.clear()
+        self.implicit_pages.clear()
         return event
-
-    def _watched_step(self) -> None:
-        """One instruction, with breakpoints and alignment checks."""
-        try:
-            fault, hits = watch.before(self)
-        except InstructionAborted as aborted:
-            self.abort(aborted.cause)
-            return
-        if fault is not None:
-            self.raise_fault(fault)
-            return
-        transitions = self._transitions
-        reload, self._reload = self._reload, False
-        event = self.engine.run(self.state, reload=reload, budget=None, step=True)
-        self._handle(event)
-        faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)
-        if hits and not faulted and self._transitions == transitions:
-            self.state.pending_debug |= hits | watch.ENABLED_BREAKPOINT
 
     def _note_port_breakpoints(self, port: int, size: int) -> None:
         """An IN, OUT, INS or OUTS is completing: its I/O breakpoints become pending."""
@@ -450,7 +480,8 @@ class LogicalProcessor:
             return True
         return self.platform.interrupt_pending()
 
-    def _handle(self, event: EngineEvent, until: int | None = None) -> None:
+    def handle(self, event: EngineEvent, until: int | None = None) -> None:
+        """Do what the engine stopped for."""
         if isinstance(event, InstructionTrap):
             self.execute()
         elif isinstance(event, ExceptionTrap):
@@ -461,10 +492,10 @@ class LogicalProcessor:
             else:
                 self.raise_fault(_fault(event))
         elif isinstance(event, RefusedFill):
-            self._refused(event)
+            refusal.handle(self, event)
         elif isinstance(event, BudgetSpent):
             self._approached = self._next_deadline(until)
-            self._step = True  # the limit may also be that of instructions
+            self.step_next = True  # the limit may also be that of instructions
 
     def execute(self, why: str = "sensitive instruction") -> None:
         """Execute the instruction at RIP in the model."""
@@ -496,7 +527,7 @@ class LogicalProcessor:
         if not extension.execute(instruction):
             return False
         if extension.transitions != transitions:
-            self._reload = True
+            self.reload = True
         elif single_step:
             self.state.pending_debug |= _PENDING_BS
         return True
@@ -506,7 +537,7 @@ class LogicalProcessor:
         if isinstance(cause, Fault):
             self.raise_fault(cause)
         elif isinstance(cause, SecondLevelFault):
-            self._reload = True
+            self.reload = True
             assert self.virtualization is not None
             self._second_level_fault(self.virtualization, cause, None)
         else:
@@ -524,7 +555,7 @@ class LogicalProcessor:
         event = Event.from_fault(fault)
         extension = self.virtualization
         if extension is not None and extension.non_root and extension.intercept_event(event, fault):
-            self._reload = True
+            self.reload = True
             return
         self.deliver(event)
 
@@ -533,59 +564,20 @@ class LogicalProcessor:
         extension = self.virtualization
         exits = event.kind is not EventKind.SOFTWARE_INTERRUPT
         if exits and extension is not None and extension.non_root and extension.intercept_event(event, None):
-            self._reload = True
+            self.reload = True
             return
         self.deliver(event)
 
     def native(self, *, osxsave: bool) -> None:
         """Let the engine execute the instruction at RIP after all, with CR4.OSXSAVE as it is in the machine."""
         event = self.engine.run(self.state, reload=True, budget=None, step=True, osxsave=osxsave)
-        self._reload = True
+        self.reload = True
         if isinstance(event, InstructionTrap):
             raise InstructionAborted(Fault(Vector.UD))
-        self._handle(event)
+        self.handle(event)
 
-    # Refused translations.
 
-    def _refused(self, event: RefusedFill) -> None:
-        state = self.state
-        linear = state.linear_rip
-        exact, implicit = linear, False
-        if event.kind is AccessKind.EXECUTE:
-            if linear & ~PAGE_OFFSET_MASK != event.linear_page:
-                # Translation looked ahead; only the instruction that really crosses into the page faults.
-                if not self._crosses(linear, event.linear_page):
-                    self._step = True
-                    return
-                exact = event.linear_page
-        else:
-            try:
-                exact, implicit = access.exact_address(self, event.linear_page, event.kind)
-            except InstructionAborted as aborted:
-                self.abort(aborted.cause)
-                return
-        ac = bool(state.rflags & Rflags.AC)
-        result = self.mmu.fill(exact, event.kind, state.cpl, ac, implicit=implicit)
-        if isinstance(result, Grant):
-            if implicit:
-                self._implicit_pages.add(event.linear_page)
-            return
-        if isinstance(result, Fault) and result.vector == Vector.GP and access.uses_stack(self):
-            result = evolve(result, vector=Vector.SS)
-        if self.tracing is not None:
-            self.tracing.walk(exact, event.kind, state.cpl)
-        self.abort(result)
-
-    def _crosses(self, linear: int, page: int) -> bool:
-        """Whether the instruction at RIP itself reaches into the page it could not fetch."""
-        room = page - linear
-        if not 0 < room < MAX_INSTRUCTION_LENGTH:
-            return False
-        try:
-            physical = self.mmu.translate(linear, AccessKind.EXECUTE, user=self.state.cpl == 3)
-        except InstructionAborted:
-            return False
-        return decode(self.memory.read(physical, room), self.state.code_bits) is None
+_WAKEABLE: Final = (Activity.ACTIVE, Activity.HLT)
 
 
 def _fault(event: ExceptionTrap) -> Fault:

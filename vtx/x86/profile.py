@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from attrs import evolve, field, frozen
 
@@ -132,25 +132,46 @@ def load_profile(name: str = DEFAULT_PROFILE) -> Profile:
 
     ProfileError, one line, if there is none or something in it is wrong.
     """
+    return parse_profile(*_read(name))
+
+
+def profile_document(name: str = DEFAULT_PROFILE) -> dict[str, Any]:
+    """The tables of the profile that `load_profile` would give, as TOML has them, for the caller to change at will.
+
+    ProfileError, one line, if there is none or it is not TOML.
+    """
+    return _parse(*_read(name))
+
+
+def _read(name: str) -> tuple[str, str]:
+    """File name, for messages, and text of the profile ``name``."""
     if name.endswith(".toml"):
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            return Path(name).name, Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise ProfileError(f"{name}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ProfileError(f"{name}: expected a UTF-8 text file") from None
-        return parse_profile(Path(name).name, text)
     if name not in profile_names():
         raise ProfileError(f"{name}: expected a profile name ({', '.join(profile_names())}) or a .toml file")
-    return parse_profile(f"{name}.toml", (resources.files("vtx.profiles") / f"{name}.toml").read_text(encoding="utf-8"))
+    return f"{name}.toml", (resources.files("vtx.profiles") / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _parse(file: str, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ProfileError(f"{file}: expected TOML: {error}") from None
 
 
 def parse_profile(file: str, text: str) -> Profile:
     """The profile that ``text`` describes; ``file`` is named in the one-line ProfileError of any mistake."""
-    try:
-        top = Section(file, "", tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{file}: expected TOML: {error}") from None
+    return build_profile(file, _parse(file, text))
+
+
+def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
+    """The profile that the tables of ``document`` describe; ``file`` is named in the ProfileError of any mistake."""
+    top = Section(file, "", document)
     identity, implementation, cpuid = (top.section(key) for key in ("identity", "implementation", "cpuid"))
     features = frozenset(cpuid.names("features", FEATURES, "CPUID feature"))
     vmx = top.optional_section("vmx")

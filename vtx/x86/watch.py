@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vtx.x86 import access
-from vtx.x86.outcome import Fault, Vector
+from vtx.x86.execution import ExceptionTrap, RefusedFill
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import CpuState, Cr0, Cr4, Rflags
 
 if TYPE_CHECKING:
@@ -74,6 +75,25 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
             if overlaps and (operand.writes or kind == _READ_WRITE):
                 hits |= 1 << number
     return None, hits
+
+
+def step(processor: LogicalProcessor) -> None:
+    """Execute one instruction with breakpoints and alignment checks."""
+    try:
+        fault, hits = before(processor)
+    except InstructionAborted as aborted:
+        processor.abort(aborted.cause)
+        return
+    if fault is not None:
+        processor.raise_fault(fault)
+        return
+    transitions = processor.transitions_seen
+    reload, processor.reload = processor.reload, False
+    event = processor.engine.run(processor.state, reload=reload, budget=None, step=True)
+    processor.handle(event)
+    faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)
+    if hits and not faulted and processor.transitions_seen == transitions:
+        processor.state.pending_debug |= hits | ENABLED_BREAKPOINT
 
 
 def port_hits(state: CpuState, port: int, size: int) -> int:

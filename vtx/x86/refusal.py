@@ -1,0 +1,65 @@
+"""From a refused translation to what the architecture makes of it: a fault, or an event of the second level.
+
+The engine reports the page it could not have; the exact address, and whether the access was an implicit one of the
+supervisor, follow from the instruction. With both the translation is tried again, and that answer is the one that
+counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from vtx.addresses import PAGE_OFFSET_MASK
+from vtx.x86 import access
+from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
+from vtx.x86.execution import RefusedFill
+from vtx.x86.mmu import Grant
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.second_level import AccessKind
+from vtx.x86.state import Rflags
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+
+def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
+    """Raise at RIP what the refused access raises, or arrange for the instruction to be tried again."""
+    state = processor.state
+    exact, implicit = state.linear_rip, False
+    if event.kind is AccessKind.EXECUTE:
+        if exact & ~PAGE_OFFSET_MASK != event.linear_page:
+            # Translation looked ahead; only the instruction that really crosses into the page faults.
+            if not _crosses(processor, exact, event.linear_page):
+                processor.step_next = True
+                return
+            exact = event.linear_page
+    else:
+        try:
+            exact, implicit = access.exact_address(processor, event.linear_page, event.kind)
+        except InstructionAborted as aborted:
+            processor.abort(aborted.cause)
+            return
+    result = processor.mmu.fill(exact, event.kind, state.cpl, bool(state.rflags & Rflags.AC), implicit=implicit)
+    if isinstance(result, Grant):
+        if implicit:
+            processor.implicit_pages.add(event.linear_page)
+        return
+    if isinstance(result, Fault) and result.vector == Vector.GP and access.uses_stack(processor):
+        result = evolve(result, vector=Vector.SS)
+    if processor.tracing is not None:
+        processor.tracing.walk(exact, event.kind, state.cpl)
+    processor.abort(result)
+
+
+def _crosses(processor: LogicalProcessor, linear: int, page: int) -> bool:
+    """Whether the instruction at RIP itself reaches into the page it could not fetch."""
+    room = page - linear
+    if not 0 < room < MAX_INSTRUCTION_LENGTH:
+        return False
+    try:
+        physical = processor.mmu.translate(linear, AccessKind.EXECUTE, user=processor.state.cpl == 3)
+    except InstructionAborted:
+        return False
+    return decode(processor.memory.read(physical, room), processor.state.code_bits) is None
