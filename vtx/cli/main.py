@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "guests": "vtx.cli.listings",
     "profiles": "vtx.cli.listings",
     "bench": "vtx.cli.bench",
+    "conformance": "vtx.cli.conformance",
 }
 
 

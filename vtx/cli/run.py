@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +14,7 @@ from vtx.cli.options import memory_size, wall_time
 from vtx.cli.status import GUEST_DIED, LIMIT_REACHED, ExitConvention, guest_status
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vtx.cli.session import Ended
     from vtx.machine import Machine
@@ -71,7 +71,7 @@ def run(
     found = find_image(image)
     modules = [(name, read_file(name)) for name in initrds]
     output = SerialOutput(sys.stdout.buffer)
-    with _open_trace(trace_file) as tracer:
+    with _trace_to(trace_file) as tracer:
         machine = _boot(found, modules, " ".join(guest_args), profile, memory, output, tracer)
         session = Session(machine, output)
         given = whole_input()
@@ -83,13 +83,17 @@ def run(
     return _conclude(machine, ended, ExitConvention(exit_convention), timeout, as_json=as_json)
 
 
-def _open_trace(path: str | None) -> JsonLinesTracer | nullcontext[None]:
+@contextmanager
+def _trace_to(path: str | None) -> Iterator[JsonLinesTracer | None]:
+    """The tracer that writes to ``path``, None without one; a trace that cannot be written is the user's affair."""
     if path is None:
-        return nullcontext()
+        yield None
+        return
     from vtx.trace import JsonLinesTracer, TraceError  # noqa: PLC0415 - only for runs that are traced
 
     try:
-        return JsonLinesTracer(path)
+        with JsonLinesTracer(path) as tracer:
+            yield tracer
     except TraceError as error:
         raise Unusable(str(error)) from None
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vtx.machine import Machine
 
 _LONGEST_TABLE: Final = 12
+_LABEL_WIDTH: Final = 48
+_FIGURE_WIDTH: Final = 16
 
 
 @frozen
@@ -54,22 +56,26 @@ class Summary:
     def to_text(self) -> str:
         """A screen of lines, the reason last."""
         lines = [
-            f"  {'instructions':<24}{self.instructions:>16,}",
-            f"  {'virtual time':<24}{_duration(self.virtual_time):>16}",
-            f"  {'wall time':<24}{_duration(self.wall_time):>16}",
-            f"  {'VM exits':<24}{sum(self.vm_exits.values()):>16,}",
+            _row("  instructions", f"{self.instructions:,}"),
+            _row("  virtual time", _duration(self.virtual_time)),
+            _row("  wall time", _duration(self.wall_time)),
+            _row("  VM exits", f"{sum(self.vm_exits.values()):,}"),
         ]
         rows = list(self.vm_exits.items())
         shown = rows if len(rows) <= _LONGEST_TABLE else rows[: _LONGEST_TABLE - 1]
-        lines += [f"    {name[:37]:<37} {count:>13,}" for name, count in shown]
+        lines += [_row(f"    {name}", f"{count:,}") for name, count in shown]
         if len(shown) < len(rows):
             rest = sum(count for _, count in rows[len(shown) :])
-            lines.append(f"    {f'{len(rows) - len(shown)} more reasons':<24}{rest:>14,}")
+            lines.append(_row(f"    {len(rows) - len(shown)} more reasons", f"{rest:,}"))
         if self.entry_failure is not None:
             lines.append("last failing VM entry:")
             lines += [f"  {line}" for line in self.entry_failure.splitlines()]
         lines.append(f"vtx: {self.message}")
         return "\n".join(lines)
+
+
+def _row(label: str, figure: str) -> str:
+    return f"{label:<{_LABEL_WIDTH}}{figure:>{_FIGURE_WIDTH}}"
 
 
 def _duration(seconds: float) -> str:
