@@ -1,0 +1,127 @@
+"""The command: tables, files, exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from suites import build, ends_with, say
+
+CONFIGURATION = """
+[good]
+file = good.flat
+groups = g
+[bad]
+file = bad.flat
+groups = g
+[other]
+file = other.flat
+"""
+IMAGES = {
+    "good": say("PASS: a\nSKIP: b\n") + ends_with(0),
+    "bad": say("PASS: a\n" + "".join(f"FAIL: b{n}\n" for n in range(12))) + ends_with(1),
+    "spare": say("PASS: a\n") + ends_with(0),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("suite") / "k", CONFIGURATION, IMAGES, head="0123abcd\n")
+
+
+def vtx(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vtx.cli", "conformance", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def without_times(table: str) -> list[list[str]]:
+    return [[word for word in line.split() if "." not in word] for line in table.splitlines()]
+
+
+def test_table_of_everything(directory: Path) -> None:
+    done = vtx(directory, "--jobs", "2")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    table, _, failures = done.stdout.partition("\n\n")
+    assert without_times(table) == [
+        ["test", "verdict", "passed", "failed", "skipped", "seconds", "why,", "or", "first", "failure"],
+        ["good", "PASS", "1", "1"],
+        ["bad", "FAIL", "1", "12", "b0"],
+        ["other", "SKIP", "has", "not", "been", "built"],
+        ["spare", "SKIP", "runs", "only", "when", "asked", "for"],
+        ["total", "2", "12", "1", "1", "PASS,", "1", "FAIL,", "2", "SKIP"],
+        ["kvm-unit-tests", "0123abcd,", "built", "for", "x86_64"],
+    ]
+    assert "x86/other.flat has not been built" in table
+    assert failures.splitlines()[0] == "bad: failed checks"
+    assert failures.splitlines()[1] == "  FAIL: b0"
+    assert failures.splitlines()[-1] == "  and 2 more (--junit has them all)"
+
+
+def test_success(directory: Path) -> None:
+    done = vtx(directory, "--test", "good", "--test", "spare", "--jobs", "1")
+    assert done.returncode == 0
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["good", "PASS"], ["spare", "PASS"]]
+
+
+def test_junit_file(directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.xml"
+    done = vtx(directory, "--group", "g", "--exclude", "bad", "--jobs", "1", "--junit", file)
+    assert done.returncode == 0
+    root = ElementTree.parse(file).getroot()
+    assert [case.get("name") for case in root.iter("testcase")] == ["a", "b"]
+    properties = {each.get("name"): each.get("value") for each in root.iter("property")}
+    assert properties["suite revision"] == "0123abcd"
+    assert properties["processor of good"] == "skylake-server"
+
+
+def test_json(directory: Path) -> None:
+    done = vtx(directory, "--test", "bad", "--jobs", "1", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["suite revision"] == "0123abcd"
+    (test,) = found["tests"]
+    assert (test["verdict"], test["passed"], test["failed"], test["reason"]) == ("FAIL", 1, 12, "b0")
+    assert test["checks"][1] == {"status": "FAIL", "name": "b0"}
+
+
+def test_list(directory: Path) -> None:
+    done = vtx(directory, "--list")
+    assert done.returncode == 0
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1] == ["good", "g", "good.flat", "1", "128M", "90", "skylake-server"]
+    assert lines[4][:3] == ["spare", "unlisted", "nodefault"]
+    assert [row["test"] for row in json.loads(vtx(directory, "--list", "--json").stdout)] == [
+        "good",
+        "bad",
+        "other",
+        "spare",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group", "nix"], "no group 'nix' (groups: g, unlisted, nodefault)"),
+        (["--test", "nix"], "no test is called 'nix'"),
+        (["--profile", "nix"], "profile nix: expected a profile name"),
+        (["--junit", "no/such/place.xml"], "cannot write 'no/such/place.xml': No such file or directory"),
+        (["--jobs", "0"], "Invalid value for '--jobs'"),
+    ],
+)
+def test_wrong_usage_is_one_line(directory: Path, arguments: list[str], message: str) -> None:
+    done = vtx(directory, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_directory_that_is_no_build(tmp_path: Path) -> None:
+    done = vtx(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"vtx: {tmp_path}: not a kvm-unit-tests build: x86/unittests.cfg: No such file or directory\n"
+    )
