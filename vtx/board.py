@@ -93,7 +93,7 @@ class Board:
         memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))
 
     def _add_interrupt_controllers(self) -> None:
-        self.bus = InterruptBus()
+        self.bus = InterruptBus(self.due_changed)
         self.io_apic = IoApic(self.bus, identity=pc_map.IO_APIC_ID)
         self.bus.eoi_listeners.append(self.io_apic.end_of_interrupt)
         self.pic = PicPair(self._external_interrupt)

@@ -17,9 +17,11 @@ from vtx.board import Board, Socket
 from vtx.boot import acpi, firmware
 from vtx.boot.image import BootOptions, Module
 from vtx.boot.loaders import load
+from vtx.cpu import Cpu
+from vtx.engine.coherence import Coherence
 from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
-from vtx.vmx import Vmx
+from vtx.scheduler import Scheduler
 from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import NotModelled
@@ -56,25 +58,8 @@ class RunResult:
     ticks: int
 
 
-class Cpu(LogicalProcessor):
-    """The machine's processor; ``vmx`` is its virtualization extension."""
-
-    vmx: Vmx
-
-    def smi(self) -> None:
-        """A system-management interrupt."""
-        raise NotModelled("system-management mode")
-
-    def init(self) -> None:
-        """An INIT signal."""
-        raise NotModelled("INIT signal")
-
-    def start_up(self, vector: int) -> None:
-        """A start-up IPI; a running processor ignores it (SDM Vol. 3, "MP Initialization Protocol")."""
-
-
 class Machine:
-    """A PC with one processor.
+    """A PC with ``cpus`` processors, of which the first boots.
 
     ``profile`` names a CPU profile or is one; ``memory`` is the RAM size in bytes. ``serial`` receives what the guest
     writes to COM1, ``tracer`` every event. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the
@@ -86,6 +71,7 @@ class Machine:
         *,
         profile: str | Profile = DEFAULT_PROFILE,
         memory: int = DEFAULT_MEMORY,
+        cpus: int = 1,
         serial: Callable[[bytes], None] | None = None,
         tracer: Tracer | None = None,
         compiled: bool = True,
@@ -99,41 +85,57 @@ class Machine:
             self.memory,
             self,
             self.profile.tsc_frequency,
-            cpus=1,
+            cpus=cpus,
             serial=serial or (lambda data: None),
             exit_run=self._debug_exit,
             power_off=self._power_off,
-            due_changed=self._due_changed,
+            due_changed=self.due_changed,
         )
         self.uart = self.board.uart
+        self.tracer = tracer
+        self._compiled = compiled
+        self._coherence = Coherence()
+        self._latest = 0
+        self.cpus = [self._add_cpu(index, cpus) for index in range(cpus)]
+        self.cpu = self.cpus[0]
+        self._scheduler = Scheduler(self.cpus, self._switch)
+
+    def _add_cpu(self, index: int, count: int) -> Cpu:
         socket = Socket(self.board)
 
         def engine_factory(memory: PhysicalMemory, client: LogicalProcessor) -> UnicornEngine:
-            return UnicornEngine(memory, client, allow_compiled=compiled)
+            return UnicornEngine(memory, client, coherence=self._coherence, allow_compiled=self._compiled)
 
-        self.cpu = Cpu(self.memory, self.profile, socket, engine_factory)
-        socket.insert(self.profile, 0, self.cpu, self.cpu, self.cpu.msrs)
-        self.cpu.vmx = Vmx(self.cpu)
-        self.cpu.virtualization = self.cpu.vmx
-        self.tracer = tracer
-        self.cpu.vmx.operation.observer = VmxTracing(self.cpu, self.exit_counts, tracer)
-        if tracer is not None:
-            self.cpu.tracing = ProcessorTracing(self.cpu, tracer)
+        cpu = Cpu(self.memory, self.profile, socket, engine_factory, index=index, count=count)
+        if not index:
+            self._running = cpu
+        cpu.attach(self, socket)
+        cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer)
+        if self.tracer is not None:
+            cpu.tracing = ProcessorTracing(cpu, self.tracer)
+        return cpu
 
     def now(self) -> int:
-        """Virtual time: ticks of the time-stamp counter since power-up."""
-        return self.cpu.now()
+        """Virtual time: ticks of the time-stamp counter since power-up, as far as any processor has come."""
+        self._latest = max(self._latest, self._running.now())
+        return self._latest
 
-    def _due_changed(self) -> None:
-        self.cpu.device_written()
+    def _switch(self, index: int) -> None:
+        self._running = self.cpus[index]
+        self.board.running = self._running.socket
+
+    def due_changed(self) -> None:
+        """A device or another processor did something that the current run was not planned for."""
+        self._running.device_written()
+        if len(self.cpus) > 1:
+            self._scheduler.reconsider()
 
     def _power_off(self) -> None:
-        self.cpu.halt = Halt("the guest switched the machine off", shutdown=False)
-        self.cpu.stop_requested = True
+        self._running.halt = Halt("the guest switched the machine off", shutdown=False)
 
     def _debug_exit(self, value: int) -> None:
         self._exit_value = value
-        self.cpu.stop_requested = True
+        self._running.stop_requested = True
 
     def load(self, image: bytes, *, command_line: str = "", modules: Sequence[Module] = ()) -> None:
         """Put a boot image into memory and the processor into the state its boot protocol asks for.
@@ -141,7 +143,7 @@ class Machine:
         Raises `vtx.boot.BootError` with one clear line for an image that cannot be booted here.
         """
         options = BootOptions(command_line=command_line, modules=tuple(modules))
-        acpi.install(self.memory, 1)
+        acpi.install(self.memory, len(self.cpus))
         firmware.install(self.memory, self.board.port_write)
         load(image, self.memory, options, self.cpu.state)
         self.cpu.load_control_state()
@@ -153,29 +155,41 @@ class Machine:
     def interrupt(self) -> None:
         """Make `run` return soon with `StopReason.INTERRUPTED`; may be called from another thread."""
         self._interrupted = True
-        self.cpu.stop_requested = True
-        self.cpu.engine.request_stop()
+        for cpu in self.cpus:
+            cpu.stop_requested = True
+            cpu.engine.request_stop()
 
     def run(self, *, max_instructions: int | None = None) -> RunResult:
-        """Run until the guest ends the run, something ends it for good, or ``max_instructions`` (from power-up)."""
-        cpu = self.cpu
-        cpu.instruction_limit = max_instructions
+        """Run until the guest ends the run, something ends it for good, or ``max_instructions`` (from power-up).
+
+        With several processors the limit applies to each of them.
+        """
+        for cpu in self.cpus:
+            cpu.instruction_limit = max_instructions
         try:
-            cpu.run()
+            if len(self.cpus) == 1:
+                self.cpu.run()
+            else:
+                self._scheduler.run()
         except NotModelled as missing:
             return self._result(StopReason.NOT_MODELLED, str(missing))
         if self._exit_value is not None:
             return self._result(StopReason.DEBUG_EXIT, f"the guest ended the run with {self._exit_value:#x}")
         if self._interrupted:
-            self._interrupted = cpu.stop_requested = False
+            self._interrupted = False
+            for cpu in self.cpus:
+                cpu.stop_requested = False
             return self._result(StopReason.INTERRUPTED, "interrupted")
-        if cpu.halt is not None:
-            reason = StopReason.SHUTDOWN if cpu.halt.shutdown else StopReason.HALTED
-            return self._result(reason, cpu.halt.reason)
-        return self._result(StopReason.INSTRUCTION_LIMIT, f"instruction limit of {max_instructions} reached")
+        for cpu in self.cpus:
+            if cpu.halt is not None:
+                reason = StopReason.SHUTDOWN if cpu.halt.shutdown else StopReason.HALTED
+                return self._result(reason, cpu.halt.reason)
+        if any(cpu.at_instruction_limit for cpu in self.cpus):
+            return self._result(StopReason.INSTRUCTION_LIMIT, f"instruction limit of {max_instructions} reached")
+        return self._result(StopReason.HALTED, "all processors are halted with nothing to wake them")
 
     def _result(self, reason: StopReason, message: str) -> RunResult:
-        result = RunResult(reason, self._exit_value, message, self.cpu.instructions, self.cpu.now())
+        result = RunResult(reason, self._exit_value, message, sum(cpu.instructions for cpu in self.cpus), self.now())
         if self.tracer is not None:
             stopped = MachineStopped(0, result.ticks, reason.value, message, result.instructions, result.exit_value)
             self.tracer.emit(stopped)

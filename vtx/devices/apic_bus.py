@@ -15,9 +15,13 @@ from vtx.devices.local_apic import LocalApic
 
 
 class InterruptBus:
-    """Connects what is attached; ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector."""
+    """Connects what is attached.
 
-    def __init__(self) -> None:
+    ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector, ``delivered`` after each message.
+    """
+
+    def __init__(self, delivered: Callable[[], None] = lambda: None) -> None:
+        self._delivered = delivered
         self.apics: list[LocalApic] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
 
@@ -35,6 +39,7 @@ class InterruptBus:
             able = [apic for apic in targets if apic.software_enabled] or targets
             targets = [min(able, key=lambda apic: (apic.processor_priority(), apic.profile.apic_id))]
         accepted = [apic.receive(message) for apic in targets]
+        self._delivered()
         return any(accepted)
 
     def broadcast_eoi(self, vector: int) -> None:

@@ -329,7 +329,7 @@ class LogicalProcessor:
         while not self.stop_requested and self.halt is None and not self._gives_way:
             if until is not None and self.now() >= until:
                 return
-            if self.instruction_limit is not None and self.instructions >= self.instruction_limit:
+            if self.at_instruction_limit:
                 return
             self.run_once(until)
 
@@ -354,9 +354,14 @@ class LogicalProcessor:
         )
 
     @property
+    def at_instruction_limit(self) -> bool:
+        """Whether as many instructions as allowed have been executed."""
+        return self.instruction_limit is not None and self.instructions >= self.instruction_limit
+
+    @property
     def finished(self) -> bool:
         """Whether it must not run any more."""
-        return self.stop_requested or self.halt is not None
+        return self.stop_requested or self.halt is not None or self.at_instruction_limit
 
     def give_way(self) -> None:
         """Make `run` return soon."""

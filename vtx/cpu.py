@@ -1,0 +1,116 @@
+"""A processor of the machine: the logical processor with VMX and its pins, INIT and start-up among them.
+
+Spec: SDM Vol. 3, "Multiple-Processor (MP) Initialization"; "Processor State After INIT"; "Other Causes of VM Exits"
+(INIT signals, start-up IPIs).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import fields
+
+from vmcs.exits import Reason
+from vtx.board import Socket
+from vtx.vmx import Vmx
+from vtx.vmx.record import VmExit
+from vtx.x86.outcome import NotModelled
+from vtx.x86.processor import LogicalProcessor
+from vtx.x86.state import Activity, CpuState, Cr0, Gpr
+
+if TYPE_CHECKING:
+    from vtx.machine import Machine
+
+_CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
+_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0"})
+
+
+class Cpu(LogicalProcessor):
+    """One of the machine's processors. ``vmx`` is its virtualization extension, ``socket`` its place on the board."""
+
+    vmx: Vmx
+    socket: Socket
+    machine: Machine
+    _init_pending = False
+
+    def attach(self, machine: Machine, socket: Socket) -> None:
+        """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
+        self.machine, self.socket = machine, socket
+        socket.insert(self.profile, self.index, self, self, self.msrs)
+        self.vmx = Vmx(self)
+        self.virtualization = self.vmx
+        if self.index:
+            self.state.activity = Activity.WAIT_FOR_SIPI
+
+    # Pins.
+
+    def nmi(self) -> None:
+        """A non-maskable interrupt."""
+        super().nmi()
+        self.machine.due_changed()
+
+    def smi(self) -> None:
+        """A system-management interrupt."""
+        raise NotModelled("system-management mode")
+
+    def init(self) -> None:
+        """An INIT signal: latched, and taken at the next boundary at which it is not blocked."""
+        self._init_pending = True
+        self.machine.due_changed()
+
+    def start_up(self, vector: int) -> None:
+        """A start-up IPI, which only a processor that waits for one takes."""
+        self._take_init()
+        state = self.state
+        if state.activity is not Activity.WAIT_FOR_SIPI:
+            return
+        if self.vmx.non_root:
+            self.vmx.exit(VmExit(Reason.STARTUP_IPI, qualification=vector))
+            self.reload = True
+        else:
+            state.cs.selector, state.cs.base, state.rip = vector << 8, vector << 12, 0
+            state.activity = Activity.ACTIVE
+            self.changed_system_state()
+        self.machine.due_changed()
+
+    @property
+    def awake(self) -> bool:
+        """Whether it executes instructions or may take an event that is pending."""
+        return super().awake or (self._init_pending and not self._init_is_blocked())
+
+    def _init_is_blocked(self) -> bool:
+        """INIT is blocked in VMX root operation, and has no effect on a processor that waits for a start-up IPI."""
+        return self.vmx.in_vmx_operation and not self.vmx.non_root
+
+    def run_once(self, until: int | None = None) -> None:
+        """As every processor; a pending INIT comes first."""
+        if self._init_pending and self._take_init():
+            return
+        super().run_once(until)
+
+    def _take_init(self) -> bool:
+        if not self._init_pending or self._init_is_blocked():
+            return False
+        self._init_pending = False
+        if self.vmx.non_root:
+            if self.state.activity is not Activity.WAIT_FOR_SIPI:
+                self.vmx.exit(VmExit(Reason.INIT_SIGNAL))
+                self.reload = True
+        elif not self.index:
+            raise NotModelled("INIT of the bootstrap processor, which has no firmware to go back to")
+        else:
+            self._reset_by_init()
+        return True
+
+    def _reset_by_init(self) -> None:
+        """INIT leaves the caches' enables, the x87/SSE state and the MSRs alone, and resets the rest."""
+        state, fresh = self.state, CpuState()
+        cache_bits = state.cr0 & _CACHE_BITS
+        for field in fields(CpuState):
+            if field.name not in _KEPT_BY_INIT:
+                setattr(state, field.name, getattr(fresh, field.name))
+        state.cr0 = state.cr0 & ~_CACHE_BITS | cache_bits
+        state.gpr[Gpr.RDX] = self.profile.signature
+        state.activity = Activity.WAIT_FOR_SIPI
+        self.socket.apic.init_reset()
+        self.load_control_state()
