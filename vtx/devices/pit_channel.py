@@ -39,8 +39,10 @@ class CounterState:
 
     ``register`` is the count as written; ``count`` the one in use, 1 to the range. ``loaded`` tells that one is in use
     since the control word. It was loaded at pulse ``start``; until then ``old_value`` and ``old_output`` hold.
-    ``transfer`` is the pulse at which the register is taken over, None if no such pulse is known. ``elapsed`` pulses
-    were counted up to pulse ``since``; None means that counting is suspended.
+    ``elapsed`` pulses were counted up to pulse ``since``; None means that counting is suspended. ``reload`` is the
+    pulse at which a periodic mode goes over to a new count, None if there is none. ``taken`` is the pulse at which the
+    count written last is or was taken over, None if that waits for something to happen. ``struck`` is the pulse of a
+    strobe during which counting was suspended.
     """
 
     mode: Mode = Mode.INTERRUPT_ON_TERMINAL_COUNT
@@ -51,9 +53,11 @@ class CounterState:
     loaded: bool = False
     count: int = BINARY_RANGE
     start: int = 0
-    transfer: int | None = None
+    reload: int | None = None
+    taken: int | None = None
     elapsed: int = 0
     since: int | None = None
+    struck: int | None = None
     old_value: int = 0
     old_output: bool = False
 
@@ -73,7 +77,7 @@ class Counter:
         if self.state.mode is Mode.INTERRUPT_ON_TERMINAL_COUNT:
             self.state.old_value = self.value(clock)
             self.state.loaded = False
-            self.state.transfer = None
+            self.state.taken = None
 
     def set_count(self, clock: int, value: int) -> None:
         """A complete count, as the 16 bits written."""
@@ -81,12 +85,14 @@ class Counter:
         state = self.state
         state.register = value
         state.written = True
-        if state.mode in TRIGGERED:
-            state.transfer = None
-        elif state.mode in ONE_TIME or not state.loaded:
+        state.taken = None
+        if state.mode in ONE_TIME or (state.mode in PERIODIC and not state.loaded):
             self._load(clock)
-        else:
-            state.transfer = None if state.since is None else self._next_reload(clock)
+        elif state.loaded and clock < state.start:
+            state.count = self._written_count()  # the pulse that was to load the old one loads this one
+            state.taken = state.start
+        elif state.mode in PERIODIC and state.since is not None:
+            state.reload = state.taken = self._next_reload(clock)
 
     def set_gate(self, clock: int, level: bool) -> None:
         """Drive the gate input."""
@@ -105,8 +111,10 @@ class Counter:
         else:
             state.elapsed = self._elapsed(clock)
             state.since = None
-            if state.transfer != state.start:
-                state.transfer = None
+            if state.elapsed == state.count and state.struck is None:
+                state.struck = clock
+            if state.reload is not None:
+                state.reload = state.taken = None
 
     def value(self, clock: int) -> int:
         """What the counting element holds, as 16 bits, binary or BCD."""
@@ -135,7 +143,7 @@ class Counter:
             return state.old_output
         elapsed = self._elapsed(clock)
         if state.mode in STROBES:
-            return elapsed != state.count
+            return elapsed != state.count or (state.struck is not None and clock > state.struck)
         if state.mode not in PERIODIC:
             return elapsed >= state.count
         if not state.gate:
@@ -153,23 +161,23 @@ class Counter:
         first = max(clock, state.start)
         if self.output(first) != self.output(clock):
             return first
+        elapsed = self._elapsed(first)
+        if state.mode in STROBES and elapsed == state.count:
+            return None if self.output(first) else first + 1
         if state.since is None:
             return None
-        elapsed = self._elapsed(first)
         if state.mode in PERIODIC:
             if state.count == 1:
                 return None
             position = elapsed % state.count
             turn = state.count - 1 if state.mode is Mode.RATE_GENERATOR else self._high_pulses
             return first + (turn if position < turn else state.count) - position
-        if elapsed < state.count:
-            return first + state.count - elapsed
-        return first + 1 if state.mode in STROBES and elapsed == state.count else None
+        return first + state.count - elapsed if elapsed < state.count else None
 
     def null_count(self, clock: int) -> bool:
         """Whether the count last written is not in use yet."""
-        transfer = self.state.transfer
-        return transfer is None or clock < transfer
+        taken = self.state.taken
+        return taken is None or clock < taken
 
     @property
     def _range(self) -> int:
@@ -199,7 +207,10 @@ class Counter:
         old_value, old_output = self.value(clock), self.output(clock) and not low_at_once
         state.old_value, state.old_output = old_value, old_output
         state.loaded = True
-        state.start = state.transfer = clock + 1
+        state.start = clock + 1
+        state.reload = state.struck = None
+        if state.taken is None:
+            state.taken = state.start
         state.count = self._written_count()
         state.elapsed = 0
         state.since = clock + 1 if state.gate or state.mode in TRIGGERED else None
@@ -215,12 +226,13 @@ class Counter:
     def _settle(self, clock: int) -> None:
         """Take over a new count of a periodic mode once the pulse for it has come."""
         state = self.state
-        if state.transfer is None or state.transfer == state.start or clock < state.transfer or not state.loaded:
+        if state.reload is None or clock < state.reload:
             return
-        ends_high_half = state.mode is Mode.SQUARE_WAVE and self._elapsed(state.transfer) % state.count != 0
+        ends_high_half = state.mode is Mode.SQUARE_WAVE and self._elapsed(state.reload) % state.count != 0
         state.count = self._written_count()
-        state.start = state.since = state.transfer
+        state.start = state.since = state.reload
         state.elapsed = self._high_pulses if ends_high_half else 0
+        state.reload = None
 
 
 def _to_bcd(value: int) -> int:
