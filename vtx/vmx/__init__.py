@@ -1,7 +1,7 @@
 """Intel VT-x: VMX instructions, VM entry, VM exit, and what makes a guest exit.
 
-Reading order: `outcome`, `operation`, `instructions`, `execution`, `view`, `entry`, `guest_state`, `host_state`,
-`exit`, `intercepts`, `events`, `boundary`, `vmx`.
+Reading order: `outcome`, `operation`, `shadowing`, `instructions`, `execution`, `view`, `entry`, `guest_state`,
+`host_state`, `exit`, `intercepts`, `events`, `boundary`, `vmx`.
 """
 
 from vtx.vmx.vmx import Vmx

@@ -107,6 +107,17 @@ def _vmwrite(operation: VmxOperation, instruction: Instruction) -> Outcome:
     return i.vmwrite(operation, encoding, lambda: _read_memory(operation, instruction, size))
 
 
+def _admit_field_access(position: int) -> Admission:
+    """Admission of VMREAD or VMWRITE, whose operand ``position`` is the register with the field's encoding."""
+
+    def admit(operation: VmxOperation, reason: Reason, instruction: Instruction | None) -> Outcome | None:
+        assert instruction is not None
+        encoding = _register_value(operation, instruction, position)
+        return i.admit_field_access(operation, reason, instruction, encoding)
+
+    return admit
+
+
 def _with_address(perform: Callable[[VmxOperation, int], Outcome]) -> Callable[[VmxOperation, Instruction], Outcome]:
     """An instruction whose operand is a 64-bit physical address in memory."""
     return lambda operation, instruction: perform(operation, _read_memory(operation, instruction, 8))
@@ -134,8 +145,8 @@ ROWS: Final[dict[int, Row]] = {
     Mnemonic.VMCLEAR: Row("VMCLEAR", Reason.VMCLEAR, i.admit, _with_address(i.vmclear)),
     Mnemonic.VMPTRLD: Row("VMPTRLD", Reason.VMPTRLD, i.admit, _with_address(i.vmptrld)),
     Mnemonic.VMPTRST: Row("VMPTRST", Reason.VMPTRST, i.admit, _vmptrst),
-    Mnemonic.VMREAD: Row("VMREAD", Reason.VMREAD, i.admit, _vmread),
-    Mnemonic.VMWRITE: Row("VMWRITE", Reason.VMWRITE, i.admit, _vmwrite),
+    Mnemonic.VMREAD: Row("VMREAD", Reason.VMREAD, _admit_field_access(1), _vmread),
+    Mnemonic.VMWRITE: Row("VMWRITE", Reason.VMWRITE, _admit_field_access(0), _vmwrite),
     Mnemonic.VMLAUNCH: Row("VMLAUNCH", Reason.VMLAUNCH, i.admit, lambda o, _: enter(o, launching=True)),
     Mnemonic.VMRESUME: Row("VMRESUME", Reason.VMRESUME, i.admit, lambda o, _: enter(o, launching=False)),
     Mnemonic.VMCALL: Row("VMCALL", Reason.VMCALL, i.admit_vmcall, _without_operand(i.vmcall)),
@@ -159,10 +170,19 @@ def execute_instruction(operation: VmxOperation, instruction: Instruction) -> bo
     return True
 
 
-def execute_directly(operation: VmxOperation, name: str, perform: Callable[[], Outcome]) -> Outcome:
-    """Execute the instruction of that name with operands given by the caller; RIP stays where it is."""
+def execute_directly(
+    operation: VmxOperation, name: str, perform: Callable[[], Outcome], encoding: int | None = None
+) -> Outcome:
+    """Execute the instruction of that name with operands given by the caller; RIP stays where it is.
+
+    ``encoding`` is the field that VMREAD and VMWRITE access.
+    """
     row = BY_NAME[name]
-    outcome = row.admit(operation, row.reason, None) or perform()
+    if encoding is None:
+        stopped = row.admit(operation, row.reason, None)
+    else:
+        stopped = i.admit_field_access(operation, row.reason, None, encoding)
+    outcome = stopped or perform()
     if operation.observer is not None:
         operation.observer.vm_instruction(name, outcome)
     commit(operation.processor.state, outcome, None)

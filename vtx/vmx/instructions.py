@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from vmcs import controls as c
 from vmcs.exits import InstructionError, Reason
-from vmcs.region import LaunchState, Vmcs
+from vmcs.region import SHADOW_INDICATOR, LaunchState
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.intercepts import vmx_instruction_exit
-from vtx.vmx.operation import NO_VMCS, ActiveVmcs, VmxOperation
+from vtx.vmx.operation import NO_VMCS, VmxOperation
 from vtx.vmx.outcome import FAIL_INVALID, SUCCEED, Outcome, VmSucceed
 from vtx.vmx.record import VmExit
+from vtx.vmx.shadowing import accessed_vmcs, is_shadowed
 from vtx.x86.decode import Instruction, is_canonical
 from vtx.x86.msr_table import FEATURE_CONTROL_LOCK, FEATURE_CONTROL_VMX_OUTSIDE_SMX, IA32_FEATURE_CONTROL
 from vtx.x86.outcome import Fault, Vector
@@ -67,6 +69,18 @@ def admit(operation: VmxOperation, reason: Reason, instruction: Instruction | No
         return _UD
     if operation.non_root:
         return _guest_exit(operation, reason, instruction)
+    return _GP if state.cpl else None
+
+
+def admit_field_access(
+    operation: VmxOperation, reason: Reason, instruction: Instruction | None, encoding: int
+) -> Outcome | None:
+    """VMREAD and VMWRITE of ``encoding``, which VMCS shadowing may keep from exiting; they then need CPL 0."""
+    if not operation.non_root or not is_shadowed(operation, reason, encoding):
+        return admit(operation, reason, instruction)
+    state = operation.processor.state
+    if not state.cr0 & _PE or state.rflags & _VM or _in_compatibility_mode(state):
+        return _UD
     return _GP if state.cpl else None
 
 
@@ -165,15 +179,13 @@ def vmptrld(operation: VmxOperation, address: int) -> Outcome:
         return operation.fail(InstructionError.VMPTRLD_WITH_INVALID_PHYSICAL_ADDRESS)
     if address == operation.vmxon_pointer:
         return operation.fail(InstructionError.VMPTRLD_WITH_VMXON_POINTER)
-    memory, capabilities = operation.processor.memory, operation.capabilities
-    # VMCS shadowing is not modelled, so the shadow-VMCS indicator is part of what must match.
-    if memory.read_u32(address) != capabilities.revision_identifier:
+    capabilities = operation.capabilities
+    word = operation.processor.memory.read_u32(address)
+    if capabilities.allows(c.VMCS_SHADOWING):
+        word &= ~SHADOW_INDICATOR
+    if word != capabilities.revision_identifier:
         return operation.fail(InstructionError.VMPTRLD_WITH_INCORRECT_VMCS_REVISION_IDENTIFIER)
-    active = operation.active.get(address)
-    if active is None:
-        image = memory.read(address, capabilities.region_size)
-        active = operation.active[address] = ActiveVmcs(address, Vmcs.from_image(image, capabilities))
-    operation.current = active
+    operation.current = operation.activate(address)
     return SUCCEED
 
 
@@ -183,27 +195,30 @@ def vmptrst(operation: VmxOperation) -> Outcome:
 
 
 def vmread(operation: VmxOperation, encoding: int) -> Outcome:
-    """The value of the field, or of bits 63:32 of it, that ``encoding`` names."""
-    active = operation.current
-    if active is None:
+    """The value of the field, or of bits 63:32 of it, that ``encoding`` names; a guest reads the shadow VMCS."""
+    vmcs = accessed_vmcs(operation)
+    if vmcs is None:
         return FAIL_INVALID
-    value = active.vmcs.read(encoding)
+    value = vmcs.read(encoding)
     if value is None:
         return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
     return VmSucceed(value)
 
 
 def vmwrite(operation: VmxOperation, encoding: int, source: Callable[[], int]) -> Outcome:
-    """Write the field that ``encoding`` names; ``source`` reads the operand and is called only if it is needed."""
-    active = operation.current
-    if active is None:
+    """Write the field that ``encoding`` names; a guest writes the shadow VMCS.
+
+    ``source`` reads the operand and is called only if it is needed.
+    """
+    vmcs = accessed_vmcs(operation)
+    if vmcs is None:
         return FAIL_INVALID
     field = operation.capabilities.fields.get(encoding)
     if field is None:
         return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
     if field.read_only and not operation.capabilities.vmwrite_any_field:
         return operation.fail(InstructionError.VMWRITE_TO_READ_ONLY_COMPONENT)
-    active.vmcs.write(encoding, source())
+    vmcs.write(encoding, source())
     return SUCCEED
 
 

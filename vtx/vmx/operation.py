@@ -107,6 +107,14 @@ class VmxOperation:
         assert self.current is not None
         return self.current.vmcs
 
+    def activate(self, address: int) -> ActiveVmcs:
+        """The VMCS at physical ``address``, which becomes active if it is not: its data then come from memory."""
+        active = self.active.get(address)
+        if active is None:
+            image = self.processor.memory.read(address, self.capabilities.region_size)
+            active = self.active[address] = ActiveVmcs(address, Vmcs.from_image(image, self.capabilities))
+        return active
+
     def new_context(self, active: ActiveVmcs) -> EntryContext:
         """What the rules of VM entry may know about this processor beside the VMCS."""
         profile, msrs, memory = self.processor.profile, self.processor.msrs, self.processor.memory

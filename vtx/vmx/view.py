@@ -43,6 +43,8 @@ VIEW_FIELDS: Final = frozenset(
         f.CR3_TARGET_VALUE_1,
         f.CR3_TARGET_VALUE_2,
         f.CR3_TARGET_VALUE_3,
+        f.VMREAD_BITMAP_ADDRESS,
+        f.VMWRITE_BITMAP_ADDRESS,
     )
 )
 
@@ -84,7 +86,6 @@ _UNMODELLED: Final = (
     c.VIRTUAL_INTERRUPT_DELIVERY,
     c.PAUSE_LOOP_EXITING,
     c.ENABLE_VM_FUNCTIONS,
-    c.VMCS_SHADOWING,
     c.ENABLE_ENCLS_EXITING,
     c.EPT_VIOLATION_VE,
     c.ENABLE_XSAVES_XRSTORS,
@@ -113,7 +114,8 @@ class ControlView:
     """Control words with ungated ones zeroed, and what follows from them.
 
     ``plain_exits`` gives the exit reason of each parameterless operation that exits. ``eptp`` is None without EPT;
-    ``vpid`` is 0 without VPIDs. ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
+    ``vpid`` is 0 without VPIDs. ``shadowing_bitmaps`` are the addresses for VMREAD and VMWRITE, None without VMCS
+    shadowing. ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
     """
 
     pin: int
@@ -130,6 +132,7 @@ class ControlView:
     cr3_targets: tuple[int, ...]
     io_bitmaps: tuple[int, int] | None
     msr_bitmaps: int | None
+    shadowing_bitmaps: tuple[int, int] | None
     unrestricted_guest: bool = field(init=False)
     window_or_flag: bool = field(init=False)
 
@@ -154,6 +157,9 @@ def build_view(values: Mapping[int, int]) -> ControlView:
     if primary & c.USE_IO_BITMAPS.mask:
         io_bitmaps = (values[f.IO_BITMAP_A_ADDRESS.encoding], values[f.IO_BITMAP_B_ADDRESS.encoding])
     msr_bitmaps = values[f.MSR_BITMAP_ADDRESS.encoding] if primary & c.USE_MSR_BITMAPS.mask else None
+    shadowing_bitmaps = None
+    if secondary & c.VMCS_SHADOWING.mask:
+        shadowing_bitmaps = (values[f.VMREAD_BITMAP_ADDRESS.encoding], values[f.VMWRITE_BITMAP_ADDRESS.encoding])
     targets = _CR3_TARGETS[: values[f.CR3_TARGET_COUNT.encoding]]
     return ControlView(
         pin=values[f.PIN_BASED_CONTROLS.encoding],
@@ -170,6 +176,7 @@ def build_view(values: Mapping[int, int]) -> ControlView:
         cr3_targets=tuple(values[encoding] for encoding in targets),
         io_bitmaps=io_bitmaps,
         msr_bitmaps=msr_bitmaps,
+        shadowing_bitmaps=shadowing_bitmaps,
     )
 
 

@@ -146,7 +146,9 @@ class Vmx:
     def vmread(self, field: Field | int) -> Outcome:
         """VMREAD of a field or encoding; what it reads is the value of the outcome."""
         encoding = field.encoding if isinstance(field, Field) else field
-        return execute_directly(self.operation, "VMREAD", lambda: instructions.vmread(self.operation, encoding))
+        return execute_directly(
+            self.operation, "VMREAD", lambda: instructions.vmread(self.operation, encoding), encoding
+        )
 
     def vmwrite(self, field: Field | int, value: int) -> Outcome:
         """VMWRITE of a 64-bit ``value`` to a field or encoding."""
@@ -155,6 +157,7 @@ class Vmx:
             self.operation,
             "VMWRITE",
             lambda: instructions.vmwrite(self.operation, encoding, lambda: value & MASK64),
+            encoding,
         )
 
     def vmlaunch(self) -> Outcome:

@@ -21,7 +21,7 @@ from vmcs.exits import Reason
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import Outcome, VmExited, VmFailInvalid, VmFailValid, VmSucceed
 from vtx.x86.outcome import Fault, Vector
-from vtx.x86.profile import load_profile
+from vtx.x86.profile import DEFAULT_PROFILE, load_profile
 from vtx.x86.state import Shadow
 
 UD = Fault(Vector.UD)
@@ -29,6 +29,7 @@ GP = Fault(Vector.GP, 0)
 CF, ZF = 1, 1 << 6
 OTHER_STATUS_FLAGS = 0x894  # PF, AF, SF and OF
 NO_VMCS = (1 << 64) - 1
+WITHOUT_SHADOWING = "nehalem-server"
 
 CALLS: dict[str, Callable[[Vmx], Outcome]] = {
     "VMXON": lambda vmx: vmx.vmxon(VMXON_REGION),
@@ -47,8 +48,8 @@ CALLS: dict[str, Callable[[Vmx], Outcome]] = {
 IN_VMX_OPERATION = [name for name in CALLS if name != "VMXON"]
 
 
-def in_root() -> tuple[FakeProcessor, Vmx]:
-    processor, vmx = make_vmx()
+def in_root(profile: str = DEFAULT_PROFILE) -> tuple[FakeProcessor, Vmx]:
+    processor, vmx = make_vmx(load_profile(profile))
     assert vmx.vmxon(VMXON_REGION) == VmSucceed()
     return processor, vmx
 
@@ -239,9 +240,13 @@ class TestVmptrld:
         assert vmx.vmptrld(REGION_A) == VmSucceed()
         assert vmx.vmptrld(VMXON_REGION) == VmFailValid(Error.VMPTRLD_WITH_VMXON_POINTER)
 
-    @pytest.mark.parametrize("flip", [1, 1 << 31], ids=["identifier", "shadow-indicator"])
-    def test_wrong_revision(self, flip: int) -> None:
-        processor, vmx = in_root()
+    @pytest.mark.parametrize(
+        ("flip", "profile"),
+        [(1, DEFAULT_PROFILE), (1 << 31, WITHOUT_SHADOWING)],
+        ids=["identifier", "shadow-indicator-without-shadowing"],
+    )
+    def test_wrong_revision(self, flip: int, profile: str) -> None:
+        processor, vmx = in_root(profile)
         assert vmx.vmptrld(REGION_A) == VmSucceed()
         processor.memory.write_u32(REGION_B, processor.memory.read_u32(REGION_B) ^ flip)
         assert vmx.vmptrld(REGION_B) == VmFailValid(Error.VMPTRLD_WITH_INCORRECT_VMCS_REVISION_IDENTIFIER)
@@ -281,12 +286,18 @@ class TestVmreadVmwrite:
         assert vmx.vmwrite(encoding, 0) == error
         assert vmcs[f.VM_INSTRUCTION_ERROR] == 12
 
-    def test_read_only_field(self) -> None:
-        _, vmx = make_vmx()
+    def test_read_only_field__without_vmwrite_to_any_field(self) -> None:
+        _, vmx = make_vmx(load_profile(WITHOUT_SHADOWING))
         vmcs = prepare(vmx)
         vmcs[f.EXIT_REASON] = 5
         assert vmx.vmwrite(f.EXIT_REASON, 1) == VmFailValid(Error.VMWRITE_TO_READ_ONLY_COMPONENT)
         assert vmx.vmread(f.EXIT_REASON) == VmSucceed(5)
+
+    def test_read_only_field__with_vmwrite_to_any_field(self) -> None:
+        _, vmx = make_vmx()
+        prepare(vmx)
+        assert vmx.vmwrite(f.EXIT_REASON, 1) == VmSucceed()
+        assert vmx.vmread(f.EXIT_REASON) == VmSucceed(1)
 
     def test_high_access(self) -> None:
         _, vmx = make_vmx()
