@@ -1,22 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The per-block callback of the engine, in C because it runs once per translated block. It is the compiled twin of
- * PythonBlockClock in clock.py; the two must count alike, and a test holds them together.
+ * BlockClock in clock.py; the two must count alike, and a test holds them together.
  *
- * Nothing here links against Unicorn: the addresses of the two functions it calls come in the shared structure.
+ * Nothing here links against Unicorn: the addresses of the functions it calls come in the shared structure.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 
-#define CACHE_SLOTS 4096
+#define BLOCK_SLOTS 4096
+#define PAGE_SLOTS 1024
+#define PAGE_SHIFT 12
 #define RFLAGS_IF 0x200
 
-struct uc_tb {
-    uint64_t pc;
-    uint16_t icount;
-    uint16_t size;
-};
+#define STOPPED_BY_LIMIT 1
+#define STOPPED_BY_IF 2
+#define STOPPED_BY_BLOCK 3
+
+#define FACTS_INSTRUCTIONS 0xffffffff
+#define FACTS_STOP ((uint64_t)1 << 32)
 
 struct block_clock {
     uint64_t elapsed;           /* bytes of code in the blocks entered */
@@ -26,53 +29,82 @@ struct block_clock {
     uint64_t instructions;      /* instructions in the blocks entered */
     uint64_t instruction_limit; /* likewise */
     uint64_t watch_if;          /* stop before a block entered with RFLAGS.IF set */
-    uint64_t stopped;           /* why: 0 not, 1 a limit, 2 RFLAGS.IF */
-    int (*stop)(void *);
-    int (*control)(void *, int, ...);
-    int (*read_register)(void *, int, void *);
-    uint64_t request_block;     /* uc_ctl code that describes a translated block */
+    uint64_t stopped;           /* why: STOPPED_BY_ something, or 0 */
+    void (*stop)(void *);
+    void (*read_register)(void *, int, void *);
     uint64_t flags_register;    /* Unicorn's number of RFLAGS */
-    uint64_t generation;        /* raised whenever code changed: cached instruction counts are void */
+    uint64_t (*examine)(uint64_t, uint64_t); /* facts about the code at an address, of a size */
+    uint64_t generation;        /* raised whenever code changed: all facts known are void */
+    uint64_t recent;            /* address of the block whose facts are in recent_facts; all ones: none */
+    uint64_t recent_facts;
+    struct {
+        uint64_t page;          /* linear page number */
+        uint64_t code;          /* the frame its code is in, and the kind of code */
+    } pages[PAGE_SLOTS];
     struct {
         uint64_t address;
         uint64_t key;           /* size and generation */
-        uint64_t instructions;
-    } cache[CACHE_SLOTS];
+        uint64_t code;
+        uint64_t facts;
+    } blocks[BLOCK_SLOTS];
 };
 
-static uint64_t count_instructions(struct block_clock *clock, void *engine, uint64_t address, uint64_t size)
+static uint64_t facts_of(struct block_clock *clock, uint64_t address, uint64_t size)
 {
-    uint64_t slot = (address ^ (address >> 12)) % CACHE_SLOTS;
+    uint64_t page = address >> PAGE_SHIFT;
+    uint64_t page_slot = page % PAGE_SLOTS;
+    uint64_t slot = (address ^ (address >> PAGE_SHIFT)) % BLOCK_SLOTS;
     uint64_t key = size << 48 | (clock->generation & 0xffffffffffff);
+    uint64_t code = clock->pages[page_slot].code;
 
-    if (clock->cache[slot].address != address || clock->cache[slot].key != key) {
-        struct uc_tb block = {0, 0, 0};
-        clock->control(engine, (int)clock->request_block, address, &block);
-        clock->cache[slot].address = address;
-        clock->cache[slot].key = key;
-        clock->cache[slot].instructions = block.icount;
+    if (clock->pages[page_slot].page != page)
+        return clock->examine(address, size);
+    if (clock->blocks[slot].address != address || clock->blocks[slot].key != key || clock->blocks[slot].code != code) {
+        clock->blocks[slot].facts = clock->examine(address, size);
+        clock->blocks[slot].address = address;
+        clock->blocks[slot].key = key;
+        clock->blocks[slot].code = code;
     }
-    return clock->cache[slot].instructions;
+    return clock->blocks[slot].facts;
+}
+
+static void stop_before(struct block_clock *clock, void *engine, uint64_t reason)
+{
+    clock->stopped = reason;
+    clock->stop(engine);
 }
 
 static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
 {
     struct block_clock *clock = data;
+    uint64_t offset = address - clock->address, facts;
 
-    clock->address = address;
-    clock->size = size;
+    if (offset < clock->size && offset + size != clock->size) {
+        /* A store changed the block it is in: the block was left at the store, which starts over. */
+        clock->elapsed -= clock->size - offset;
+        clock->instructions -= clock->examine(address, clock->size - offset) & FACTS_INSTRUCTIONS;
+        clock->recent = ~(uint64_t)0;
+    }
+    if (address == clock->recent && size == clock->size) {
+        facts = clock->recent_facts;
+    } else {
+        facts = facts_of(clock, address, size);
+        clock->recent = address;
+        clock->recent_facts = facts;
+        clock->address = address;
+        clock->size = size;
+    }
     clock->elapsed += size;
-    clock->instructions += count_instructions(clock, engine, address, size);
+    clock->instructions += facts & FACTS_INSTRUCTIONS;
     if (clock->elapsed > clock->limit || clock->instructions > clock->instruction_limit) {
-        clock->stopped = 1;
-        clock->stop(engine);
+        stop_before(clock, engine, STOPPED_BY_LIMIT);
+    } else if (facts & FACTS_STOP) {
+        stop_before(clock, engine, STOPPED_BY_BLOCK);
     } else if (clock->watch_if) {
         uint64_t flags = 0;
         clock->read_register(engine, (int)clock->flags_register, &flags);
-        if (flags & RFLAGS_IF) {
-            clock->stopped = 2;
-            clock->stop(engine);
-        }
+        if (flags & RFLAGS_IF)
+            stop_before(clock, engine, STOPPED_BY_IF);
     }
 }
 

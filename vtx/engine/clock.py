@@ -1,16 +1,19 @@
 """Counting executed code, and stopping in time.
 
 Virtual time is made of the bytes of code executed: the one measure that does not depend on how the engine cuts code
-into blocks, because a block left half-way can be taken back to the byte. The callback runs at the start of every
-block; compiled (`_blockclock`) it costs next to nothing, in Python about a microsecond, with the same results.
+into blocks, because a block left half-way can be taken back to the byte. Each iteration of a repeated string
+instruction counts, and so does the pass that finds the count exhausted. The callback runs at the start of every block;
+compiled (`_blockclock`) it costs next to nothing, in Python about a microsecond, with the same results.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Final
 
 from vtx.engine import native
+from vtx.engine.code_view import STOP
 
 try:
     from vtx.engine import _blockclock  # type: ignore[attr-defined, unused-ignore]
@@ -18,15 +21,24 @@ except ImportError:
     _blockclock = None
 
 UNLIMITED: Final = (1 << 64) - 1
-_CACHE_SLOTS: Final = 4096
+_BLOCK_SLOTS: Final = 4096
+_PAGE_SLOTS: Final = 1024
 _RFLAGS_IF: Final = 0x200
+_NO_BLOCK: Final = (1 << 64) - 1
 
 STOPPED_BY_LIMIT: Final = 1
 STOPPED_BY_IF: Final = 2
+STOPPED_BY_BLOCK: Final = 3
+
+_ExamineCallback = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
 
 
-class _CacheSlot(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_uint64), ("key", ctypes.c_uint64), ("instructions", ctypes.c_uint64))
+class _PageSlot(ctypes.Structure):
+    _fields_ = (("page", ctypes.c_uint64), ("code", ctypes.c_uint64))
+
+
+class _BlockSlot(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("address", "key", "code", "facts"))
 
 
 class _Shared(ctypes.Structure):
@@ -42,12 +54,14 @@ class _Shared(ctypes.Structure):
         ("watch_if", ctypes.c_uint64),
         ("stopped", ctypes.c_uint64),
         ("stop", ctypes.c_void_p),
-        ("control", ctypes.c_void_p),
         ("read_register", ctypes.c_void_p),
-        ("request_block", ctypes.c_uint64),
         ("flags_register", ctypes.c_uint64),
+        ("examine", _ExamineCallback),
         ("generation", ctypes.c_uint64),
-        ("cache", _CacheSlot * _CACHE_SLOTS),
+        ("recent", ctypes.c_uint64),
+        ("recent_facts", ctypes.c_uint64),
+        ("pages", _PageSlot * _PAGE_SLOTS),
+        ("blocks", _BlockSlot * _BLOCK_SLOTS),
     )
 
 
@@ -58,20 +72,21 @@ def _address_of(function: Any) -> int:
 class BlockClock:
     """The clock of one engine; installs itself as the engine's block hook.
 
-    ``shared`` is the structure both callbacks work on. ``compiled`` says which one is installed.
+    ``examine`` tells the facts about the code at (linear address, size), see `vtx.engine.code_view`. ``shared`` is the
+    structure both callbacks work on. ``compiled`` says which one is installed.
     """
 
-    def __init__(self, handle: ctypes.c_void_p, *, allow_compiled: bool = True) -> None:
-        self.shared = _Shared(limit=UNLIMITED, instruction_limit=UNLIMITED)
-        self.shared.stop = _address_of(native.library.uc_emu_stop)
-        self.shared.control = _address_of(native.library.uc_ctl)
-        self.shared.read_register = _address_of(native.library.uc_reg_read)
-        self.shared.request_block = native.CTL_REQUEST_BLOCK & 0xFFFF_FFFF
-        self.shared.flags_register = native.REG_EFLAGS
-        self.compiled = allow_compiled and _blockclock is not None
+    def __init__(
+        self, handle: ctypes.c_void_p, examine: Callable[[int, int], int], *, allow_compiled: bool = True
+    ) -> None:
         self._handle = handle
-        self._icounts: dict[tuple[int, int, int], int] = {}
-        self._block = native.TranslatedBlock()
+        self._examine = examine
+        self.shared = _Shared(limit=UNLIMITED, instruction_limit=UNLIMITED, recent=_NO_BLOCK)
+        self.shared.stop = _address_of(native.library.uc_emu_stop)
+        self.shared.read_register = _address_of(native.library.uc_reg_read)
+        self.shared.flags_register = native.REG_EFLAGS
+        self.shared.examine = _ExamineCallback(examine)
+        self.compiled = allow_compiled and _blockclock is not None
         self._flags = ctypes.c_uint64()
         if self.compiled:
             if _blockclock.structure_size() != ctypes.sizeof(_Shared):
@@ -85,31 +100,43 @@ class BlockClock:
 
     def _on_block(self, handle: int, address: int, size: int, data: int) -> None:
         shared = self.shared
+        offset = address - shared.address
+        if 0 <= offset < shared.size and offset + size != shared.size:
+            # A store changed the block it is in: the block was left at the store, which starts over.
+            self.take_back(address, self._examine(address, shared.size - offset) & ~STOP)
         shared.address, shared.size = address, size
+        facts = self._examine(address, size)
         shared.elapsed += size
-        shared.instructions += self._count_instructions(address, size)
+        shared.instructions += facts & ~STOP
         if shared.elapsed > shared.limit or shared.instructions > shared.instruction_limit:
-            shared.stopped = STOPPED_BY_LIMIT
-            native.library.uc_emu_stop(self._handle)
+            self._stop_before(STOPPED_BY_LIMIT)
+        elif facts & STOP:
+            self._stop_before(STOPPED_BY_BLOCK)
         elif shared.watch_if:
             native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
             if self._flags.value & _RFLAGS_IF:
-                shared.stopped = STOPPED_BY_IF
-                native.library.uc_emu_stop(self._handle)
+                self._stop_before(STOPPED_BY_IF)
 
-    def _count_instructions(self, address: int, size: int) -> int:
-        key = (address, size, self.shared.generation)
-        count = self._icounts.get(key)
-        if count is None:
-            code = ctypes.c_int(native.CTL_REQUEST_BLOCK & 0xFFFF_FFFF)
-            native.library.uc_ctl(self._handle, code, ctypes.c_uint64(address), ctypes.byref(self._block))
-            count = self._icounts[key] = self._block.icount
-        return count
+    def _stop_before(self, reason: int) -> None:
+        self.shared.stopped = reason
+        native.library.uc_emu_stop(self._handle)
+
+    def begin(self, limit: int, instruction_limit: int, *, watch_if: bool) -> None:
+        """A run begins; no block has been entered yet."""
+        shared = self.shared
+        shared.limit, shared.instruction_limit, shared.watch_if = limit, instruction_limit, watch_if
+        shared.stopped = shared.size = 0
+
+    def code_granted(self, page: int, frame: int, bits: int) -> None:
+        """Linear ``page`` will be executed from ``frame``, as ``bits``-bit code."""
+        slot = self.shared.pages[page % _PAGE_SLOTS]
+        slot.page, slot.code = page, frame << 8 | bits
+        self.shared.recent = _NO_BLOCK
 
     def code_changed(self) -> None:
-        """Translated code was dropped: instruction counts remembered for it are void."""
+        """Translated code was dropped: the facts known about it are void."""
         self.shared.generation += 1
-        self._icounts.clear()
+        self.shared.recent = _NO_BLOCK
 
     def take_back(self, address: int, instructions: int) -> None:
         """The current block was left at linear ``address``: the ``instructions`` from there on were not executed."""
@@ -118,6 +145,11 @@ class BlockClock:
         shared.elapsed -= left
         shared.size -= left
         shared.instructions -= instructions
+
+    def count_pass(self, size: int) -> None:
+        """Count one more pass over an instruction of ``size`` bytes."""
+        self.shared.elapsed += size
+        self.shared.instructions += 1
 
     def remaining_block(self, address: int) -> int:
         """Bytes of the current block from linear ``address`` on."""

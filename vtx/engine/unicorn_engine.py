@@ -17,11 +17,12 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from iced_x86 import Decoder
+from attrs import frozen
 
-from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
-from vtx.engine.clock import STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
+from vtx.engine.clock import STOPPED_BY_BLOCK, STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
+from vtx.engine.code_view import STOP, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.selfcheck import require_known_library
 from vtx.x86.execution import (
@@ -69,6 +70,14 @@ def _iret_drops_base(state: CpuState) -> bool:
     return False
 
 
+@frozen
+class _StoppedBefore:
+    """The engine stopped at ``block`` because it must not execute its ``instruction`` (linear addresses)."""
+
+    block: int
+    instruction: int
+
+
 class UnicornEngine:
     """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`).
 
@@ -103,13 +112,13 @@ class UnicornEngine:
         self.coherence = coherence or Coherence()
         self._member = self.coherence.join(self._flush_now, self._retranslate)
         self._scratch = ctypes.create_string_buffer(PAGE_SIZE)
-        self.clock = BlockClock(self._handle, allow_compiled=allow_compiled)
+        self._code = CodeView(memory)
+        self.clock = BlockClock(self._handle, self._examine, allow_compiled=allow_compiled)
         self._install_hooks()
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
         self._flags = ctypes.c_uint64()
         self._segment_bytes = b""
-        self._counts: dict[tuple[int, int, int], int] = {}
         self._flush_wanted = False
         self._running = False
         self._stop_requested = False
@@ -222,6 +231,9 @@ class UnicornEngine:
             self._refused = (address, kind, grant)
             return False
         frame, permissions = grant
+        if kind is AccessKind.EXECUTE:
+            self._code.granted(address >> PAGE_SHIFT, frame)
+            self.clock.code_granted(address >> PAGE_SHIFT, frame, self._bits())
         if self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
             entry.paddr = frame << PAGE_SHIFT
@@ -252,10 +264,8 @@ class UnicornEngine:
     def _port(self, access: Callable[[int, int, int], Any]) -> Any:
         self._save()
         self._callback_address = linear = self._linear_rip()
-        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
-        bits = 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
         try:
-            return access(linear, bits, hidden & 3)
+            return access(linear, self._bits(), self._image[layout.HFLAGS] & 3)
         finally:
             self._callback_address = None
 
@@ -263,6 +273,15 @@ class UnicornEngine:
         if not self._aborted:
             self._save()
             self._abort()
+
+    def _examine(self, linear: int, size: int) -> int:
+        """The facts about a block of code about to be executed."""
+        return int(self._guarded(1, self._facts, linear, size))
+
+    def _facts(self, linear: int, size: int) -> int:
+        if self._trap is None and not self._aborted:
+            self._save()
+        return self._code.facts(linear, size, self._bits())
 
     def _abort(self) -> None:
         """Undo the rest of the block: nothing after the saved state may have an effect."""
@@ -282,6 +301,11 @@ class UnicornEngine:
         (base,) = struct.unpack_from("<Q", self._image, layout.SEGMENTS + 24 + 8)
         (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
         return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
+
+    def _bits(self) -> int:
+        """Kind of code in the saved context: 16, 32 or 64 bits."""
+        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
+        return 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
 
     def _load(self, state: CpuState, reload: bool, step: bool) -> None:
         image, rflags = self._image, state.rflags
@@ -365,12 +389,9 @@ class UnicornEngine:
 
     def _shadow(self, state: CpuState) -> Shadow:
         """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
-        address = (self._linear_rip() - 1) & ((1 << 64) - 1)
-        grant = self._client.fill(address & ~PAGE_OFFSET_MASK, AccessKind.EXECUTE, state.cpl, False)
-        if isinstance(grant, Grant):
-            byte = self._memory.read_u8(grant.physical_page << PAGE_SHIFT | address & PAGE_OFFSET_MASK)
-            if byte == _STI_OPCODE:
-                return Shadow.STI
+        before = self._code.read((self._linear_rip() - 1) & ((1 << 64) - 1), 1)
+        if before and before[0] == _STI_OPCODE:
+            return Shadow.STI
         return Shadow.MOV_SS
 
     # Running.
@@ -387,17 +408,39 @@ class UnicornEngine:
         osxsave: bool = False,
     ) -> EngineEvent:
         """Run to the next event (see `ExecutionEngine.run`)."""
+        limit = UNLIMITED if budget is None or step else self.clock.shared.elapsed + budget
+        most = UNLIMITED if instruction_limit is None or step else max(instruction_limit, 0)
+        event = self._run_once(state, reload, limit, most, step, watch_if=watch_if, osxsave=osxsave)
+        if isinstance(event, _StoppedBefore):
+            return self._approach(state, event, limit, most)
+        return event
+
+    def _approach(self, state: CpuState, stopped: _StoppedBefore, limit: int, most: int) -> EngineEvent:
+        """Execute what comes before an instruction that must not run, one by one."""
+        shared = self.clock.shared
+        while stopped.block <= self._linear_rip() < stopped.instruction:
+            if shared.elapsed > limit or shared.instructions > most:
+                return BudgetSpent()
+            event = self._run_once(state, False, UNLIMITED, UNLIMITED, True)
+            if not isinstance(event, Stepped | _StoppedBefore):
+                return event
+        return InstructionTrap() if self._linear_rip() == stopped.instruction else Interrupted()
+
+    def _run_once(
+        self,
+        state: CpuState,
+        reload: bool,
+        limit: int,
+        instruction_limit: int,
+        step: bool,
+        *,
+        watch_if: bool = False,
+        osxsave: bool = False,
+    ) -> EngineEvent | _StoppedBefore:
         if self._flush_wanted:
             self._flush_now()
-        shared = self.clock.shared
-        shared.limit = UNLIMITED if budget is None or step else shared.elapsed + budget
-        shared.instruction_limit = UNLIMITED if instruction_limit is None or step else max(instruction_limit, 0)
-        shared.watch_if = watch_if and not step
-        shared.stopped = 0
-        shared.size = 0
+        self.clock.begin(0 if self._stop_requested else limit, instruction_limit, watch_if=watch_if and not step)
         self._trap = self._refused = self._aborted = None
-        if self._stop_requested:
-            shared.limit = 0
         arranged_tf = step and not state.rflags & _TF
         self._load(state, reload, step)
         if osxsave:
@@ -408,39 +451,42 @@ class UnicornEngine:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        event = self._event(status, step)
+        event = self._event(status)
+        before, shadow = state.gpr[1], state.shadow
         self._store(state, arranged_tf)
-        self._take_back()
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
-            return Stepped()
+            event = Stepped()
+        # In a shadow, the engine ends a repeated instruction as it does in a step.
+        self._settle(event, state.gpr[1] if shadow else before)
         return event
 
-    def _take_back(self) -> None:
-        """The run ended at RIP: what is left of the block entered last was counted but not executed."""
+    def _settle(self, event: EngineEvent | _StoppedBefore, before: int) -> None:
+        """The run ended at RIP: what is left of the block entered last was counted but not executed.
+
+        ``before`` is RCX as it was before the run. A block that a trap follows, or a fetch, was executed to its end.
+        """
+        if isinstance(event, RefusedFill) and event.kind is AccessKind.EXECUTE:
+            return
+        if isinstance(event, Stepped):
+            self._count_last_pass(before)
+            return
+        if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
+            return
         address = self._linear_rip()
         left = self.clock.remaining_block(address)
         if left:
-            key = (address, left, self.clock.shared.generation)
-            count = self._counts.get(key)
-            if count is None:
-                count = self._counts[key] = self._count_instructions(address, left)
-            self.clock.take_back(address, count)
+            self.clock.take_back(address, self._code.facts(address, left, self._bits()) & ~STOP)
 
-    def _count_instructions(self, address: int, size: int) -> int:
-        """Instructions in ``size`` bytes of code at linear ``address``, which has just been translated."""
-        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
-        bits = 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
-        code = bytearray()
-        while len(code) < size:
-            linear = address + len(code)
-            length = min(size - len(code), PAGE_SIZE - (linear & PAGE_OFFSET_MASK))
-            grant = self._client.fill(linear & ~PAGE_OFFSET_MASK, AccessKind.EXECUTE, hidden & 3, False)
-            if not isinstance(grant, Grant):
-                break
-            code += self._memory.read(grant.physical_page << PAGE_SHIFT | linear & PAGE_OFFSET_MASK, length)
-        return sum(1 for _ in Decoder(bits, bytes(code)))
+    def _count_last_pass(self, before: int) -> None:
+        """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
+        shared = self.clock.shared
+        (after,) = struct.unpack_from("<Q", self._image, layout.GPR + 8)
+        if after != before and self._linear_rip() == shared.address + shared.size:
+            code = self._code.read(shared.address, shared.size)
+            if ends_with_another_pass(code, self._bits(), after, self._flags.value):
+                self.clock.count_pass(shared.size)
 
-    def _event(self, status: int, step: bool) -> EngineEvent:
+    def _event(self, status: int) -> EngineEvent | _StoppedBefore:
         """What ended the run; afterwards the context image holds the state at the event."""
         if self._aborted is not None:
             image, counters = self._aborted
@@ -467,6 +513,10 @@ class UnicornEngine:
             return BudgetSpent()
         if self.clock.shared.stopped == STOPPED_BY_IF:
             return WindowOpen()
+        if self.clock.shared.stopped == STOPPED_BY_BLOCK:
+            shared = self.clock.shared
+            stop = self._code.stop_address(shared.address, shared.size, self._bits())
+            return InstructionTrap() if stop == self._linear_rip() else _StoppedBefore(shared.address, stop)
         native.check(status, f"running at {self._linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._linear_rip():#x} without saying why")
 
@@ -515,4 +565,4 @@ class UnicornEngine:
         data = self._memory.read(address, PAGE_SIZE)
         native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, PAGE_SIZE)
         self.clock.code_changed()
-        self._counts.clear()
+        self._code.changed()
