@@ -95,8 +95,7 @@ def _plan(
     excluded: tuple[str, ...],
     profiles: tuple[str, ...],
 ) -> tuple[Suite, list[Plan]]:
-    from vtx.conformance.machines import most_processors  # noqa: PLC0415 - not before the options are known to be good
-    from vtx.conformance.plan import Planner, Selection  # noqa: PLC0415
+    from vtx.conformance.plan import Planner, Selection  # noqa: PLC0415 - not before the options are known to be good
     from vtx.conformance.suite import SuiteError, load_suite  # noqa: PLC0415
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
@@ -104,7 +103,7 @@ def _plan(
         suite = load_suite(directory)
         selection = Selection(tests, groups, excluded)
         chosen = selection.select(suite)
-        planner = Planner(suite, profiles, most_processors=most_processors())
+        planner = Planner(suite, profiles)
     except SuiteError as error:
         raise Unusable(str(error)) from None
     except ProfileError as error:
@@ -172,9 +171,8 @@ def _tally(result: TestResult) -> tuple[int, int, int]:
     """Checks that passed, failed and were skipped; an expected failure counts as skipped."""
     from vtx.conformance.results import CheckStatus as Status  # noqa: PLC0415 - see `_plan`
 
-    passed = result.count(Status.PASS)
-    failed = result.count(Status.FAIL, Status.XPASS)
-    return passed, failed, result.count(Status.SKIP, Status.XFAIL, Status.KFAIL)
+    skipped = result.count(Status.SKIP, Status.XFAIL, Status.KFAIL)
+    return result.count(Status.PASS, Status.XPASS), result.count(Status.FAIL), skipped
 
 
 def _print_table(suite: Suite, results: Sequence[TestResult]) -> None:

@@ -109,10 +109,10 @@ class Planner:
     """Plans the tests of ``suite`` for processors of ``profiles``.
 
     A test gets the first profile that can be what it asks for; without ``profiles``, the default one or any other.
-    ``most_processors`` is what the machine can have. `ProfileError` for a profile that cannot be used.
+    A test for more than ``most_processors`` is left out. `ProfileError` for a profile that cannot be used.
     """
 
-    def __init__(self, suite: Suite, profiles: Sequence[str] = (), *, most_processors: int) -> None:
+    def __init__(self, suite: Suite, profiles: Sequence[str] = (), *, most_processors: int = 64) -> None:
         self._suite = suite
         self._most_processors = most_processors
         known = [profile_document(name) for name in profile_names()]

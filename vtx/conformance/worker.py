@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtx.boot.image import BootError
-from vtx.conformance.machines import new_machine
+from vtx.machine import Machine
 from vtx.x86.profile import build_profile
 
 _BUFFER: Final = 1 << 12
@@ -31,7 +31,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     profile = build_profile(job["processor"], job["profile"])
     try:
-        machine = new_machine(profile, job["memory"], job["processors"], serial)
+        machine = Machine(profile=profile, memory=job["memory"], cpus=job["processors"], serial=serial)
         machine.load(Path(job["image"]).read_bytes(), command_line=job["command_line"])
     except BootError as error:
         return {"died": f"cannot boot: {error}"}

@@ -38,7 +38,7 @@ def test_checks(pieces: int) -> None:
         ("SKIP", "six"),
         ("PASS", "last, unfinished"),
     ]
-    assert found.failures() == 2
+    assert found.first_failure() == found.checks[1]
     assert found.text == TEXT
 
 
@@ -90,7 +90,15 @@ def test_endless_output_does_not_fill_the_memory() -> None:
         (Ended(0, ""), "PASS: a\n", Verdict.PASS, ""),
         (Ended(0, ""), "PASS: a\nFAIL: b\n", Verdict.FAIL, "b"),
         (Ended(1, ""), "PASS: a\nFAIL: b\nFAIL: c\n", Verdict.FAIL, "b"),
-        (Ended(1, ""), "XPASS: b\n", Verdict.FAIL, "b"),
+        (Ended(1, ""), "XPASS: b\n", Verdict.FAIL, "ended with 1 although no check failed"),
+        (Ended(1, ""), "XPASS: b\nFAIL: c\nSUMMARY: 2 tests, 2 unexpected failures\n", Verdict.FAIL, "c"),
+        (
+            Ended(1, ""),
+            "XPASS: b\nSUMMARY: 3 tests, 2 unexpected failures\n",
+            Verdict.FAIL,
+            "ended with 1 although no check failed",
+        ),
+        (Ended(0, ""), "XFAIL: b\nSUMMARY: 1 tests, 1 expected failures\n", Verdict.PASS, ""),
         (Ended(1, ""), "PASS: a\n", Verdict.FAIL, "ended with 1 although no check failed"),
         (Ended(38, ""), "SKIP: no such feature\n", Verdict.SKIP, "no such feature"),
         (Ended(38, ""), "", Verdict.SKIP, "the test skipped itself"),
@@ -115,3 +123,10 @@ def test_verdict(ending: Ending, text: str, verdict: Verdict, reason: str) -> No
 
 def test_passed_and_skipped_are_no_failures() -> None:
     assert [verdict for verdict in Verdict if not verdict.is_failure] == [Verdict.PASS, Verdict.SKIP]
+
+
+def test_pass_that_the_suite_does_not_expect_is_a_pass() -> None:
+    """The suite ends with a failure, since it knows KVM to be wrong there."""
+    verdict, note = judge(Ended(1, ""), report("PASS: a\nXPASS: b\nSUMMARY: 2 tests, 1 unexpected failures\n"))
+    assert verdict is Verdict.PASS
+    assert note == "the suite calls it a failure to pass what KVM fails (1 XPASS)"
