@@ -106,6 +106,7 @@ class LogicalProcessor:
         self.random_state = seed & MASK64
         self.halt: Halt | None = None
         self.stop_requested = False
+        self.spinning = (0, 0)  # RIP of the last PAUSE and how often it has been repeated
         self._gives_way = False
         self.instruction_limit: int | None = None
         self.retired = 0
@@ -436,7 +437,7 @@ class LogicalProcessor:
         return False
 
     def _idle(self, until: int | None) -> None:
-        deadline = self._next_deadline(until) if self._can_be_woken(until) else None
+        deadline = self._next_deadline(until)
         if deadline is None:
             if self.count == 1:
                 self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
@@ -444,12 +445,6 @@ class LogicalProcessor:
             self.charge(IDLE_TICKS)
         elif deadline > self.now():
             self.charge(deadline - self.now())
-
-    def _can_be_woken(self, until: int | None) -> bool:
-        """Whether anything to come can end a HLT: to maskable interrupts alone it may be deaf."""
-        state, extension = self.state, self.virtualization
-        deaf = state.activity is Activity.HLT and not state.rflags & _IF and until is None
-        return not deaf or (extension is not None and extension.non_root) or self.platform.can_interrupt_deaf()
 
     def _run_engine(self, until: int | None) -> EngineEvent:
         state, extension = self.state, self.virtualization

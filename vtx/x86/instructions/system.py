@@ -19,7 +19,12 @@ from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
-PAUSE_TICKS: Final = 140  # as on recent server parts; what matters is that spinning lets time pass
+PAUSE_TICKS: Final = 140
+"""What the first PAUSE takes, as on recent server parts."""
+
+SPIN_LIMIT: Final = 5
+"""How often the time doubles while the same PAUSE is executed again and again: a processor that spins waits."""
+
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
 
@@ -37,7 +42,10 @@ def hlt(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def pause(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """PAUSE."""
     if not cpu.intercepts(Simple(Plain.PAUSE), instruction):
-        cpu.charge(PAUSE_TICKS)
+        rip, streak = cpu.spinning
+        streak = min(streak + 1, SPIN_LIMIT) if rip == cpu.state.rip else 0
+        cpu.spinning = cpu.state.rip, streak
+        cpu.charge(PAUSE_TICKS << streak)
         cpu.retire(instruction)
 
 
