@@ -6,6 +6,8 @@ else is on the `Board`, once.
 Devices that act by themselves are asked for their next deadline only when it may have changed: after an access to one
 of them or to an interrupt controller, and when time has reached the deadline. Until then it is one stored number. A
 device whose interrupt every controller masks has no deadline; the access that unmasks it brings it up to date first.
+Neither has one whose interrupt is requested already and waits for a processor: another request would change nothing.
+So a processor that halts with interrupts off is seen to be halted for good, whatever timer runs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from vtx.devices.debug_exit import DebugExit
 from vtx.devices.fw_cfg import FwCfg, standard_items
 from vtx.devices.hpet import Hpet
 from vtx.devices.interrupt_lines import InterruptTestLines
-from vtx.devices.interrupt_routing import InterruptLines, LineSwitch
+from vtx.devices.interrupt_routing import Hearing, InterruptLines, LineSwitch
 from vtx.devices.io_apic import PINS, IoApic
 from vtx.devices.local_apic import LocalApic
 from vtx.devices.pci_config import PciConfig
@@ -77,6 +79,7 @@ class Board:
         self._clock = clock
         self.due_changed = due_changed
         self._deadline: int | None = None
+        self._request_waits = False
         self._add_interrupt_controllers()
         self._add_timers(memory, tick_frequency, power_off)
         self.uart = Uart16550(serial, self.lines.driver(pc_map.COM1_IRQ))
@@ -93,7 +96,7 @@ class Board:
         memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))
 
     def _add_interrupt_controllers(self) -> None:
-        self.bus = InterruptBus(self.due_changed)
+        self.bus = InterruptBus(self.due_changed, self._requests_dropped)
         self.io_apic = IoApic(self.bus, identity=pc_map.IO_APIC_ID)
         self.bus.eoi_listeners.append(self.io_apic.end_of_interrupt)
         self.pic = PicPair(self._external_interrupt)
@@ -181,7 +184,8 @@ class Board:
 
     def _plan(self) -> None:
         """Find the next deadline of a device whose interrupt would get through."""
-        is_heard = self.lines.is_heard
+        self._request_waits = False
+        is_heard = self._is_heard
         deadlines = [self.hpet.next_deadline(is_heard)]
         if not self.hpet.replaces_legacy:
             if is_heard(pc_map.TIMER_IRQ):
@@ -192,7 +196,26 @@ class Board:
             deadlines.append(self.acpi_pm.next_deadline())
         self._deadline = min((deadline for deadline in deadlines if deadline is not None), default=None)
 
+    def _is_heard(self, line: int) -> bool:
+        hearing = self.lines.hearing(line)
+        self._request_waits |= hearing is Hearing.WAITING
+        return hearing is Hearing.OPEN
+
     # Interrupts.
+
+    def acknowledge(self, acknowledge: Callable[[], int]) -> int:
+        """Run an interrupt-acknowledge cycle: a line whose request it takes is heard again."""
+        if not self._request_waits:
+            return acknowledge()
+        self._bring_up_to_date()
+        vector = acknowledge()
+        self._plan()
+        return vector
+
+    def _requests_dropped(self) -> None:
+        if self._request_waits:
+            self._bring_up_to_date()
+            self._plan()
 
     def _external_interrupt(self, level: bool) -> None:
         """The output of the 8259 pair: LINT0 of every processor, and the first input of the I/O APIC."""
@@ -235,10 +258,6 @@ class Socket:
         """Name of the device at an I/O port."""
         return self.board.port_device(port)
 
-    def can_interrupt_deaf(self) -> bool:
-        """Whether a device is set up to interrupt a processor that does not take maskable interrupts."""
-        return self.board.io_apic.sends_past_mask() or self.apic.local_pin_sends_past_mask()
-
     def interrupt_pending(self) -> bool:
         """Whether an interrupt controller requests service for a vector above the task priority."""
         return self.apic.pending_vector() is not None or self._external()
@@ -248,6 +267,9 @@ class Socket:
 
     def acknowledge_interrupt(self) -> int:
         """Run an interrupt-acknowledge cycle; the vector to deliver."""
+        return self.board.acknowledge(self._acknowledge)
+
+    def _acknowledge(self) -> int:
         if self._external():
             self.apic.external_interrupt_acknowledged()
             return self.board.pic.acknowledge()

@@ -17,11 +17,15 @@ from vtx.devices.local_apic import LocalApic
 class InterruptBus:
     """Connects what is attached.
 
-    ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector, ``delivered`` after each message.
+    ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector, ``delivered`` after each message,
+    ``dropped`` when an APIC was reset.
     """
 
-    def __init__(self, delivered: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, delivered: Callable[[], None] = lambda: None, dropped: Callable[[], None] = lambda: None
+    ) -> None:
         self._delivered = delivered
+        self._dropped = dropped
         self.apics: list[LocalApic] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
 
@@ -41,6 +45,15 @@ class InterruptBus:
         accepted = [apic.receive(message) for apic in targets]
         self._delivered()
         return any(accepted)
+
+    def is_requested(self, message: InterruptMessage) -> bool:
+        """Whether all whom a fixed ``message`` addresses have its vector requested: sending it would change nothing."""
+        targets = [apic for apic in self.apics if self._is_target(apic, message)]
+        return bool(targets) and all(apic.state.irr >> message.vector & 1 for apic in targets)
+
+    def requests_dropped(self) -> None:
+        """A local APIC was reset."""
+        self._dropped()
 
     def broadcast_eoi(self, vector: int) -> None:
         """Tell every I/O APIC that service of ``vector`` ended."""

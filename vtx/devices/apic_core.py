@@ -43,6 +43,10 @@ class ApicBus(Protocol):
         """Tell the I/O APICs that service of the level-triggered interrupt ``vector`` ended."""
         ...
 
+    def requests_dropped(self) -> None:
+        """A local APIC was reset and its requested interrupts are gone."""
+        ...
+
 
 class ProcessorPins(Protocol):
     """What a local APIC asks of its processor besides delivering interrupts."""
@@ -294,12 +298,6 @@ class ApicCore:
     def external_interrupt_acknowledged(self) -> None:
         """The acknowledge cycle for `external_interrupt_pending` ran."""
         self.state.external_message = False
-
-    def local_pin_sends_past_mask(self) -> bool:
-        """Whether LINT0, which an 8259 drives, is set up to raise more than maskable interrupts."""
-        entry = self.state.registers[Register.LVT_LINT0]
-        past_mask = (DeliveryMode.NMI, DeliveryMode.SMI, DeliveryMode.INIT)
-        return self.enabled and not entry & Lvt.MASKED and entry >> 8 & 7 in past_mask
 
     def _is_level_sensitive(self, lvt: Register) -> bool:
         """Only LINT0 with fixed delivery can be level-triggered."""

@@ -12,6 +12,7 @@ Structure".
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 
 from attrs import define, field
@@ -22,6 +23,17 @@ from vtx.devices.ports import InterruptLine
 from vtx.pc_map import TIMER_IRQ, TIMER_PIN
 
 ISA_LINES = 16
+
+
+class Hearing(enum.Enum):
+    """Whether a request on a line would change anything.
+
+    WAITING: not before a processor takes the request that waits already.
+    """
+
+    NONE = enum.auto()
+    WAITING = enum.auto()
+    OPEN = enum.auto()
 
 
 @define(slots=True)
@@ -56,12 +68,19 @@ class InterruptLines:
 
         return drive
 
-    def is_heard(self, number: int) -> bool:
-        """Whether an interrupt controller would now pass on a request on line ``number``."""
+    def hearing(self, number: int) -> Hearing:
+        """What a request on line ``number`` would lead to now."""
+        hearing = Hearing.NONE
+        if number == CASCADE_INPUT:
+            return hearing
         if number < ISA_LINES and not self._pic.masks(number):
-            return True
+            if not self._pic.requests(number):
+                return Hearing.OPEN
+            hearing = Hearing.WAITING
         pin = TIMER_PIN if number == TIMER_IRQ else number
-        return number != CASCADE_INPUT and not self._io_apic.masks(pin)
+        if not self._io_apic.masks(pin):
+            return Hearing.WAITING if self._io_apic.is_requested(pin) else Hearing.OPEN
+        return hearing
 
     def _targets_of(self, number: int) -> tuple[Callable[[bool], None], ...]:
         if number == CASCADE_INPUT:

@@ -53,6 +53,10 @@ class MessageBus(Protocol):
         """Deliver ``message``; whether a local APIC accepted it."""
         ...
 
+    def is_requested(self, message: InterruptMessage) -> bool:
+        """Whether a fixed ``message`` would change nothing, because its vector is requested already."""
+        ...
+
 
 @define(slots=True)
 class IoApicState:
@@ -93,10 +97,12 @@ class IoApic:
         """Whether the entry of ``pin`` is masked."""
         return bool(self.state.entries[pin] & Entry.MASKED)
 
-    def sends_past_mask(self) -> bool:
-        """Whether an entry is set up to interrupt a processor that does not take maskable interrupts."""
-        maskable = (*WITH_LEVEL, DeliveryMode.EXTINT)
-        return any(not entry & Entry.MASKED and _mode(entry) not in maskable for entry in self.state.entries)
+    def is_requested(self, pin: int) -> bool:
+        """Whether a request on ``pin`` would change nothing: the one before it still waits for a processor."""
+        entry = self.state.entries[pin]
+        if entry & Entry.REMOTE_IRR:
+            return True
+        return _mode(entry) in WITH_LEVEL and self._bus.is_requested(_message(entry, level_triggered=False))
 
     def end_of_interrupt(self, vector: int) -> None:
         """Service of ``vector`` ended; a level-triggered pin with that vector that is still active sends again."""
@@ -155,15 +161,16 @@ class IoApic:
             state.entries[pin] |= Entry.REMOTE_IRR
 
     def _send(self, entry: int, *, level_triggered: bool) -> bool:
-        mode = _mode(entry)
-        if mode not in SENT:
+        if _mode(entry) not in SENT:
             return False
-        destination = entry >> 56
-        logical = bool(entry & Entry.LOGICAL)
-        if destination == 0xFF and not logical:
-            destination = BROADCAST
-        message = InterruptMessage(mode, entry & 0xFF, destination, logical, level_triggered=level_triggered)
-        return self._bus.send_ipi(message)
+        return self._bus.send_ipi(_message(entry, level_triggered=level_triggered))
+
+
+def _message(entry: int, *, level_triggered: bool) -> InterruptMessage:
+    destination, logical = entry >> 56, bool(entry & Entry.LOGICAL)
+    if destination == 0xFF and not logical:
+        destination = BROADCAST
+    return InterruptMessage(_mode(entry), entry & 0xFF, destination, logical, level_triggered=level_triggered)
 
 
 def _mode(entry: int) -> DeliveryMode:

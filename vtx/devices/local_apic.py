@@ -149,6 +149,7 @@ class LocalApic(ApicCore):
         old = self.state
         timer = ApicTimer(divide=self.profile.timer_input_ticks * divisor(0), tsc_offset=old.timer.tsc_offset)
         self.state = LocalApicState(old.apic_base, old.xapic_id, timer, local_pins=old.local_pins)
+        self._bus.requests_dropped()
 
     # --- The three ways in -------------------------------------------------------------------------------------------
 

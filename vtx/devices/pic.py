@@ -270,6 +270,11 @@ class PicPair:
             return bool(self.master.state.imr >> number & 1)
         return bool(self.slave.state.imr >> (number & 7) & 1 or self.master.state.imr >> CASCADE_INPUT & 1)
 
+    def requests(self, number: int) -> bool:
+        """Whether ISA interrupt ``number`` is requested and not acknowledged yet."""
+        chip = self.master if number < 8 else self.slave
+        return bool(chip.state.irr >> (number & 7) & 1)
+
     def pending(self) -> bool:
         """Whether INTR is asserted."""
         return self.master.state.output

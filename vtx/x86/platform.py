@@ -28,10 +28,6 @@ class Platform(Protocol):
         """Run an interrupt-acknowledge cycle; the vector to deliver."""
         ...
 
-    def can_interrupt_deaf(self) -> bool:
-        """Whether a device is set up to interrupt a processor that does not take maskable interrupts."""
-        ...
-
     def next_deadline(self) -> int | None:
         """Absolute tick at which a device next acts by itself, or None."""
         ...

@@ -223,12 +223,22 @@ def test_reserved_delivery_modes_send_nothing(pc: Pc, mode: int) -> None:
     assert pc.requested() == []
 
 
-@pytest.mark.parametrize(
-    ("low", "past"), [(0x31, False), (4 << 8, True), (4 << 8 | MASKED, False), (2 << 8, True), (7 << 8, False)]
-)
-def test_tells_whether_it_can_interrupt_past_the_mask(pc: Pc, low: int, past: bool) -> None:
-    pc.redirect(3, low)
-    assert pc.io_apic.sends_past_mask() is past
+def test_tells_whether_another_request_would_change_anything() -> None:
+    pc = Pc(2)
+    pc.redirect(3, 0x31, 0xFF)
+    assert not pc.io_apic.is_requested(3)
+    pc.pulse(3)
+    assert pc.io_apic.is_requested(3)
+    pc.machine.serve()
+    assert not pc.io_apic.is_requested(3)
+    pc.redirect(3, 4 << 8 | 0x31, 1)  # an NMI is not held back
+    assert not pc.io_apic.is_requested(3)
+    pc.redirect(3, 0x41 | LEVEL)
+    pc.pulse(3)
+    pc.machine.apic.acknowledge()
+    assert pc.io_apic.is_requested(3)  # remote IRR
+    pc.redirect(3, 0x41, 9)
+    assert not pc.io_apic.is_requested(3)
 
 
 def test_messages_name_no_sender() -> None:
@@ -238,6 +248,9 @@ def test_messages_name_no_sender() -> None:
         def send_ipi(self, message: InterruptMessage) -> bool:
             sent.append(message)
             return True
+
+        def is_requested(self, message: InterruptMessage) -> bool:
+            return False
 
     io_apic = IoApic(Bus())
     io_apic.mmio_write(0, 4, 0x10)

@@ -239,5 +239,6 @@ def test_any_access_is_answered(accesses: list[tuple[bool, int, int, int]], step
         else:
             assert 0 <= pc.pit.port_read(offset, size) < 1 << 8 * size
         pc.port_b.port_write(0, 1, value & 0xFF)
+        pc.pit.advance(pc.clock.ticks)
         deadline = pc.pit.next_deadline()
         assert deadline is None or deadline > pc.clock.ticks
