@@ -1,8 +1,8 @@
 """Programs to measure: boot sectors, so that every emulator can run the same bytes.
 
-A boot sector enters 32-bit protected mode, writes `START` to COM1, runs one of the bodies below with a count in ECX,
-writes `END`, and ends the run in every way an emulator may know: the debug-exit port 0xF4, and the shutdown port that
-Bochs listens to.
+A boot sector masks every interrupt in both PICs, enters 32-bit protected mode, writes `START` to COM1, runs one of the
+bodies below with a count in ECX, writes `END`, and ends the run in every way an emulator may know: the debug-exit port
+0xF4, and the shutdown port that Bochs listens to.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _FLAT_DATA: Final = 0x00CF_9300_0000_FFFF
 
 ENTRY_16: Final = """\
 fa                              ; cli
+b0 ff                           ; mov al,0FFh
+e6 21                           ; out 21h,al
+e6 a1                           ; out 0A1h,al
 31 c0                           ; xor ax,ax
 8e d8                           ; mov ds,ax
 66 0f 01 16 00 7d               ; o32 lgdt [7D00h]
