@@ -62,12 +62,13 @@ SLAVE_VECTORS: Final = range(0x70, 0x78)
 UNMASKED: Final = 1 << 0 | 1 << 2
 
 DEVICE_SET_UP: Final = (
+    # Counter 0: both bytes, square wave, 65536. Before the 8259s: their initialization forgets the edge this makes.
+    *((0x43, 0x36), (0x40, 0), (0x40, 0)),
     *((0x20, value) for value in (0x11,)),
     *((0x21, value) for value in (MASTER_VECTORS.start, 0x04, 0x01, 0xFF & ~UNMASKED)),
     *((0xA0, value) for value in (0x11,)),
     *((0xA1, value) for value in (SLAVE_VECTORS.start, 0x02, 0x01, 0xFF)),
     *((port, 0) for port in (0x4D0, 0x4D1)),
-    *((0x43, 0x36), (0x40, 0), (0x40, 0)),  # counter 0: both bytes, square wave, 65536
     *((0x70, 0x0A), (0x71, 0x26), (0x70, 0x0B), (0x71, 0x02)),
 )
 """Byte writes: port and value."""
