@@ -82,6 +82,16 @@ def _deliverable(*events: tuple[int, int | None]) -> Demand:
     return Demand((_INFORMATION,), holds, s.stop_injecting, lambda context: ((_INFORMATION, 0x7FF),))
 
 
+def _privilege_to_halt() -> Demand:
+    plain = s.bits_clear(f.GUEST_SS_ACCESS_RIGHTS, 3 << 5)
+
+    def repair(context: EntryContext) -> None:
+        # The privilege level is tied to several other fields; the activity state is not.
+        context.vmcs[f.GUEST_ACTIVITY_STATE] = ACTIVE
+
+    return Demand(plain.reads, plain.holds, repair, plain.faulty)
+
+
 _DB, _MC = 1, 18
 
 _HLT_EVENTS = (
@@ -99,7 +109,7 @@ _ACTIVITY_RULES: Final[tuple[Rule, ...]] = (
         "the processor supports the activity state",
         s.slice_in(f.GUEST_ACTIVITY_STATE, mask(32), _supported_activities),
     ),
-    _rule("hlt-dpl", "the DPL of SS is 0", s.bits_clear(f.GUEST_SS_ACCESS_RIGHTS, 3 << 5), _activity(HLT)),
+    _rule("hlt-dpl", "the DPL of SS is 0", _privilege_to_halt(), _activity(HLT)),
     _rule(
         "blocking-needs-active",
         "the activity state is active",

@@ -156,6 +156,18 @@ def _stack_matches_selector() -> Demand:
     )
 
 
+def _fred_privilege() -> Demand:
+    plain = s.slice_in(_SS.rights, _DPL, (0, _DPL))
+
+    def repair(context: EntryContext) -> None:
+        # The RPLs of SS and CS follow, or the rules that tie the DPL to them would bring the old one back.
+        plain.repair(context)
+        for register in (_SS, _CS):
+            context.vmcs[register.selector] = context.vmcs[register.selector] & ~_RPL
+
+    return Demand(plain.reads, plain.holds, repair, plain.faulty)
+
+
 def _stack_selector_matches_code() -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[_SS.selector] = context.vmcs[_SS.selector] & ~_RPL | context.vmcs[_CS.selector] & _RPL
@@ -357,7 +369,7 @@ def _data_privilege_rules() -> tuple[Rule, ...]:
 def _fred_rules() -> tuple[Rule, ...]:
     """FRED knows two privilege levels, and supervisor code in 64-bit mode only."""
     return (
-        _rule(_SS, "dpl-fred", "the DPL of SS is 0 or 3", s.slice_in(_SS.rights, _DPL, (0, _DPL)), FRED),
+        _rule(_SS, "dpl-fred", "the DPL of SS is 0 or 3", _fred_privilege(), FRED),
         _rule(
             _CS,
             "long-fred",
