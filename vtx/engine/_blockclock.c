@@ -12,6 +12,7 @@
 #define BLOCK_SLOTS 4096
 #define PAGE_SLOTS 1024
 #define PAGE_SHIFT 12
+#define PAGE_SIZE 4096
 #define RFLAGS_IF 0x200
 
 #define STOPPED_BY_LIMIT 1
@@ -40,6 +41,7 @@ struct block_clock {
     struct {
         uint64_t page;          /* linear page number */
         uint64_t code;          /* the frame its code is in, and the kind of code */
+        const uint8_t *bytes;   /* the page itself if stores to it go unnoticed, else null */
     } pages[PAGE_SLOTS];
     struct {
         uint64_t address;
@@ -48,6 +50,15 @@ struct block_clock {
         uint64_t facts;
     } blocks[BLOCK_SLOTS];
 };
+
+static uint64_t checksum(const uint8_t *page, uint64_t offset, uint64_t size)
+{
+    uint64_t end = offset + size < PAGE_SIZE ? offset + size : PAGE_SIZE, sum = 0xcbf29ce484222325;
+
+    for (; offset < end; offset++)
+        sum = (sum ^ page[offset]) * 0x100000001b3;
+    return sum;
+}
 
 static uint64_t facts_of(struct block_clock *clock, uint64_t address, uint64_t size)
 {
@@ -59,6 +70,8 @@ static uint64_t facts_of(struct block_clock *clock, uint64_t address, uint64_t s
 
     if (clock->pages[page_slot].page != page)
         return clock->examine(address, size);
+    if (clock->pages[page_slot].bytes)
+        code ^= checksum(clock->pages[page_slot].bytes, address % PAGE_SIZE, size) << 8;
     if (clock->blocks[slot].address != address || clock->blocks[slot].key != key || clock->blocks[slot].code != code) {
         clock->blocks[slot].facts = clock->examine(address, size);
         clock->blocks[slot].address = address;
@@ -89,7 +102,7 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
         facts = clock->recent_facts;
     } else {
         facts = facts_of(clock, address, size);
-        clock->recent = address;
+        clock->recent = clock->pages[(address >> PAGE_SHIFT) % PAGE_SLOTS].bytes ? ~(uint64_t)0 : address;
         clock->recent_facts = facts;
         clock->address = address;
         clock->size = size;

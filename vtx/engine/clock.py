@@ -34,7 +34,7 @@ _ExamineCallback = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_u
 
 
 class _PageSlot(ctypes.Structure):
-    _fields_ = (("page", ctypes.c_uint64), ("code", ctypes.c_uint64))
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("page", "code", "bytes"))
 
 
 class _BlockSlot(ctypes.Structure):
@@ -127,10 +127,13 @@ class BlockClock:
         shared.limit, shared.instruction_limit, shared.watch_if = limit, instruction_limit, watch_if
         shared.stopped = shared.size = 0
 
-    def code_granted(self, page: int, frame: int, bits: int) -> None:
-        """Linear ``page`` will be executed from ``frame``, as ``bits``-bit code."""
+    def code_granted(self, page: int, frame: int, bits: int, content: int) -> None:
+        """Linear ``page`` will be executed from ``frame``, as ``bits``-bit code.
+
+        ``content`` is the host address of the page if stores to it go unnoticed, else 0.
+        """
         slot = self.shared.pages[page % _PAGE_SLOTS]
-        slot.page, slot.code = page, frame << 8 | bits
+        slot.page, slot.code, slot.bytes = page, frame << 8 | bits, content
         self.shared.recent = _NO_BLOCK
 
     def code_changed(self) -> None:

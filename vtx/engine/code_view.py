@@ -29,19 +29,25 @@ class CodeView:
     def __init__(self, memory: PhysicalMemory) -> None:
         self._memory = memory
         self._frames: dict[int, int] = {}
-        self._facts: dict[tuple[int, int, int, int | None], int] = {}
-        self._stops: dict[tuple[int, int, int, int | None], int] = {}
+        self._writable: set[int] = set()
+        self._facts: dict[tuple[int, int, int, int | bytes | None], int] = {}
 
-    def granted(self, page: int, frame: int) -> bool:
-        """Linear ``page`` is executed from ``frame`` from now on; whether that is a change."""
-        changed = self._frames.get(page) != frame
+    def granted(self, page: int, frame: int, *, writable: bool) -> None:
+        """Linear ``page`` is executed from ``frame`` from now on; ``writable`` if stores to it go unnoticed."""
         self._frames[page] = frame
-        return changed
+        if writable:
+            self._writable.add(page)
+        else:
+            self._writable.discard(page)
 
     def changed(self) -> None:
         """Code was modified: what is remembered about it is void."""
         self._facts.clear()
-        self._stops.clear()
+
+    def frames(self, linear: int, size: int) -> set[int | None]:
+        """The frames that hold the ``size`` bytes of code at ``linear``."""
+        pages = range(linear >> PAGE_SHIFT, (linear + size - 1 >> PAGE_SHIFT) + 1)
+        return {self._frames.get(page) for page in pages}
 
     def read(self, linear: int, size: int) -> bytes:
         """The ``size`` bytes of code at ``linear``; fewer where nothing was ever executed."""
@@ -57,27 +63,27 @@ class CodeView:
 
     def facts(self, linear: int, size: int, bits: int) -> int:
         """Number of instructions in ``size`` bytes of ``bits``-bit code, plus `STOP` if one of them must not run."""
-        key = (linear, size, bits, self._frames.get(linear >> PAGE_SHIFT))
+        page = linear >> PAGE_SHIFT
+        version = self.read(linear, size) if page in self._writable else self._frames.get(page)
+        key = (linear, size, bits, version)
         facts = self._facts.get(key)
         if facts is None:
             if len(self._facts) >= _MOST_REMEMBERED:
                 self.changed()
-            facts = self._facts[key] = self._examine(key, self.read(linear, size))
+            stops = count = 0
+            for instruction in Decoder(bits, self.read(linear, size)):
+                count += 1
+                if instruction.mnemonic in _MUST_NOT_RUN:
+                    stops = STOP
+            facts = self._facts[key] = stops + count
         return facts
-
-    def _examine(self, key: tuple[int, int, int, int | None], code: bytes) -> int:
-        linear, _, bits, _ = key
-        count, facts = 0, 0
-        for instruction in Decoder(bits, code, ip=linear):
-            if instruction.mnemonic in _MUST_NOT_RUN and not facts:
-                facts = STOP
-                self._stops[key] = instruction.ip
-            count += 1
-        return facts + count
 
     def stop_address(self, linear: int, size: int, bits: int) -> int:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
-        return self._stops[linear, size, bits, self._frames.get(linear >> PAGE_SHIFT)]
+        for instruction in Decoder(bits, self.read(linear, size), ip=linear):
+            if instruction.mnemonic in _MUST_NOT_RUN:
+                return instruction.ip
+        raise LookupError(f"no instruction in the block at {linear:#x} must not run")
 
 
 _COUNT_MASKS: Final = {

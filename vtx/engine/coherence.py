@@ -25,10 +25,16 @@ _READ_EXECUTE: Final = AccessKind.READ | AccessKind.EXECUTE
 
 @define(slots=True, eq=False)
 class Member:
-    """One engine: ``withdraw`` drops all its TLB entries, ``retranslate`` its translations of a frame."""
+    """One engine.
+
+    ``withdraw`` drops all its TLB entries, ``retranslate`` its translations of a frame, except, ``by_store``, those of
+    the code that stores to itself at this moment: for it the engine's own detection is exact. It returns whether all
+    were dropped. ``modified`` tells that code may have been modified in a way the engine detects by itself.
+    """
 
     withdraw: Callable[[], None]
-    retranslate: Callable[[int], None]
+    retranslate: Callable[[int, bool], bool]
+    modified: Callable[[], None]
     executed: set[int] = field(factory=set)
     writable: set[int] = field(factory=set)
 
@@ -45,9 +51,14 @@ class Coherence:
         self._changes: dict[int, int] = {}
         self._owners: dict[int, tuple[Member, int]] = {}
 
-    def join(self, withdraw: Callable[[], None], retranslate: Callable[[int], None]) -> Member:
+    def join(
+        self,
+        withdraw: Callable[[], None],
+        retranslate: Callable[[int, bool], bool],
+        modified: Callable[[], None] = lambda: None,
+    ) -> Member:
         """Take in an engine."""
-        member = Member(withdraw, retranslate)
+        member = Member(withdraw, retranslate, modified)
         self._members.append(member)
         return member
 
@@ -58,7 +69,7 @@ class Coherence:
     def written(self, frame: int) -> None:
         """The model wrote to ``frame`` behind the engines' backs."""
         if frame in self.executed:
-            self._drop_translations(frame)
+            self._drop_translations(frame, by_store=False)
             if frame not in self._owners:
                 self.executed.discard(frame)
                 self._withdraw()
@@ -70,6 +81,7 @@ class Coherence:
                 if self._is_mixed(frame):
                     return self._share(member, frame, page, permissions)
                 self._withdraw()
+                member.modified()
             self._note_executed(member, frame)
             return permissions & _READ_EXECUTE
         if not permissions & AccessKind.WRITE:
@@ -79,9 +91,9 @@ class Coherence:
                 return AccessKind.READ
             if self._is_mixed(frame):
                 return self._share(member, frame, page, permissions)
-            self._drop_translations(frame)
+            if self._drop_translations(frame, by_store=True):
+                self.executed.discard(frame)
             self._withdraw()
-            self.executed.discard(frame)
         member.writable.add(frame)
         return permissions & ~AccessKind.EXECUTE
 
@@ -94,11 +106,15 @@ class Coherence:
         for member in self._members:
             member.withdraw()
 
-    def _drop_translations(self, frame: int) -> None:
+    def _drop_translations(self, frame: int, *, by_store: bool) -> bool:
+        dropped = True
         for member in self._members:
             if frame in member.executed:
-                member.executed.discard(frame)
-                member.retranslate(frame)
+                if member.retranslate(frame, by_store):
+                    member.executed.discard(frame)
+                else:
+                    dropped = False
+        return dropped
 
     def _is_mixed(self, frame: int) -> bool:
         changes = self._changes[frame] = self._changes.get(frame, 0) + 1
@@ -106,7 +122,7 @@ class Coherence:
 
     def _share(self, member: Member, frame: int, page: int, permissions: int) -> int:
         if self._owners.get(frame) != (member, page):
-            self._drop_translations(frame)
+            self._drop_translations(frame, by_store=True)
             self._withdraw()
             self._owners[frame] = member, page
         self._note_executed(member, frame)

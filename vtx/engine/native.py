@@ -54,7 +54,7 @@ CTL_CPU_MODEL: Final = _control(unicorn_const.UC_CTL_CPU_MODEL, 1, _WRITE)
 CTL_TLB_TYPE: Final = _control(unicorn_const.UC_CTL_TLB_TYPE, 1, _WRITE)
 CTL_TLB_FLUSH: Final = _control(unicorn_const.UC_CTL_TLB_FLUSH, 0, _WRITE)
 CTL_USE_EXITS: Final = _control(unicorn_const.UC_CTL_UC_USE_EXITS, 1, _WRITE)
-CTL_REQUEST_BLOCK: Final = _control(unicorn_const.UC_CTL_TB_REQUEST_CACHE, 2, _READ | _WRITE)
+CTL_REMOVE_BLOCKS: Final = _control(unicorn_const.UC_CTL_TB_REMOVE_CACHE, 2, _WRITE)
 TLB_VIRTUAL: Final = unicorn_const.UC_TLB_VIRTUAL
 
 ARCH_X86: Final = unicorn_const.UC_ARCH_X86
@@ -65,12 +65,6 @@ class TlbEntry(ctypes.Structure):
     """``uc_tlb_entry``: where a page is and what may be done with it."""
 
     _fields_ = (("paddr", ctypes.c_uint64), ("perms", ctypes.c_uint32))
-
-
-class TranslatedBlock(ctypes.Structure):
-    """``uc_tb``: a translated block's linear address, instruction count and size."""
-
-    _fields_ = (("pc", ctypes.c_uint64), ("icount", ctypes.c_uint16), ("size", ctypes.c_uint16))
 
 
 InterruptCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)

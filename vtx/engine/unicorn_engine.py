@@ -51,6 +51,9 @@ VOID_CODE: Final = PRIVATE + 0x4000  # what is fetched where there is no RAM: al
 VOID_DATA: Final = PRIVATE + 0x5000  # what is read there: all ones; writes vanish
 _VMCB_MSRPM_BASE: Final = 0x48
 
+PROBE: Final = 1 << 62
+"""A linear address that is canonical in no paging mode."""
+
 _KINDS: Final = {
     native.MEM_READ: AccessKind.READ,
     native.MEM_WRITE: AccessKind.WRITE,
@@ -110,8 +113,7 @@ class UnicornEngine:
         self._image = memoryview(self._buffer).cast("B")
         self._prepare_context()
         self.coherence = coherence or Coherence()
-        self._member = self.coherence.join(self._flush_now, self._retranslate)
-        self._scratch = ctypes.create_string_buffer(PAGE_SIZE)
+        self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
         self._code = CodeView(memory)
         self.clock = BlockClock(self._handle, self._examine, allow_compiled=allow_compiled)
         self._install_hooks()
@@ -128,6 +130,7 @@ class UnicornEngine:
         self._failure: BaseException | None = None
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
+        self._probed: int | None = None
 
     def close(self) -> None:
         """Release the library's resources; the engine cannot be used afterwards."""
@@ -140,7 +143,7 @@ class UnicornEngine:
     # Construction.
 
     def _map_memory(self) -> None:
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.backing))
+        self._ram = base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.backing))
         for ram in self._memory.ram:
             pointer = ctypes.c_void_p(base + ram.offset)
             status = native.library.uc_mem_map_ptr(
@@ -218,6 +221,9 @@ class UnicornEngine:
             (self._error_code,) = struct.unpack_from("<I", self._image, layout.ERROR_CODE)
 
     def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:
+        if self._probed is not None:
+            entry.contents.paddr, entry.contents.perms = self._probed << PAGE_SHIFT, AccessKind.EXECUTE
+            return True
         if self._aborted or self._failure:
             return False
         return bool(self._guarded(False, self._fill, address, _KINDS[access], entry.contents))
@@ -231,9 +237,6 @@ class UnicornEngine:
             self._refused = (address, kind, grant)
             return False
         frame, permissions = grant
-        if kind is AccessKind.EXECUTE:
-            self._code.granted(address >> PAGE_SHIFT, frame)
-            self.clock.code_granted(address >> PAGE_SHIFT, frame, self._bits())
         if self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
             entry.paddr = frame << PAGE_SHIFT
@@ -243,8 +246,16 @@ class UnicornEngine:
         else:
             permissions &= ~AccessKind.EXECUTE
             entry.paddr = frame << PAGE_SHIFT if self._memory.window_at(frame << PAGE_SHIFT) else VOID_DATA
+        if permissions & AccessKind.EXECUTE:
+            self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
         entry.perms = permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
         return True
+
+    def _note_code(self, page: int, frame: int, writable: bool) -> None:
+        self._code.granted(page, frame, writable=writable)
+        offset = self._memory.ram_offset(frame << PAGE_SHIFT) if writable else None
+        content = 0 if offset is None else self._ram + offset
+        self.clock.code_granted(page, frame, self._bits(), content)
 
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
@@ -559,10 +570,21 @@ class UnicornEngine:
         native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
         self.coherence.tlb_flushed(self._member)
 
-    def _retranslate(self, frame: int) -> None:
-        """Drop the translations of a frame: writing its own bytes back makes the library notice."""
-        address = frame << PAGE_SHIFT
-        data = self._memory.read(address, PAGE_SIZE)
-        native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, PAGE_SIZE)
+    def _retranslate(self, frame: int, by_store: bool) -> bool:
+        """Drop the translations of a frame (see `vtx.engine.coherence.Member`)."""
+        self._code_changed()
+        shared = self.clock.shared
+        if by_store and self._running and frame in self._code.frames(shared.address, shared.size):
+            return False
+        # The library wants a linear address: one that no guest can use, which `_fill` answers with the frame.
+        self._probed = frame
+        first, last = (ctypes.c_uint64(PROBE + offset) for offset in (0, PAGE_SIZE))
+        status = native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_REMOVE_BLOCKS), first, last)
+        self._probed = None
+        self._flush_now()
+        native.check(status, "dropping translations")
+        return True
+
+    def _code_changed(self) -> None:
         self.clock.code_changed()
         self._code.changed()

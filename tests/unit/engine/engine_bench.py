@@ -23,7 +23,7 @@ MEMORY = 0x40000
 REFUSAL = Fault(Vector.PF, 0)
 
 
-@define
+@define(slots=False)
 class Client:
     """Maps each page to itself with all permissions unless ``pages`` says otherwise (None refuses)."""
 

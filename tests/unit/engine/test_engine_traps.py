@@ -197,9 +197,15 @@ NATIVE_EXCEPTIONS = [
     pytest.param("fa", "long64-user", 0, ExceptionTrap(Vector.GP, 0), id="GP-CLI-beyond-IOPL"),
     pytest.param("fb", "protected32-user", 0, ExceptionTrap(Vector.GP, 0), id="GP-STI-beyond-IOPL"),
     pytest.param("0f0b", "long64-user", 0, ExceptionTrap(Vector.UD, 0), id="UD-UD2"),
-    pytest.param("c5f858c1", "long64", 0, ExceptionTrap(Vector.UD, 0), id="UD-AVX-is-not-there", marks=pytest.mark.xfail(
-        reason="the engine executes VEX instructions as their SSE cousins; no profile has AVX", strict=True)),
-]  # fmt: skip
+    pytest.param(
+        "c5f858c1",
+        "long64",
+        0,
+        ExceptionTrap(Vector.UD, 0),
+        id="UD-no-AVX",
+        marks=pytest.mark.xfail(reason="the engine executes VEX instructions as their SSE cousins", strict=True),
+    ),
+]
 
 
 @pytest.mark.parametrize(("code", "mode", "offset", "expected"), NATIVE_EXCEPTIONS)
@@ -228,7 +234,7 @@ def test_task_switched__raises_nm(code: str) -> None:
 
 def test_unmasked_x87_error__raises_mf_at_the_next_waiting_instruction() -> None:
     # FNINIT; push 0x37e (zero divide unmasked is 0x37b); FLDCW; FLD1; FLDZ; FDIVP; FWAIT
-    bench = EngineBench("dbe3" "d92d00000000" "d9e8" "d9ee" "def9" "9b" "f4", "long64")
+    bench = EngineBench("dbe3d92d00000000d9e8d9eedef99bf4", "long64")
     bench.put(CODE + 4, (DATA - (CODE + 8)).to_bytes(4, "little"))
     bench.memory.write_u16(DATA, 0x37B)
     bench.state.cr0 |= 0x22  # MP, NE
@@ -315,7 +321,7 @@ def test_refused_ins__leaves_its_destination_alone(code: str) -> None:
 
 def test_granted_port_accesses__happen_once_each_in_order() -> None:
     # IN AL, 10h; OUT 11h, AL; INC EAX; OUT DX, EAX
-    bench = EngineBench("e410" "e611" "ffc0" "ef" "f4", "protected32")
+    bench = EngineBench("e410e611ffc0eff4", "protected32")
     bench.client.port_values = {0x10: 0xAB, 0x11: 0, 0x1234: 0}
     bench.state.gpr[0], bench.state.gpr[2] = 0x1122_3344, 0x1234
     assert bench.run() == InstructionTrap()
@@ -326,7 +332,7 @@ def test_granted_port_accesses__happen_once_each_in_order() -> None:
 
 
 def test_single_step__reports_each_instruction() -> None:
-    bench = EngineBench("ffc0" "ffc0" "ebfa", "protected32")
+    bench = EngineBench("ffc0ffc0ebfa", "protected32")
     bench.state.gpr[0] = 0
     for rip, eax in ((CODE + 2, 1), (CODE + 4, 2), (CODE, 2), (CODE + 2, 3)):
         assert bench.run(step=True) == Stepped()
@@ -388,7 +394,7 @@ def test_refused_fill__leaves_no_effect(code: str, page: int, kind: AccessKind) 
 
 def test_write_permission__does_not_bring_execute_permission() -> None:
     """Each permission is asked for by itself: a page without X refuses the fetch, one without W the store."""
-    bench = EngineBench("8807" "ffe7", "long64")
+    bench = EngineBench("8807ffe7", "long64")
     bench.state.gpr[7] = DATA
     bench.put(DATA, "f4")
     bench.client.pages[DATA >> 12] = Grant(DATA >> 12, 3)
@@ -413,7 +419,7 @@ def test_execute_only_page__runs_and_refuses_reads() -> None:
 def test_fill__tells_privilege_and_ac() -> None:
     for mode, cpl in (("long64", 0), ("long64-user", 3), ("virtual16", 3), ("real16", 0)):
         for flags in (0x2, 0x40002):
-            bench = EngineBench("8a07" "f4", mode)
+            bench = EngineBench("8a07f4", mode)
             bench.state.gpr[7] = bench.state.gpr[3] = DATA
             bench.state.rflags = bench.state.rflags & ~0x40000 | flags
             bench.run()
