@@ -146,8 +146,8 @@ class VmInstruction:
 class VmEntry:
     """VM entry succeeded, with the guest about to execute at ``rip`` under ``cr3``.
 
-    ``rules_evaluated`` counts the checks made: all of them at first, then those whose fields changed; None if the
-    processor did not count. ``injected`` is the event delivered as part of the entry.
+    ``rules_evaluated`` counts the checks made: all of them at first, then those whose fields changed and those that
+    look at more than fields. ``injected`` is the event delivered as part of the entry.
     """
 
     name: ClassVar[str] = "vm_entry"
@@ -157,13 +157,16 @@ class VmEntry:
     launch: bool
     rip: int
     cr3: int
-    rules_evaluated: int | None = None
+    rules_evaluated: int
     injected: Interruption | None = None
 
 
 @frozen
 class VmEntryFailed:
-    """VM entry failed, as an instruction error or as a VM exit; ``outcome`` is what software saw."""
+    """VM entry failed, as an instruction error or as a VM exit; ``outcome`` is what software saw.
+
+    ``detail`` explains a failure that no rule stands for.
+    """
 
     name: ClassVar[str] = "vm_entry_failed"
     vcpu: int
@@ -171,6 +174,7 @@ class VmEntryFailed:
     vmcs: int
     outcome: str
     violations: tuple[RuleViolation, ...] = ()
+    detail: str | None = None
 
 
 @frozen

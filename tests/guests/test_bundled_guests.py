@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from tiny_guests import RunVtx
 
+from vmcs.rules import ALL_RULES
 from vtx import events as e
 from vtx.trace import read_trace
 from vtx.trace.codec import BY_NAME
@@ -134,6 +135,9 @@ def test_trace__tells_the_story_of_hello(vtx: RunVtx, hello: str, tmp_path: Path
     }
     entries = [event for event in events if isinstance(event, e.VmEntry)]
     assert [event.launch for event in entries] == [True, False, False, False, False]
+    # All rules but those on loading MSRs, then those that a changed field or the processor's state may break.
+    assert entries[0].rules_evaluated == len(ALL_RULES)
+    assert all(0 < event.rules_evaluated < 50 for event in entries[1:])
     times = [event.time for event in events]
     assert times == sorted(times)
     assert isinstance(events[-1], e.MachineStopped)

@@ -105,8 +105,4 @@ def summarize(machine: Machine, ended: Ended, message: str, status: int, *, gues
 def entry_failure(machine: Machine) -> str | None:
     """What broke the last VM entry that failed: rule, fields and citation of each violation; None if none failed."""
     failure = machine.cpu.vmx.last_failure
-    if failure is None:
-        return None
-    if not failure.violations:
-        return str(failure.outcome)
-    return "\n".join(str(violation) for violation in failure.violations)
+    return None if failure is None else str(failure)

@@ -99,7 +99,7 @@ FIELDS: Final[Mapping[type[e.TraceEvent], Mapping[str, Codec]]] = {
     e.InterruptAccepted: _event(rip=HEX, vector=NUMBER),
     e.VmInstruction: _event(mnemonic=TEXT, outcome=TEXT),
     e.VmEntry: _event(vmcs=HEX, launch=FLAG, rip=HEX, cr3=HEX, rules_evaluated=NUMBER, injected=_INTERRUPTION),
-    e.VmEntryFailed: _event(vmcs=HEX, outcome=TEXT, violations=_VIOLATIONS),
+    e.VmEntryFailed: _event(vmcs=HEX, outcome=TEXT, violations=_VIOLATIONS, detail=TEXT),
     e.VmExit: _event(
         vmcs=HEX,
         reason=NUMBER,

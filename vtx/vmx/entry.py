@@ -62,7 +62,7 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
         assert isinstance(violation.outcome, EntryFails)
         return _fail(operation, violation.outcome.reason, violation.outcome.qualification, (violation,))
     vmcs = active.vmcs
-    vmcs.changed.clear()
+    active.checked, vmcs.changed = vmcs.changed, {}
     pdptes: Iterable[int] | None = None
     if guest_uses_pae_paging(vmcs, view):
         pdptes = _pdptes(operation, vmcs, view)

@@ -6,6 +6,7 @@ and launch state).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from attrs import define, field, frozen
@@ -35,13 +36,17 @@ _ERROR_FIELD: Final = f.VM_INSTRUCTION_ERROR.encoding
 
 @define(slots=True, eq=False)
 class ActiveVmcs:
-    """An active VMCS: its region's address, its fields, and what VM entry last derived from them."""
+    """An active VMCS: its region's address, its fields, and what VM entry last derived from them.
+
+    ``checked`` are the bits by encoding that had changed when all rules of VM entry last held.
+    """
 
     pointer: int
     vmcs: Vmcs
     view: ControlView | None = None
     second_level: SecondLevel | None = None
     context: EntryContext | None = None
+    checked: Mapping[int, int] = field(factory=dict)
 
     @property
     def rule_context(self) -> EntryContext:

@@ -11,7 +11,7 @@ from vmcs.bits import Layout
 from vmcs.exits import BY_NUMBER, Reason
 from vmcs.layouts import EVENT_TYPES
 from vmcs.region import Vmcs
-from vmcs.rules import Violation
+from vmcs.rules import RULES, Violation
 from vtx import events as e
 from vtx.vmx.operation import EntryFailure
 from vtx.vmx.outcome import (
@@ -72,6 +72,7 @@ class VmxTracing:
                 active.context is not None and active.context.launching,
                 state.rip,
                 state.cr3,
+                sum(len(rules.affected_by(active.checked)) for rules in RULES.values()),
                 injected=_interruption(
                     vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION], vmcs[f.VM_ENTRY_EXCEPTION_ERROR_CODE]
                 ),
@@ -89,6 +90,7 @@ class VmxTracing:
                 self.operation.current_pointer,
                 describe(failure.outcome),
                 tuple(_violation(violation) for violation in failure.violations),
+                failure.detail or None,
             )
         )
 

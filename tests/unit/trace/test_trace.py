@@ -34,9 +34,9 @@ EVENTS: tuple[e.TraceEvent, ...] = (
     e.InterruptAccepted(1, 1, 0x1000, 0x20),
     e.VmInstruction(0, 1, "VMCLEAR", "VMfailValid(2)"),
     e.VmEntry(0, 1, 0x5000, True, 0x1000, 0x7000, 230, PAGE_FAULT),
-    e.VmEntry(0, 1, 0x5000, False, 0x1000, 0),
+    e.VmEntry(0, 1, 0x5000, False, 0x1000, 0, 12),
     e.VmEntryFailed(0, 1, 0x5000, "VMfailValid(8)", (BROKEN_RULE,)),
-    e.VmEntryFailed(0, 1, 0x5000, "VM exit: VM-entry failure due to MSR loading"),
+    e.VmEntryFailed(0, 1, 0x5000, "VM exit: VM-entry failure due to MSR loading", detail="MSR 0 cannot be loaded"),
     e.VmExit(
         0,
         1,
