@@ -18,6 +18,7 @@ from typing import Final
 from attrs import frozen
 
 from vtx import pc_map
+from vtx.devices import test_storage
 from vtx.devices.acpi_pm import AcpiPm
 from vtx.devices.apic_bus import InterruptBus
 from vtx.devices.apic_core import ProcessorPins
@@ -36,6 +37,7 @@ from vtx.devices.pit import Pit8254, SystemControlPort
 from vtx.devices.ports import PortDevice
 from vtx.devices.post_port import PostPort
 from vtx.devices.rtc import Rtc, memory_size_bytes
+from vtx.devices.test_storage import TestMemory, TestPorts
 from vtx.devices.uart import Uart16550
 from vtx.x86.memory import HIGH_RAM_START, MmioDevice, PhysicalMemory
 from vtx.x86.msrs import MsrFile
@@ -91,6 +93,8 @@ class Board:
         self._attach(
             pc_map.TEST_LINES_PORT, PINS, InterruptTestLines([self.lines.driver(number) for number in range(PINS)])
         )
+        self._attach(pc_map.TEST_STORAGE_PORT, test_storage.PORTS, TestPorts())
+        memory.add_window(pc_map.TEST_MEMORY_ADDRESS, test_storage.MEMORY_SIZE, TestMemory())
         memory.add_window(pc_map.IO_APIC_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.io_apic))
         memory.add_window(pc_map.HPET_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.hpet))
         memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))

@@ -31,7 +31,7 @@ from vtx.x86.instructions.common import (
 from vtx.x86.linear import linear_address_width
 from vtx.x86.operations import DescriptorTableAccess
 from vtx.x86.outcome import Vector, gp
-from vtx.x86.state import DescriptorTable
+from vtx.x86.state import MASK64, DescriptorTable
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -104,14 +104,19 @@ def store_task_register(cpu: LogicalProcessor, instruction: Instruction) -> None
 
 
 def _system_descriptor(cpu: LogicalProcessor, selector: int, types: Collection[int]) -> Descriptor:
-    """The GDT descriptor of ``selector``, checked as LLDT and LTR do."""
-    if selector & 4:
+    """The GDT descriptor of ``selector``, checked as LLDT and LTR do; 16 bytes in IA-32e mode."""
+    size = 16 if cpu.state.long_mode else 8
+    address = None if selector & 4 else descriptors.descriptor_address(cpu.state, selector, size)
+    if address is None:
         raise selector_fault(Vector.GP, selector)
-    descriptor = descriptors.read_descriptor(cpu.state, cpu.mmu, selector)
-    if descriptor is None or descriptor.system_type not in types:
+    value = cpu.mmu.read(address, size)
+    descriptor = descriptors.parse_descriptor(value & MASK64, value >> 64)
+    if descriptor.system_type not in types or value >> 104 & 0x1F:
         raise selector_fault(Vector.GP, selector)
     if not descriptor.present:
         raise selector_fault(Vector.NP, selector)
+    if cpu.state.long_mode and not is_canonical(descriptor.base, linear_address_width(cpu.state)):
+        raise selector_fault(Vector.GP, selector)
     return descriptor
 
 
