@@ -137,8 +137,8 @@ def describe(outcome: Outcome) -> str:
             return f"VM exit: {_reason_name(reason & _BASIC_REASON)}"
         case VmxAborted(indicator=indicator):
             return f"VMX abort {int(indicator)}"
-        case Fault(vector=vector, error_code=code):
-            return f"#{vector.name}" if code is None else f"#{vector.name}({code:#x})"
+        case Fault():
+            return str(outcome)
 
 
 def _reason_name(number: int) -> str:

@@ -50,6 +50,11 @@ class Fault:
     address: int | None = None
     debug: int = 0
 
+    def __str__(self) -> str:
+        code = "" if self.error_code is None else f"({self.error_code:#x})"
+        where = "" if self.address is None else f" at {self.address:#x}"
+        return f"#{self.vector.name}{code}{where}"
+
 
 class InstructionAborted(Exception):  # noqa: N818 - not an error: the control transfer of a faulting access
     """Unwinds a handler whose memory access cannot complete; ``cause`` is the outcome to commit instead."""

@@ -266,7 +266,7 @@ class LogicalProcessor:
         elif isinstance(outcome, TripleFault):
             if extension is not None and extension.non_root and extension.delivery_fault(event, None):
                 return
-            self.shut_down(f"triple fault at {self._where()}: {_describe(outcome.event)}, then {outcome.fault}")
+            self.shut_down(f"triple fault at {self._where()}: {outcome.fault} during delivery of a double fault")
 
     def _where(self) -> str:
         return f"{self.state.segments[1].selector:#x}:{self.state.rip:#x}"
@@ -351,6 +351,7 @@ class LogicalProcessor:
             (self._nmi and not state.nmi_blocked)
             or state.pending_debug & _DELIVERABLE_DEBUG
             or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
+            or (extension is not None and state.rflags & _IF and extension.wants_interrupt_window())
             or (timer is not None and timer <= self.now())
         )
 
@@ -584,7 +585,3 @@ def _fault(event: ExceptionTrap) -> Fault:
     vector = Vector(event.vector)
     with_code = vector in (Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.AC, Vector.DF)
     return Fault(vector, event.error_code & 0xFFFF if with_code else None)
-
-
-def _describe(event: Event) -> str:
-    return f"vector {event.vector} of kind {event.kind.name.lower().replace('_', ' ')}"
