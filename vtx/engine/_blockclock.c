@@ -29,6 +29,7 @@ struct block_clock {
     uint64_t size;
     uint64_t instructions;      /* instructions in the blocks entered */
     uint64_t instruction_limit; /* likewise */
+    uint64_t single;            /* stop before a second block: the code is stepped, blocks hold one instruction */
     uint64_t watch_if;          /* stop before a block entered with RFLAGS.IF set */
     uint64_t stopped;           /* why: STOPPED_BY_ something, or 0 */
     void (*stop)(void *);
@@ -91,8 +92,10 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
 {
     struct block_clock *clock = data;
     uint64_t offset = address - clock->address, facts;
+    int inside = offset < clock->size;
+    int second = clock->single && clock->size && !inside;
 
-    if (offset < clock->size && offset + size != clock->size) {
+    if (inside && (offset + size != clock->size || clock->single)) {
         /* A store changed the block it is in: the block was left at the store, which starts over. */
         clock->elapsed -= clock->size - offset;
         clock->instructions -= clock->examine(address, clock->size - offset) & FACTS_INSTRUCTIONS;
@@ -109,7 +112,7 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
     }
     clock->elapsed += size;
     clock->instructions += facts & FACTS_INSTRUCTIONS;
-    if (clock->elapsed > clock->limit || clock->instructions > clock->instruction_limit) {
+    if (second || clock->elapsed > clock->limit || clock->instructions > clock->instruction_limit) {
         stop_before(clock, engine, STOPPED_BY_LIMIT);
     } else if (facts & FACTS_STOP) {
         stop_before(clock, engine, STOPPED_BY_BLOCK);

@@ -51,6 +51,7 @@ class _Shared(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("instructions", ctypes.c_uint64),
         ("instruction_limit", ctypes.c_uint64),
+        ("single", ctypes.c_uint64),
         ("watch_if", ctypes.c_uint64),
         ("stopped", ctypes.c_uint64),
         ("stop", ctypes.c_void_p),
@@ -101,14 +102,16 @@ class BlockClock:
     def _on_block(self, handle: int, address: int, size: int, data: int) -> None:
         shared = self.shared
         offset = address - shared.address
-        if 0 <= offset < shared.size and offset + size != shared.size:
+        inside = 0 <= offset < shared.size
+        second = shared.single and shared.size and not inside
+        if inside and (shared.single or offset + size != shared.size):
             # A store changed the block it is in: the block was left at the store, which starts over.
             self.take_back(address, self._examine(address, shared.size - offset) & ~STOP)
         shared.address, shared.size = address, size
         facts = self._examine(address, size)
         shared.elapsed += size
         shared.instructions += facts & ~STOP
-        if shared.elapsed > shared.limit or shared.instructions > shared.instruction_limit:
+        if second or shared.elapsed > shared.limit or shared.instructions > shared.instruction_limit:
             self._stop_before(STOPPED_BY_LIMIT)
         elif facts & STOP:
             self._stop_before(STOPPED_BY_BLOCK)
@@ -121,9 +124,10 @@ class BlockClock:
         self.shared.stopped = reason
         native.library.uc_emu_stop(self._handle)
 
-    def begin(self, limit: int, instruction_limit: int, *, watch_if: bool) -> None:
-        """A run begins; no block has been entered yet."""
+    def begin(self, limit: int, instruction_limit: int, *, single: bool, watch_if: bool) -> None:
+        """A run begins; no block has been entered yet. A ``single`` step is over before a second block."""
         shared = self.shared
+        shared.single = single
         shared.limit, shared.instruction_limit, shared.watch_if = limit, instruction_limit, watch_if
         shared.stopped = shared.size = 0
 

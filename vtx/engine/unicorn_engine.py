@@ -450,7 +450,8 @@ class UnicornEngine:
     ) -> EngineEvent | _StoppedBefore:
         if self._flush_wanted:
             self._flush_now()
-        self.clock.begin(0 if self._stop_requested else limit, instruction_limit, watch_if=watch_if and not step)
+        limit = 0 if self._stop_requested else limit
+        self.clock.begin(limit, instruction_limit, single=step, watch_if=watch_if and not step)
         self._trap = self._refused = self._aborted = None
         arranged_tf = step and not state.rflags & _TF
         self._load(state, reload, step)
@@ -469,7 +470,8 @@ class UnicornEngine:
             event = Stepped()
         # In a shadow, the engine ends a repeated instruction as it does in a step.
         self._settle(event, state.gpr[1] if shadow else before)
-        return event
+        # A trap flag has no effect after MOV SS and POP SS; there the clock ends the step.
+        return Stepped() if step and isinstance(event, BudgetSpent) else event
 
     def _settle(self, event: EngineEvent | _StoppedBefore, before: int) -> None:
         """The run ended at RIP: what is left of the block entered last was counted but not executed.

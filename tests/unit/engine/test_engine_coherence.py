@@ -247,3 +247,13 @@ def test_read_only_page_is_never_handed_out_writable() -> None:
         assert isinstance(event, RefusedFill)
         bench.engine.flush(None)
     bench.close()
+
+
+def test_single_step_over_an_instruction_that_stores_to_itself() -> None:
+    # L: MOV BYTE [rip: its own opcode], C6h; JMP L
+    bench = make("c605f9ffffffc6ebf7")
+    for i in range(20):
+        bench.step(2)
+        assert bench.state.rip == CODE
+        assert (bench.engine.elapsed(), bench.engine.instructions()) == (9 * (i + 1), 2 * (i + 1))
+    bench.close()
