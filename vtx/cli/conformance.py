@@ -158,6 +158,7 @@ def _list(plans: Sequence[Plan], *, as_json: bool) -> None:
                 "memory": f"{job.memory >> 20}M" if job else "",
                 "timeout": f"{job.timeout:g}" if job and job.timeout else "",
                 "processor": job.processor if job else "",
+                "setting": job.environment if job else "",
                 "skipped because": plan.skip,
             }
         )

@@ -28,6 +28,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
+            refresh_per_second=4,
         )
         self._all = self._bars.add_task("all tests", total=total, note="")
         self._failed = 0

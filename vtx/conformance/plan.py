@@ -31,6 +31,10 @@ _NOT_ARCHITECTURE: Final = {
     "vmware_backdoors.flat": "VMware's backdoor ports",
 }
 
+# Settings that the suite has for machines without a hypervisor, passed to an image as its boot module. By image: in
+# these, what the suite calls its test device is not a device but KVM's hypercalls.
+_ENVIRONMENT: Final = {"apic.flat": "TEST_DEVICE=0"}
+
 # Settings of a host that the suite wants because KVM depends on them, and this machine does not.
 _CHECKS_THAT_HOLD: Final = {"/sys/module/kvm_intel/parameters/allow_smaller_maxphyaddr=Y"}
 
@@ -40,7 +44,7 @@ class Job:
     """What one process has to run.
 
     ``memory`` is in bytes, ``timeout`` in seconds of wall time (None for no limit). ``profile`` are the tables of the
-    processor's profile, ``processor`` is what to call it.
+    processor's profile, ``processor`` is what to call it. ``environment`` is a setting for the image's boot module.
     """
 
     image: Path
@@ -50,6 +54,7 @@ class Job:
     timeout: float | None
     processor: str
     profile: Mapping[str, Any] = field(repr=False)
+    environment: str = ""
 
 
 @frozen
@@ -138,6 +143,7 @@ class Planner:
             test.timeout,
             processor,
             profile,
+            _ENVIRONMENT.get(test.file, ""),
         )
         return Plan(test, job)
 

@@ -137,6 +137,7 @@ def _as_json(job: Job) -> dict[str, object]:
         "processors": job.processors,
         "processor": job.processor,
         "profile": dict(job.profile),
+        "environment": job.environment,
     }
 
 

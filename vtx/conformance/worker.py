@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from vtx.boot.image import BootError
+from vtx.boot.image import BootError, Module
 from vtx.machine import Machine
 from vtx.x86.profile import build_profile
 
@@ -32,7 +32,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     profile = build_profile(job["processor"], job["profile"])
     try:
         machine = Machine(profile=profile, memory=job["memory"], cpus=job["processors"], serial=serial)
-        machine.load(Path(job["image"]).read_bytes(), command_line=job["command_line"])
+        modules = [Module(f"{job['environment']}\n".encode())] if job["environment"] else []
+        machine.load(Path(job["image"]).read_bytes(), command_line=job["command_line"], modules=modules)
     except BootError as error:
         return {"died": f"cannot boot: {error}"}
     except OSError as error:

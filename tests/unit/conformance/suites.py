@@ -37,6 +37,13 @@ def say_command_line() -> bytes:
     return fetch + loop + say("\n")
 
 
+def say_module() -> bytes:
+    """Code that sends the first Multiboot module, as text that ends with a zero byte beyond it, and a newline."""
+    fetch = b"\x8b\x73\x18\x8b\x36" + b"\x66\xba" + struct.pack("<H", DATA)  # mov esi, [ebx+24]; mov esi, [esi]
+    loop = b"\xac\x84\xc0\x74\x03\xee\xeb\xf8"
+    return fetch + loop
+
+
 def ends_with(value: int) -> bytes:
     """Code that writes ``value`` to the debug-exit port."""
     return write_port(DEBUG_EXIT, value) + HANG

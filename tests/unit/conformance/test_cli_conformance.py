@@ -1,13 +1,16 @@
 """The command: tables, files, exit status."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from suites import build, ends_with, say
+from suites import HANG, build, ends_with, say
 
 CONFIGURATION = """
 [good]
@@ -24,6 +27,8 @@ IMAGES = {
     "bad": say("PASS: a\n" + "".join(f"FAIL: b{n}\n" for n in range(12))) + ends_with(1),
     "spare": say("PASS: a\n") + ends_with(0),
 }
+
+COLOURLESS = {**os.environ, "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +130,35 @@ def test_directory_that_is_no_build(tmp_path: Path) -> None:
     assert done.stderr == (
         f"vtx: {tmp_path}: not a kvm-unit-tests build: x86/unittests.cfg: No such file or directory\n"
     )
+
+
+def test_terminal_sees_progress_and_failures_as_they_come(directory: Path) -> None:
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "vtx.cli", "conformance", str(directory), "--test", "*d", "--jobs", "1"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=slave, text=True, check=False, env=COLOURLESS)
+    os.close(slave)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(master, 1 << 16):
+            seen += data
+    os.close(master)
+    assert done.returncode == 1
+    assert done.stdout.startswith("test")
+    text = seen.decode()
+    assert "all tests" in text
+    assert "FAIL bad: b0" in text
+    assert "PASS" not in text
+
+
+def test_interrupt_prints_what_is_known(tmp_path: Path) -> None:
+    images = {"good": IMAGES["good"], "hangs": say("PASS: a\n") + HANG}
+    directory = build(tmp_path / "k", "[good]\nfile = good.flat\n[hangs]\nfile = hangs.flat\n", images)
+    command = [sys.executable, "-m", "vtx.cli", "conformance", str(directory), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == ""
+    assert [line.split()[0] for line in output.splitlines()[:3]] == ["test", "good", "total"]

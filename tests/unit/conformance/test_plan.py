@@ -141,6 +141,12 @@ def test_paravirtual_interfaces_are_not_architecture(tmp_path: Path) -> None:
     assert plans(found)["t"].skip == "needs KVM's hypercalls"
 
 
+def test_hypercalls_that_the_suite_can_leave_out(tmp_path: Path) -> None:
+    directory = build(tmp_path / "k", "[t]\nfile = apic.flat\n[u]\nfile = a.flat\n", {"apic": b"", "a": b""})
+    jobs = [plan.job for plan in plans(load_suite(directory)).values()]
+    assert [job.environment for job in jobs if job] == ["TEST_DEVICE=0", ""]
+
+
 def test_first_profile_that_fits(tmp_path: Path) -> None:
     found = suite(tmp_path, "[t]\nfile = a.flat\nqemu_params = -cpu max,+smep\n")
     planner = Planner(found, ("nehalem-server", "skylake-server"), most_processors=1)

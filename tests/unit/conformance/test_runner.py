@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from suites import HANG, SHUT_DOWN, build, ends_with, image, say, say_command_line
+from suites import HANG, SHUT_DOWN, build, ends_with, image, say, say_command_line, say_module
 
 from vtx.conformance.plan import Planner, Selection
 from vtx.conformance.results import CheckStatus, SerialReport, TestResult, Verdict
@@ -32,6 +32,8 @@ file = skips.flat
 file = aborts.flat
 [shuts-down]
 file = shuts-down.flat
+[apic]
+file = apic.flat
 [foreign]
 file = foreign.flat
 """
@@ -43,6 +45,7 @@ IMAGES = {
     "skips": say("SKIP: not here\n") + ends_with(38),
     "aborts": say("PASS: a\nUnhandled exception 13\n") + ends_with(7),
     "shuts-down": say("PASS: a\n") + SHUT_DOWN,
+    "apic": say_module() + ends_with(0),
     "foreign": b"",
 }
 
@@ -79,6 +82,12 @@ def test_arguments_reach_the_guest(directory: Path) -> None:
     report = one(directory, "passes").report
     assert report is not None
     assert report.last_line == "image one two"
+
+
+def test_settings_reach_the_guest_as_its_module(directory: Path) -> None:
+    report = one(directory, "apic").report
+    assert report is not None
+    assert report.text == "TEST_DEVICE=0\n"
 
 
 def test_fail(directory: Path) -> None:
