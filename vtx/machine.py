@@ -137,12 +137,15 @@ class Machine:
         self._exit_value = value
         self._running.stop_requested = True
 
-    def load(self, image: bytes, *, command_line: str = "", modules: Sequence[Module] = ()) -> None:
+    def load(
+        self, image: bytes, *, name: str = "image", command_line: str = "", modules: Sequence[Module] = ()
+    ) -> None:
         """Put a boot image into memory and the processor into the state its boot protocol asks for.
 
+        ``name`` and ``command_line`` are what the image is told: its command line is the one, then the other.
         Raises `vtx.boot.BootError` with one clear line for an image that cannot be booted here.
         """
-        options = BootOptions(command_line=command_line, modules=tuple(modules))
+        options = BootOptions(name=name, command_line=command_line, modules=tuple(modules))
         acpi.install(self.memory, len(self.cpus))
         firmware.install(self.memory, self.board.port_write)
         load(image, self.memory, options, self.cpu.state)

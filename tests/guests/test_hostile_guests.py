@@ -42,7 +42,7 @@ eb f4                   ; jmp next
     )
     done = vtx("run", image, "one", "--memory", "16M", "--", "-two", "--three")
     assert done.status == 0
-    assert done.stdout.split(b" ", 1)[1] == b"one -two --three"
+    assert done.stdout.decode() == f"{image} one -two --three"
 
 
 def test_an_exception_without_idt__is_a_triple_fault(vtx: RunVtx, image: Path) -> None:

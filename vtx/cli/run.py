@@ -113,7 +113,12 @@ def _boot(
 
     try:
         machine = Machine(profile=profile, memory=memory, serial=output.write, tracer=tracer)
-        machine.load(image.data, command_line=command_line, modules=[Module(data, name) for name, data in modules])
+        machine.load(
+            image.data,
+            name=image.name,
+            command_line=command_line,
+            modules=[Module(data, name) for name, data in modules],
+        )
     except ProfileError as error:
         raise Unusable(f"profile {error}") from None
     except BootError as error:
