@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -152,3 +153,12 @@ def test_a_bundled_guest_that_is_not_built__says_how_to_build_it(
     listing = vtx("guests")
     assert listing.status == 0
     assert listing.stdout.count(b"not built: make guests") == 2
+
+
+def test_more_memory_than_there_is__is_one_line(vtx: RunVtx, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    image.write_bytes(multiboot(exit_with(0)))
+    monkeypatch.setattr("vtx.x86.memory.mmap.mmap", no_memory)
+    assert_refused(vtx("run", image, "--memory", "3G"), "3072 MiB", "Cannot allocate memory")

@@ -6,6 +6,7 @@ import pytest
 
 from vtx.cli.images import DESCRIPTIONS, bundled_names
 from vtx.cli.main import main
+from vtx.cli.table import print_table
 from vtx.x86.profile import profile_names
 
 
@@ -72,3 +73,17 @@ def test_a_bug_in_the_model__is_one_line_and_its_own_status(
     monkeypatch.setenv("VTX_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["guests"])
+
+
+def test_a_table_on_a_terminal__is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    print_table(("what", "figure"), [("one", "1"), ("two", "22")], right=frozenset({1}))
+    out = capsys.readouterr().out
+    assert "│" in out
+    assert "│      1 │" in out
+
+
+def test_a_table_in_a_pipe__is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("what", "figure"), [("one", "1"), ("two", "22")], right=frozenset({1}))
+    assert capsys.readouterr().out == "what  figure\none        1\ntwo       22\n"
