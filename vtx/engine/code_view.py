@@ -1,6 +1,7 @@
 """The code an engine executes: where its bytes are, how many instructions they hold, and which must not run.
 
-A few instructions neither trap in Unicorn nor call a hook before they have an effect. The engine therefore looks at
+A few instructions neither trap in Unicorn nor call a hook before they have an effect, or are executed although the
+processor modelled does not have them (those with a VEX prefix, as their SSE cousins). The engine therefore looks at
 each block of code once, when it is first entered, and stops in front of a block that holds one of them.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Decoder, Mnemonic, OpKind
+from iced_x86 import Decoder, EncodingKind, Instruction, Mnemonic, OpKind
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.x86.memory import PhysicalMemory
@@ -20,7 +21,12 @@ STOP: Final = 1 << 32
 _MOST_REMEMBERED: Final = 1 << 16
 
 # Unicorn stores a zero to the destination of INS before it asks for the value.
-_MUST_NOT_RUN: Final = frozenset((Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD))
+_STORES_EARLY: Final = frozenset((Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD))
+
+
+def _must_not_run(instruction: Instruction) -> bool:
+    """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
+    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _STORES_EARLY
 
 
 class CodeView:
@@ -73,7 +79,7 @@ class CodeView:
             stops = count = 0
             for instruction in Decoder(bits, self.read(linear, size)):
                 count += 1
-                if instruction.mnemonic in _MUST_NOT_RUN:
+                if _must_not_run(instruction):
                     stops = STOP
             facts = self._facts[key] = stops + count
         return facts
@@ -81,7 +87,7 @@ class CodeView:
     def stop_address(self, linear: int, size: int, bits: int) -> int:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
         for instruction in Decoder(bits, self.read(linear, size), ip=linear):
-            if instruction.mnemonic in _MUST_NOT_RUN:
+            if _must_not_run(instruction):
                 return instruction.ip
         raise LookupError(f"no instruction in the block at {linear:#x} must not run")
 

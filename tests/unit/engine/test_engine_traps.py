@@ -51,6 +51,11 @@ SENSITIVE = {
     "XSAVE": ("0fae20", ANYWHERE),
     "XRSTOR": ("0fae28", ANYWHERE),
     "UD2": ("0f0b", ANYWHERE),
+    "VADDPS xmm": ("c5f858c1", PROTECTED),
+    "VADDPS ymm": ("c5fc58c1", PROTECTED),
+    "VPADDD": ("c4e17dfec1", PROTECTED),
+    "ANDN": ("c4e278f2c1", PROTECTED),
+    "VADDPS zmm": ("62f17c4858c1", PROTECTED),
     "RSM": ("0faa", ANYWHERE),
     "GETSEC": ("0f37", ANYWHERE),
     "VMCALL": ("0f01c1", ANYWHERE),
@@ -197,14 +202,6 @@ NATIVE_EXCEPTIONS = [
     pytest.param("fa", "long64-user", 0, ExceptionTrap(Vector.GP, 0), id="GP-CLI-beyond-IOPL"),
     pytest.param("fb", "protected32-user", 0, ExceptionTrap(Vector.GP, 0), id="GP-STI-beyond-IOPL"),
     pytest.param("0f0b", "long64-user", 0, ExceptionTrap(Vector.UD, 0), id="UD-UD2"),
-    pytest.param(
-        "c5f858c1",
-        "long64",
-        0,
-        ExceptionTrap(Vector.UD, 0),
-        id="UD-no-AVX",
-        marks=pytest.mark.xfail(reason="the engine executes VEX instructions as their SSE cousins", strict=True),
-    ),
 ]
 
 
