@@ -12,8 +12,9 @@ So a processor that halts with interrupts off is seen to be halted for good, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
 
 from attrs import frozen
 
@@ -44,6 +45,12 @@ from vtx.x86.msrs import MsrFile
 from vtx.x86.profile import Profile
 
 WINDOW_SIZE: Final = 0x1000
+
+
+class Stateful(Protocol):
+    """A device: all that the guest can change is in ``state``, one record of plain data."""
+
+    state: Any
 
 
 @frozen
@@ -86,15 +93,19 @@ class Board:
         self._add_timers(memory, tick_frequency, power_off)
         self.uart = Uart16550(serial, self.lines.driver(pc_map.COM1_IRQ))
         self._attach(pc_map.COM1_PORT, 8, self.uart)
-        self._attach(pc_map.POST_PORT, 1, PostPort())
+        self._post = PostPort()
+        self._fw_cfg = FwCfg(standard_items(memory.size, cpus))
+        self._pci = PciConfig()
+        self._attach(pc_map.POST_PORT, 1, self._post)
         self._attach(pc_map.DEBUG_EXIT_PORT, 4, DebugExit(exit_run))
-        self._attach(pc_map.FW_CFG_PORT, 2, FwCfg(standard_items(memory.size, cpus)))
-        self._attach(pc_map.PCI_CONFIG_PORT, 8, PciConfig())
+        self._attach(pc_map.FW_CFG_PORT, 2, self._fw_cfg)
+        self._attach(pc_map.PCI_CONFIG_PORT, 8, self._pci)
         self._attach(
             pc_map.TEST_LINES_PORT, PINS, InterruptTestLines([self.lines.driver(number) for number in range(PINS)])
         )
-        self._attach(pc_map.TEST_STORAGE_PORT, test_storage.PORTS, TestPorts())
-        memory.add_window(pc_map.TEST_MEMORY_ADDRESS, test_storage.MEMORY_SIZE, TestMemory())
+        self._test_ports, self._test_memory = TestPorts(), TestMemory()
+        self._attach(pc_map.TEST_STORAGE_PORT, test_storage.PORTS, self._test_ports)
+        memory.add_window(pc_map.TEST_MEMORY_ADDRESS, test_storage.MEMORY_SIZE, self._test_memory)
         memory.add_window(pc_map.IO_APIC_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.io_apic))
         memory.add_window(pc_map.HPET_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.hpet))
         memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))
@@ -119,7 +130,8 @@ class Board:
         self.hpet = Hpet(clock, frequency, [lines.driver(number) for number in range(PINS)], self._replace_legacy)
         self.acpi_pm = AcpiPm(clock, frequency, lines.driver(pc_map.SCI_IRQ), power_off)
         self._attach(pc_map.PIT_PORT, 4, self.pit, timed=True)
-        self._attach(pc_map.SYSTEM_CONTROL_PORT, 1, SystemControlPort(self.pit))
+        self._system_control = SystemControlPort(self.pit)
+        self._attach(pc_map.SYSTEM_CONTROL_PORT, 1, self._system_control)
         self._attach(pc_map.RTC_PORT, 2, self.rtc, timed=True)
         self._attach(pc_map.ACPI_PM_PORT, 12, self.acpi_pm, timed=True)
 
@@ -166,6 +178,41 @@ class Board:
         self._bring_up_to_date()
         write(offset, size, value)
         self._plan()
+
+    # Snapshots.
+
+    def save(self) -> dict[str, object]:
+        """The state of every device by name: plain data that later accesses do not change."""
+        return {name: copy.deepcopy(part.state) for name, part in self._parts().items()}
+
+    def restore(self, states: Mapping[str, object]) -> None:
+        """Put the devices back to what `save` of a board built alike returned."""
+        for name, part in self._parts().items():
+            part.state = copy.deepcopy(states[name])
+        self._plan()
+
+    def _parts(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful] = {
+            "pic master": self.pic.master,
+            "pic slave": self.pic.slave,
+            "io apic": self.io_apic,
+            "lines": self.lines,
+            "pit": self.pit,
+            "system control": self._system_control,
+            "rtc": self.rtc,
+            "hpet": self.hpet,
+            "acpi pm": self.acpi_pm,
+            "uart": self.uart,
+            "post": self._post,
+            "fw_cfg": self._fw_cfg,
+            "pci": self._pci,
+            "test ports": self._test_ports,
+            "test memory": self._test_memory,
+        }
+        parts |= {f"pit channel {number}": channel for number, channel in enumerate(self.pit.channels)}
+        parts |= {f"legacy timer {number}": switch for number, switch in enumerate(self._legacy_timers)}
+        parts |= {f"local apic {number}": socket.apic for number, socket in enumerate(self.sockets)}
+        return parts
 
     # Time.
 
@@ -272,6 +319,10 @@ class Socket:
     def acknowledge_interrupt(self) -> int:
         """Run an interrupt-acknowledge cycle; the vector to deliver."""
         return self.board.acknowledge(self._acknowledge)
+
+    def end_of_interrupt(self) -> None:
+        """Dismiss the interrupt in service from the local APIC."""
+        self.apic.end_of_interrupt()
 
     def _acknowledge(self) -> int:
         if self._external():

@@ -38,8 +38,6 @@ class Entry:
     """Bits of a redirection entry; 7:0 are the vector, 10:8 the delivery mode, 63:56 the destination."""
 
     LOGICAL = 1 << 11
-    DELIVERY_STATUS = 1 << 12
-    ACTIVE_LOW = 1 << 13
     REMOTE_IRR = 1 << 14
     LEVEL_TRIGGERED = 1 << 15
     MASKED = 1 << 16

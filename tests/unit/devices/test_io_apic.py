@@ -81,7 +81,8 @@ def test_select_register_is_read_back(pc: Pc) -> None:
 def test_narrow_access_to_the_window(pc: Pc) -> None:
     pc.write(0x11, 0x0300_0000)
     pc.io_apic.mmio_write(0x10, 1, 0x77)
-    assert pc.io_apic.mmio_read(0x13, 1) == 3
+    assert [pc.io_apic.mmio_read(0x10 + lane, 1) for lane in range(4)] == [0, 0, 0, 3]
+    assert pc.io_apic.mmio_read(0x12, 2) == 0x0300
     assert pc.read(0x11) == 0x0300_0000
 
 
@@ -91,6 +92,7 @@ def test_edge_is_sent_once(pc: Pc) -> None:
     pc.io_apic.set_pin(4, True)
     assert pc.requested() == [0x31]
     assert pc.machine.serve() == 0x31
+    pc.io_apic.set_pin(4, True)
     assert pc.requested() == []
     pc.io_apic.set_pin(4, False)
     assert pc.requested() == []
@@ -152,6 +154,8 @@ def test_eoi_register(pc: Pc) -> None:
     assert pc.machine.serve() == 0x41
     assert pc.remote_irr(9)
     pc.io_apic.mmio_write(0x40, 4, 0x42)
+    pc.io_apic.mmio_write(0x20, 4, 0x41)
+    pc.io_apic.mmio_write(0x44, 4, 0x41)
     assert pc.remote_irr(9)
     pc.io_apic.mmio_write(0x40, 4, 0x41)
     assert not pc.remote_irr(9)
