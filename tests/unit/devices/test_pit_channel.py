@@ -229,3 +229,8 @@ def test_invalid_decimal_digits_are_harmless() -> None:
     counter = started(Mode.SQUARE_WAVE, 0xFFFF, bcd=True)
     assert counter.next_change(0) is not None
     assert counter.value(12345) <= 0x9999
+
+
+def test_binary_count_beyond_a_digit() -> None:
+    assert started(Mode.INTERRUPT_ON_TERMINAL_COUNT, 0x1A2B).next_change(0) == 0x1A2B + 1
+    assert started(Mode.INTERRUPT_ON_TERMINAL_COUNT, 0x1234, bcd=True).next_change(0) == 1234 + 1
