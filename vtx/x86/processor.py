@@ -28,7 +28,7 @@ from vtx.x86.execution import (
     InstructionTrap,
     RefusedFill,
 )
-from vtx.x86.instructions.table import HANDLERS
+from vtx.x86.instructions.table import HANDLERS, has_earlier_fault
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Mmu, Refusal
 from vtx.x86.msr_table import IA32_STAR, IA32_SYSENTER_CS, IA32_SYSENTER_EIP, IA32_SYSENTER_ESP
@@ -118,6 +118,7 @@ class LogicalProcessor:
         self.transitions_seen = 0  # VM entries and VM exits whose time has passed
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
         self._until: int | None = None
+        self._planned_waiting = False  # whether the current run knew of an interrupt that waits
         self.implicit_pages: set[int] = set()
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_clock(self.msrs, self.now, lambda: None)
@@ -180,7 +181,8 @@ class LogicalProcessor:
 
     def device_written(self) -> None:
         """The running code wrote to a device: stop soon if that changed what the current run was planned for."""
-        if self.stop_requested or self._next_deadline(self._until) != self._planned or self._interrupt_waits():
+        due = self._next_deadline(self._until)
+        if self.stop_requested or due != self._planned or self._interrupt_waits() != self._planned_waiting:
             self.engine.request_stop()
 
     def _needs_port_checks(self, linear: int, bits: int) -> bool:
@@ -223,6 +225,10 @@ class LogicalProcessor:
     def acknowledge_interrupt(self) -> int:
         """Acknowledge it and return its vector."""
         return self.platform.acknowledge_interrupt()
+
+    def end_of_interrupt(self) -> None:
+        """Dismiss the interrupt in service from the local APIC."""
+        self.platform.end_of_interrupt()
 
     def nmi(self) -> None:
         """A non-maskable interrupt arrives."""
@@ -452,7 +458,7 @@ class LogicalProcessor:
         self._until = until
         self._planned = deadline = self._next_deadline(until)
         budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
-        waiting = self._interrupt_waits()
+        self._planned_waiting = waiting = self._interrupt_waits()
         watch_if = waiting and not state.rflags & _IF
         step = (
             self.step_next
@@ -466,8 +472,14 @@ class LogicalProcessor:
         event = self.engine.run(
             state, reload=reload, budget=budget, step=step, watch_if=watch_if, instruction_limit=limit
         )
-        self.implicit_pages.clear()
+        self.forget_implicit_accesses()
         return event
+
+    def forget_implicit_accesses(self) -> None:
+        """The instruction that was granted implicit supervisor-mode accesses is over; so are the grants."""
+        if self.implicit_pages:
+            self.implicit_pages.clear()
+            self.engine.flush(None)
 
     def _note_port_breakpoints(self, port: int, size: int) -> None:
         """An IN, OUT, INS or OUTS is completing: its I/O breakpoints become pending."""
@@ -490,6 +502,8 @@ class LogicalProcessor:
                 self.execute("not known to the engine")
             elif event.vector == Vector.DB:
                 self.state.pending_debug |= _PENDING_BS
+            elif event.vector == Vector.GP and self.state.cpl and self._has_earlier_fault():
+                self.execute("privileged instruction")
             else:
                 self.raise_fault(_fault(event))
         elif isinstance(event, RefusedFill):
@@ -497,6 +511,13 @@ class LogicalProcessor:
         elif isinstance(event, BudgetSpent):
             self._approached = self._next_deadline(until)
             self.step_next = True  # the limit may also be that of instructions
+
+    def _has_earlier_fault(self) -> bool:
+        try:
+            instruction = self.fetch()
+        except InstructionAborted:
+            return False
+        return instruction is None or has_earlier_fault(instruction)
 
     def execute(self, why: str = "sensitive instruction") -> None:
         """Execute the instruction at RIP in the model."""
