@@ -99,11 +99,24 @@ def operands(processor: LogicalProcessor) -> list[Operand]:
     return found
 
 
-def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> tuple[int, bool]:
-    """The first address in linear ``page`` that the instruction at RIP accesses in the way of ``kind``.
+@frozen
+class Access:
+    """What an instruction does to a page: the first address in it, and how that is accessed.
 
-    With it, whether that is an implicit supervisor-mode access: no operand explains it, and it is in a descriptor
-    table or the TSS. The address is then the page's own, because only the page is known.
+    ``implicit`` marks a supervisor-mode access that no operand explains, to a descriptor table or the TSS; the address
+    is then the page's own, because only the page is known. ``stack`` marks one through SS.
+    """
+
+    linear: int
+    kind: AccessKind
+    implicit: bool = False
+    stack: bool = False
+
+
+def exact_access(processor: LogicalProcessor, page: int, kind: AccessKind) -> Access:
+    """The access of the instruction at RIP to linear ``page`` that the engine was refused as ``kind``.
+
+    An operand that is read and written is accessed as for writing from the start, whatever the engine does first.
     Raises `InstructionAborted` if the instruction can no longer be fetched.
     """
     fallback = None
@@ -112,16 +125,9 @@ def exact_address(processor: LogicalProcessor, page: int, kind: AccessKind) -> t
         if operand.linear & ~PAGE_OFFSET_MASK <= page <= last & ~PAGE_OFFSET_MASK:
             exact = max(operand.linear, page)
             if operand.writes if kind is AccessKind.WRITE else operand.reads:
-                return exact, False
-            fallback = exact
-    if fallback is not None:
-        return fallback, False
-    return page, _holds_system_table(processor.state, page)
-
-
-def uses_stack(processor: LogicalProcessor) -> bool:
-    """Whether the memory operand of the instruction at RIP is in the stack segment."""
-    return any(operand.stack for operand in operands(processor))
+                return Access(exact, AccessKind.WRITE if operand.writes else kind, stack=operand.stack)
+            fallback = Access(exact, kind, stack=operand.stack)
+    return fallback or Access(page, kind, implicit=_holds_system_table(processor.state, page))
 
 
 def _holds_system_table(state: CpuState, page: int) -> bool:

@@ -13,6 +13,7 @@ from attrs import evolve
 
 from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.x86 import access
+from vtx.x86.access import Access
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
 from vtx.x86.execution import RefusedFill
 from vtx.x86.mmu import Grant
@@ -27,29 +28,32 @@ if TYPE_CHECKING:
 def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
     """Raise at RIP what the refused access raises, or arrange for the instruction to be tried again."""
     state = processor.state
-    exact, implicit = state.linear_rip, False
     if event.kind is AccessKind.EXECUTE:
-        if exact & ~PAGE_OFFSET_MASK != event.linear_page:
+        exact = Access(state.linear_rip, event.kind)
+        if exact.linear & ~PAGE_OFFSET_MASK != event.linear_page:
             # Translation looked ahead; only the instruction that really crosses into the page faults.
-            if not _crosses(processor, exact, event.linear_page):
+            if not _crosses(processor, exact.linear, event.linear_page):
                 processor.step_next = True
                 return
-            exact = event.linear_page
+            exact = Access(event.linear_page, event.kind)
     else:
         try:
-            exact, implicit = access.exact_address(processor, event.linear_page, event.kind)
+            exact = access.exact_access(processor, event.linear_page, event.kind)
         except InstructionAborted as aborted:
             processor.abort(aborted.cause)
             return
-    result = processor.mmu.fill(exact, event.kind, state.cpl, bool(state.rflags & Rflags.AC), implicit=implicit)
+    ac = bool(state.rflags & Rflags.AC)
+    result = processor.mmu.fill(exact.linear, exact.kind, state.cpl, ac, implicit=exact.implicit)
     if isinstance(result, Grant):
-        if implicit:
+        if exact.implicit:
+            # For this one instruction: an engine would not tell a later explicit access from it.
             processor.implicit_pages.add(event.linear_page)
+            processor.step_next = True
         return
-    if isinstance(result, Fault) and result.vector == Vector.GP and access.uses_stack(processor):
+    if isinstance(result, Fault) and result.vector == Vector.GP and exact.stack:
         result = evolve(result, vector=Vector.SS)
     if processor.tracing is not None:
-        processor.tracing.walk(exact, event.kind, state.cpl)
+        processor.tracing.walk(exact.linear, exact.kind, state.cpl)
     processor.abort(result)
 
 

@@ -90,6 +90,7 @@ def step(processor: LogicalProcessor) -> None:
     transitions = processor.transitions_seen
     reload, processor.reload = processor.reload, False
     event = processor.engine.run(processor.state, reload=reload, budget=None, step=True)
+    processor.forget_implicit_accesses()
     processor.handle(event)
     faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)
     if hits and not faulted and processor.transitions_seen == transitions:

@@ -339,10 +339,15 @@ def segment_base(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.retire(instruction)
 
 
+def is_control_or_debug_move(instruction: Instruction) -> bool:
+    """Whether a MOV is one to or from a control or debug register."""
+    operands = instruction.system_registers
+    return 0x20 <= instruction.encoding[-2] <= 0x23 and any(operand is not None for operand in operands)
+
+
 def move(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """MOV: only moves to and from control and debug registers come to the model."""
-    operands = instruction.system_registers
-    if 0x20 <= instruction.encoding[-2] <= 0x23 and any(operand is not None for operand in operands):
+    if is_control_or_debug_move(instruction):
         (move_cr if instruction.encoding[-2] in (0x20, 0x22) else move_dr)(cpu, instruction)
     else:
         raise ud()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from iced_x86 import Mnemonic
+
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions import control, descriptor_tables, flow, identification, missing, msr, port_io, system
 
@@ -19,3 +21,18 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     for mnemonic, handler in module.HANDLERS.items()
 }
 """Handler by iced mnemonic number."""
+
+_PRIVILEGE_FIRST: Final = frozenset(
+    (
+        Mnemonic.XSETBV,
+        *(Mnemonic.VMRUN, Mnemonic.VMLOAD, Mnemonic.VMSAVE, Mnemonic.STGI, Mnemonic.CLGI),
+        *(Mnemonic.SKINIT, Mnemonic.INVLPGA),
+    )
+)
+
+
+def has_earlier_fault(instruction: Instruction) -> bool:
+    """Whether the model may know a fault that comes before the #GP(0) for lack of privilege an engine raises."""
+    if instruction.mnemonic == Mnemonic.MOV:
+        return control.is_control_or_debug_move(instruction)
+    return instruction.mnemonic in _PRIVILEGE_FIRST
