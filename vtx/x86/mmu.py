@@ -12,10 +12,20 @@ Spec: SDM Vol. 3, "Paging", "VMX Support for Address Translation".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, LinearAddress, PhysicalAddress
+from attrs import evolve
+
+from vtx.addresses import (
+    PAGE_OFFSET_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    GuestPhysicalAddress,
+    LinearAddress,
+    PhysicalAddress,
+)
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.page_rights import Privilege
@@ -33,7 +43,7 @@ from vtx.x86.paging import (
     load_pdptrs,
     walk,
 )
-from vtx.x86.second_level import AccessKind, IdentitySecondLevel, SecondLevel, SecondLevelFault
+from vtx.x86.second_level import AccessKind, IdentitySecondLevel, ReservedPageAccess, SecondLevel, SecondLevelFault
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
 from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
 
@@ -94,7 +104,9 @@ def _invalidates_all(old: PagingContext, new: PagingContext) -> bool:
 class Mmu:
     """Address translation for one logical processor; starts in the reset state (paging disabled, no second level).
 
-    ``pkru`` and ``pkrs`` hold PKRU and IA32_PKRS; who changes them calls `update`.
+    ``pkru`` and ``pkrs`` hold PKRU and IA32_PKRS; who changes them calls `update`. ``reserved_page`` is the physical
+    address of a page that every access by linear address is refused, with `ReservedPageAccess`; None without one. Who
+    changes it sees to it that the engine's TLB is flushed, as a VM entry or VM exit does.
     """
 
     def __init__(
@@ -113,6 +125,8 @@ class Mmu:
         self.tlb = tlb or Tlb()
         self.second_level: SecondLevel = IdentitySecondLevel()
         self.asid = 0
+        self.reserved_page: PhysicalAddress | None = None
+        self._redirected: PhysicalAddress | None = None
         self.pkru = 0
         self.pkrs = 0
         self._inputs: tuple[object, ...] = ()
@@ -277,8 +291,31 @@ class Mmu:
         page = linear >> PAGE_SHIFT
         cached = self.tlb.find(page)
         if cached is not None and self._permissions[privilege][cached.attributes] & cached.cacheable & kind:
-            return cached
-        return self._walk(LinearAddress(linear), kind, privilege)
+            result: Translation | Refusal = cached
+        else:
+            result = self._walk(LinearAddress(linear), kind, privilege)
+        if self.reserved_page is not None and isinstance(result, Translation):
+            return self._except_reserved_page(result, LinearAddress(linear), kind)
+        return result
+
+    def _except_reserved_page(
+        self, found: Translation, linear: LinearAddress, kind: AccessKind
+    ) -> Translation | ReservedPageAccess:
+        if found.physical != self.reserved_page:
+            return found
+        if self._redirected is not None:
+            return evolve(found, physical=self._redirected)
+        return ReservedPageAccess(GuestPhysicalAddress(found.guest_physical | linear & PAGE_OFFSET_MASK), linear, kind)
+
+    @contextmanager
+    def redirection(self, target: PhysicalAddress, linear: int) -> Iterator[None]:
+        """While it lasts, accesses to the reserved page, mapped at ``linear``, go to the page ``target``."""
+        self._redirected = target
+        try:
+            yield
+        finally:
+            self._redirected = None
+            self._flush_engine_page((linear & self._linear_mask) >> PAGE_SHIFT)
 
     def _walk(self, linear: LinearAddress, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
         if not is_canonical(self.context, linear):

@@ -28,6 +28,10 @@ class Platform(Protocol):
         """Run an interrupt-acknowledge cycle; the vector to deliver."""
         ...
 
+    def end_of_interrupt(self) -> None:
+        """Dismiss the interrupt in service from the local APIC, as a write to its EOI register does."""
+        ...
+
     def next_deadline(self) -> int | None:
         """Absolute tick at which a device next acts by itself, or None."""
         ...

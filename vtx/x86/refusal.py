@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrs import evolve
+from attrs import define, evolve
 
 from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.x86 import access
-from vtx.x86.access import Access
+from vtx.x86.access import Access, Operand, operands
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
-from vtx.x86.execution import RefusedFill
+from vtx.x86.execution import EngineEvent, ExceptionTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.second_level import AccessKind
+from vtx.x86.second_level import AccessKind, ReservedPageAccess
 from vtx.x86.state import Rflags
 
 if TYPE_CHECKING:
@@ -54,7 +54,49 @@ def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
         result = evolve(result, vector=Vector.SS)
     if processor.tracing is not None:
         processor.tracing.walk(exact.linear, exact.kind, state.cpl)
-    processor.abort(result)
+    if isinstance(result, ReservedPageAccess):
+        _virtualize(processor, result)
+    else:
+        processor.abort(result)
+
+
+@define(slots=True)
+class _Refused:
+    """See `vtx.x86.virtualization.RefusedInstruction`. ``event`` is what came of it, if it did not complete."""
+
+    processor: LogicalProcessor
+    access: ReservedPageAccess
+    event: EngineEvent | None = None
+
+    def operands(self) -> list[Operand]:
+        return operands(self.processor)
+
+    def execute(self) -> bool:
+        processor = self.processor
+        reload, processor.reload = processor.reload, False
+        event = processor.engine.run(processor.state, reload=reload, budget=None, step=True)
+        if isinstance(event, Stepped):
+            return True
+        if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
+            processor.handle(event)
+            return True
+        self.event = event
+        return False
+
+
+def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess) -> None:
+    """The access is the virtualization extension's: it has the instruction executed after all, or exits."""
+    extension = processor.virtualization
+    assert extension is not None
+    if processor.tracing is not None:
+        processor.tracing.second_level_fault(refused)
+    instruction = _Refused(processor, refused)
+    transitions = extension.transitions
+    extension.virtualize_access(instruction)
+    if extension.transitions != transitions:
+        processor.reload = True
+    elif instruction.event is not None:
+        processor.handle(instruction.event)
 
 
 def _crosses(processor: LogicalProcessor, linear: int, page: int) -> bool:

@@ -41,6 +41,17 @@ class SecondLevelFault:
 
 
 @frozen
+class ReservedPageAccess(SecondLevelFault):
+    """An access to the page that the virtualization extension reserves (VMX: the APIC-access page).
+
+    ``linear`` is None for an access by guest-physical address: to a paging structure. Without a second level,
+    ``guest_physical`` is the physical address.
+    """
+
+    kind: AccessKind
+
+
+@frozen
 class SecondLevelPage:
     """Where a guest-physical page is.
 

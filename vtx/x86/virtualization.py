@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from vtx.x86.access import Operand
     from vtx.x86.decode import Instruction
     from vtx.x86.delivery import Event
     from vtx.x86.memory import PhysicalMemory
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from vtx.x86.operations import Operation
     from vtx.x86.outcome import Fault
     from vtx.x86.profile import Profile
-    from vtx.x86.second_level import SecondLevelFault
+    from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
     from vtx.x86.state import CpuState
 
 
@@ -50,6 +51,10 @@ class Processor(Protocol):
         """Acknowledge the highest-priority pending interrupt and return its vector."""
         ...
 
+    def end_of_interrupt(self) -> None:
+        """Dismiss the interrupt acknowledged last from the local APIC, as writing its EOI register does."""
+        ...
+
     def nmi_pending(self) -> bool:
         """Whether a non-maskable interrupt waits to be delivered, ignoring blocking."""
         ...
@@ -62,6 +67,10 @@ class Processor(Protocol):
         """Deliver ``event`` through the IDT now, with all that may happen on the way: further exceptions, VM exits."""
         ...
 
+    def fetch(self) -> Instruction | None:
+        """The instruction at RIP, None if its bytes are none; raises `InstructionAborted` with a fault of the fetch."""
+        ...
+
     def task_priority(self) -> int:
         """CR8, 0 to 15."""
         ...
@@ -72,6 +81,23 @@ class Processor(Protocol):
 
     def shut_down(self, reason: str) -> None:
         """Enter the shutdown state (triple fault, VMX abort) for ``reason``."""
+        ...
+
+
+class RefusedInstruction(Protocol):
+    """The instruction at RIP, which the engine began to execute and whose ``access`` the MMU refused."""
+
+    @property
+    def access(self) -> ReservedPageAccess:
+        """The access."""
+        ...
+
+    def operands(self) -> list[Operand]:
+        """The memory operands of the instruction, explicit and implicit."""
+        ...
+
+    def execute(self) -> bool:
+        """Let the engine execute it once more, under the translations of this moment; whether it completed."""
         ...
 
 
@@ -132,11 +158,17 @@ class Virtualization(Protocol):
         """Non-root only: a second-level translation failed; always a VM exit in VMX without #VE."""
         ...
 
+    def virtualize_access(self, refused: RefusedInstruction) -> None:
+        """Non-root only: an instruction accessed the MMU's reserved page; virtualize the access or exit."""
+        ...
+
     def boundary(self) -> bool:
         """Called before each instruction that follows an event; performs the highest-priority pending VM exit.
 
+        Virtual interrupts are delivered here too. Returns whether anything was done.
+
         Covers, in the manual's order, pending trap exits: MTF, preemption timer, NMI window, interrupt window,
-        NMI exiting, external-interrupt exiting. Returns whether a VM exit happened.
+        NMI exiting, external-interrupt exiting.
         """
         ...
 
