@@ -12,8 +12,10 @@ from vmcs import controls as c
 from vmcs import layouts
 from vmcs.exits import Reason
 from vtx.vmx.operation import VmxOperation
+from vtx.vmx.posted_interrupts import is_notification, process_posted
 from vtx.vmx.record import NMI_WORD, VmExit, interruption_word
 from vtx.vmx.view import ControlView
+from vtx.x86.event import Event
 from vtx.x86.state import Activity, CpuState, Rflags, Shadow
 
 _EXTERNAL_INTERRUPT_EXITING: Final = c.EXTERNAL_INTERRUPT_EXITING.mask
@@ -21,15 +23,15 @@ _NMI_EXITING: Final = c.NMI_EXITING.mask
 _VIRTUAL_NMIS: Final = c.VIRTUAL_NMIS.mask
 _NMI_WINDOW: Final = c.NMI_WINDOW_EXITING.mask
 _INTERRUPT_WINDOW: Final = c.INTERRUPT_WINDOW_EXITING.mask
-_WINDOWS: Final = _NMI_WINDOW | _INTERRUPT_WINDOW
+_POSTED_INTERRUPTS: Final = c.PROCESS_POSTED_INTERRUPTS.mask
 _ACKNOWLEDGE: Final = c.EXIT_ACKNOWLEDGE_INTERRUPT_ON_EXIT.mask
 _IF: Final = int(Rflags.IF)
 # Bits of "pending debug exceptions" that have a debug exception delivered: enabled breakpoint and BS.
 _DELIVERABLE_DEBUG: Final = 1 << 12 | 1 << 14
 
 
-def boundary_exit(operation: VmxOperation) -> VmExit | None:
-    """The VM exit of highest priority that is due before the next instruction, or None.
+def boundary_event(operation: VmxOperation) -> VmExit | Event | None:
+    """What has the highest priority before the next instruction: a VM exit, a virtual interrupt to deliver, or None.
 
     Between instructions, debug traps have priority over all but the monitor trap flag; delivering them is the
     processor's business, so None is also the answer while one is waiting.
@@ -47,10 +49,10 @@ def boundary_exit(operation: VmxOperation) -> VmExit | None:
     deadline = operation.timer_deadline
     if deadline is not None and operation.processor.tsc() >= deadline:
         return VmExit(Reason.PREEMPTION_TIMER_EXPIRED)
-    return _interrupt_exit(operation, view, state)
+    return _interrupt(operation, view, state)
 
 
-def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState) -> VmExit | None:
+def _interrupt(operation: VmxOperation, view: ControlView, state: CpuState) -> VmExit | Event | None:
     processor = operation.processor
     if view.primary & _NMI_WINDOW and not state.nmi_blocked and not _blocked_by_mov_ss(state):
         return VmExit(Reason.NMI_WINDOW)
@@ -61,13 +63,23 @@ def _interrupt_exit(operation: VmxOperation, view: ControlView, state: CpuState)
         return VmExit(Reason.EXCEPTION_OR_NMI, interruption=NMI_WORD)
     if state.activity is Activity.SHUTDOWN:
         return None
-    if view.primary & _INTERRUPT_WINDOW and state.rflags & _IF and not state.shadow:
-        return VmExit(Reason.INTERRUPT_WINDOW)
+    if operation.below_threshold is not None:
+        return operation.below_threshold
+    apic = operation.virtual_apic
+    if state.rflags & _IF and not state.shadow:
+        if view.primary & _INTERRUPT_WINDOW:
+            return VmExit(Reason.INTERRUPT_WINDOW)
+        if apic is not None and apic.pending:
+            return apic.deliver()
     # With external-interrupt exiting, RFLAGS.IF and blocking by STI do not hold interrupts back.
     if view.pin & _EXTERNAL_INTERRUPT_EXITING and not _blocked_by_mov_ss(state) and processor.interrupt_pending():
         word = 0
         if view.exit & _ACKNOWLEDGE:
-            word = interruption_word(processor.acknowledge_interrupt(), layouts.EXTERNAL_INTERRUPT)
+            vector = processor.acknowledge_interrupt()
+            if view.pin & _POSTED_INTERRUPTS and is_notification(operation, vector):
+                process_posted(operation)
+                return _interrupt(operation, view, state)
+            word = interruption_word(vector, layouts.EXTERNAL_INTERRUPT)
         return VmExit(Reason.EXTERNAL_INTERRUPT, interruption=word)
     return None
 
@@ -86,16 +98,19 @@ def wants_boundary(operation: VmxOperation) -> bool:
     if operation.trap_flag or operation.pending_trap:
         return True
     view = operation.view
-    if view is None or not view.primary & _WINDOWS:
+    if view is None:
         return False
     # A window can open at any instruction: the end of blocking by STI or MOV SS, or an IRET that unblocks NMIs.
-    state = operation.processor.state
     if view.primary & _NMI_WINDOW:
         return True
-    return bool(state.rflags & _IF)
+    return bool(operation.processor.state.rflags & _IF) and wants_interrupt_window(operation)
 
 
 def wants_interrupt_window(operation: VmxOperation) -> bool:
-    """Whether an exit is due as soon as RFLAGS.IF is 1."""
+    """Whether an exit, or delivery of a virtual interrupt, is due as soon as RFLAGS.IF is 1."""
     view = operation.view
-    return view is not None and bool(view.primary & _INTERRUPT_WINDOW)
+    if view is None:
+        return False
+    return bool(view.primary & _INTERRUPT_WINDOW) or (
+        operation.virtual_apic is not None and operation.virtual_apic.pending
+    )

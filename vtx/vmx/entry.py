@@ -18,6 +18,7 @@ from vmcs.exits import Reason
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import RULES, EntryContext, EntryFails, FailInvalid, Stage, Violation
 from vmcs.rules.msr_load import Area
+from vtx.addresses import PhysicalAddress
 from vtx.vmx.exit import perform_entry_failure
 from vtx.vmx.guest_state import guest_pdptes, guest_uses_pae_paging, load_guest
 from vtx.vmx.msr_area import load_msrs
@@ -27,6 +28,7 @@ from vtx.vmx.record import ERROR_CODE_VALID, VALID
 from vtx.vmx.timer import deadline
 from vtx.vmx.translation import second_level_of
 from vtx.vmx.view import VIEW_FIELDS, ControlView, build_view, unmodelled_control
+from vtx.vmx.virtual_apic import VirtualApic
 from vtx.x86.event import Event, EventKind
 from vtx.x86.outcome import NotModelled
 from vtx.x86.paging import load_pdptrs
@@ -112,6 +114,9 @@ def _refresh_view(operation: VmxOperation, active: ActiveVmcs) -> ControlView:
         if control is not None:
             raise NotModelled(f"VMX control {control}")
         active.second_level = second_level_of(operation, vmcs, view)
+        active.virtual_apic = None
+        if view.primary & c.USE_TPR_SHADOW.mask:
+            active.virtual_apic = VirtualApic(operation.processor.memory, vmcs, view)
     return view
 
 
@@ -169,6 +174,10 @@ def _start_guest(operation: VmxOperation, active: ActiveVmcs, view: ControlView)
     if view.pin & _TIMER_CONTROL:
         shift = operation.capabilities.preemption_timer_shift
         operation.timer_deadline = deadline(processor.tsc(), vmcs.values[_TIMER], shift)
+    operation.virtual_apic = active.virtual_apic
+    operation.below_threshold = active.virtual_apic.enter() if active.virtual_apic else None
+    if view.apic_access_page is not None:
+        processor.mmu.reserved_page = PhysicalAddress(view.apic_access_page)
     # Without VPIDs, entry invalidates what root operation cached, and guest and host share identifier 0.
     processor.mmu.vm_transition(processor.state, active.second_level, view.vpid, flush=not view.vpid)
     processor.load_control_state()

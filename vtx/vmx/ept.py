@@ -14,7 +14,7 @@ from attrs import field, frozen
 from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
 from vtx.x86.page_rights import EXECUTE_DISABLE, USER, WRITABLE
 from vtx.x86.paging import NEVER, Level, PagedMemory
-from vtx.x86.second_level import AccessKind, SecondLevelFault, SecondLevelPage
+from vtx.x86.second_level import AccessKind, ReservedPageAccess, SecondLevelFault, SecondLevelPage
 
 # EPT paging-structure entries (SDM Vol. 3, "EPT Translation Mechanism", the tables of entry formats).
 READ: Final = 1 << 0
@@ -142,7 +142,9 @@ class ExtendedPageTables:
     """The second level of VMX non-root operation with "enable EPT".
 
     ``log_dirty`` is called with the guest-physical page address before a dirty flag is set (page-modification
-    logging); it returns False when the log is full. None: no logging.
+    logging); it returns False when the log is full. None: no logging. Guest paging structures on
+    ``apic_access_page`` are refused with `ReservedPageAccess` (SDM Vol. 3, "Guest-Physical Accesses to the APIC-Access
+    Page").
     """
 
     def __init__(
@@ -150,12 +152,15 @@ class ExtendedPageTables:
         config: EptConfig,
         memory: PagedMemory,
         log_dirty: Callable[[GuestPhysicalAddress], bool] | None = None,
+        *,
+        apic_access_page: int | None = None,
     ) -> None:
         if not 4 <= config.walk_length <= 5:
             raise ValueError(f"EPT page-walk length {config.walk_length} is not one VM entry accepts")
         self.config = config
         self.memory = memory
         self.log_dirty = log_dirty
+        self.apic_access_page = apic_access_page
         self._levels = _levels(config)
         self._illegal = _illegal_permissions(config)
         self._permission_mask = READ | WRITE | EXECUTE | (EXECUTE_USER if config.mode_based_execute else 0)
@@ -183,6 +188,8 @@ class ExtendedPageTables:
         result = self._walk(address, access, access, linear, 0)
         if isinstance(result, SecondLevelFault):
             return result
+        if result.physical & ~PAGE_OFFSET_MASK == self.apic_access_page:
+            return ReservedPageAccess(address, None, AccessKind.WRITE if update else AccessKind.READ)
         return PhysicalAddress(result.physical)
 
     def translate(

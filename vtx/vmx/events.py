@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vmcs import controls as c
 from vmcs.exits import Reason
+from vtx.vmx.apic_access import access_exit
 from vtx.vmx.ept import EptMisconfiguration, EptViolation, PageModificationLogFull
 from vtx.vmx.intercepts import exception_exit, resume_flag
 from vtx.vmx.operation import VmxOperation
@@ -15,7 +16,7 @@ from vtx.vmx.record import NMI_UNBLOCKING, VmExit, interruption_word
 from vtx.vmx.view import ControlView
 from vtx.x86.event import Event
 from vtx.x86.outcome import Fault, NotModelled, Vector
-from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
 
 
 def _word(event: Event) -> int:
@@ -57,7 +58,7 @@ def task_switch_exit(record: VmExit, delivering: Event | None) -> VmExit:
 
 
 def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, delivering: Event | None) -> VmExit:
-    """The exit of an EPT violation, an EPT misconfiguration or a full page-modification log."""
+    """The exit of an EPT violation, an EPT misconfiguration, a full page-modification log or an APIC access."""
     state = operation.processor.state
     match fault:
         case EptViolation():
@@ -67,6 +68,8 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
             record = VmExit(Reason.EPT_MISCONFIGURATION, guest_physical=fault.guest_physical)
         case PageModificationLogFull():
             record = VmExit(Reason.PAGE_MODIFICATION_LOG_FULL)
+        case ReservedPageAccess():
+            record = access_exit(operation, fault, delivering)
         case _:
             raise NotModelled(f"second-level event {type(fault).__name__} in VMX non-root operation")
     record.resume_flag = 1

@@ -85,6 +85,8 @@ def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlVie
     operation.view = None
     operation.timer_deadline = None
     operation.trap_flag = operation.pending_trap = False
+    operation.virtual_apic = operation.below_threshold = None
+    operation.processor.mmu.reserved_page = None
     operation.transitions += 1
     indicator = load_host(operation, active.vmcs, view)
     if indicator is not None:

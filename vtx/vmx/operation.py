@@ -19,7 +19,9 @@ from vmcs.region import Vmcs
 from vmcs.rules import RULES, EntryContext, Stage, Violation
 from vtx.vmx.observer import Observer
 from vtx.vmx.outcome import FAIL_INVALID, Outcome, VmFailValid
+from vtx.vmx.record import VmExit
 from vtx.vmx.view import ControlView
+from vtx.vmx.virtual_apic import VirtualApic
 from vtx.x86 import msr_table as m
 from vtx.x86.second_level import SecondLevel
 from vtx.x86.state import MASK64, Cr0
@@ -45,6 +47,7 @@ class ActiveVmcs:
     vmcs: Vmcs
     view: ControlView | None = None
     second_level: SecondLevel | None = None
+    virtual_apic: VirtualApic | None = None
     context: EntryContext | None = None
     checked: Mapping[int, int] = field(factory=dict)
 
@@ -78,7 +81,9 @@ class VmxOperation:
     ``vmxon_pointer`` is None outside VMX operation. ``host_nmi_blocked`` is blocking by NMI as it was before the last
     VM entry. ``timer_deadline`` is the TSC at which the VMX-preemption timer expires. ``trap_flag`` and
     ``pending_trap`` are the monitor trap flag in its two stages: armed for the boundary after next, and pending now.
-    ``transitions`` counts VM entries and VM exits. ``always_saved_msrs`` lists (field, MSR) that every exit saves.
+    ``virtual_apic`` is the running guest's virtual-APIC page, None without a TPR shadow; ``below_threshold`` the exit
+    due at once after an entry with a TPR below its threshold. ``transitions`` counts VM entries and VM exits.
+    ``always_saved_msrs`` lists (field, MSR) that every exit saves.
     """
 
     processor: Processor
@@ -88,6 +93,8 @@ class VmxOperation:
     active: dict[int, ActiveVmcs] = field(factory=dict)
     non_root: bool = False
     view: ControlView | None = None
+    virtual_apic: VirtualApic | None = None
+    below_threshold: VmExit | None = None
     host_nmi_blocked: bool = False
     timer_deadline: int | None = None
     trap_flag: bool = False

@@ -37,7 +37,7 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         advanced_information=capabilities.supports("advanced VM-exit information for EPT violations"),
     )
     if not view.secondary & c.ENABLE_PML.mask:
-        return ExtendedPageTables(config, processor.memory)
+        return ExtendedPageTables(config, processor.memory, apic_access_page=view.apic_access_page)
 
     def log_dirty(page: GuestPhysicalAddress) -> bool:
         """Spec: SDM Vol. 3, "Page-Modification Logging"."""
@@ -48,4 +48,4 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         vmcs[f.PML_INDEX] = index - 1
         return True
 
-    return ExtendedPageTables(config, processor.memory, log_dirty)
+    return ExtendedPageTables(config, processor.memory, log_dirty, apic_access_page=view.apic_access_page)

@@ -45,6 +45,8 @@ VIEW_FIELDS: Final = frozenset(
         f.CR3_TARGET_VALUE_3,
         f.VMREAD_BITMAP_ADDRESS,
         f.VMWRITE_BITMAP_ADDRESS,
+        f.VIRTUAL_APIC_ADDRESS,
+        f.APIC_ACCESS_ADDRESS,
     )
 )
 
@@ -79,11 +81,6 @@ _SECONDARY: Final = (
 
 # Controls a profile could advertise that this model does not carry out.
 _UNMODELLED: Final = (
-    c.PROCESS_POSTED_INTERRUPTS,
-    c.VIRTUALIZE_APIC_ACCESSES,
-    c.VIRTUALIZE_X2APIC_MODE,
-    c.APIC_REGISTER_VIRTUALIZATION,
-    c.VIRTUAL_INTERRUPT_DELIVERY,
     c.PAUSE_LOOP_EXITING,
     c.ENABLE_VM_FUNCTIONS,
     c.ENABLE_ENCLS_EXITING,
@@ -115,7 +112,8 @@ class ControlView:
 
     ``plain_exits`` gives the exit reason of each parameterless operation that exits. ``eptp`` is None without EPT;
     ``vpid`` is 0 without VPIDs. ``shadowing_bitmaps`` are the addresses for VMREAD and VMWRITE, None without VMCS
-    shadowing. ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
+    shadowing. ``apic_access_page`` is None unless APIC accesses are virtualized.
+    ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
     """
 
     pin: int
@@ -133,6 +131,7 @@ class ControlView:
     io_bitmaps: tuple[int, int] | None
     msr_bitmaps: int | None
     shadowing_bitmaps: tuple[int, int] | None
+    apic_access_page: int | None
     unrestricted_guest: bool = field(init=False)
     window_or_flag: bool = field(init=False)
 
@@ -177,6 +176,9 @@ def build_view(values: Mapping[int, int]) -> ControlView:
         io_bitmaps=io_bitmaps,
         msr_bitmaps=msr_bitmaps,
         shadowing_bitmaps=shadowing_bitmaps,
+        apic_access_page=(
+            values[f.APIC_ACCESS_ADDRESS.encoding] if secondary & c.VIRTUALIZE_APIC_ACCESSES.mask else None
+        ),
     )
 
 

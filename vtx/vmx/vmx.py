@@ -16,14 +16,13 @@ from iced_x86 import Mnemonic
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.capabilities import Capabilities
-from vmcs.exits import Reason
 from vmcs.fields import Field
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import Violation, explain
-from vtx.vmx import events, instructions
-from vtx.vmx.boundary import boundary_exit, wants_boundary, wants_interrupt_window
+from vtx.vmx import apic_access, apic_instructions, events, instructions
+from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
-from vtx.vmx.execution import execute_directly, execute_instruction, retire
+from vtx.vmx.execution import execute_directly, execute_instruction
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.guest_state import always_saved_msrs
 from vtx.vmx.intercepts import Guest, exit_of
@@ -34,19 +33,16 @@ from vtx.vmx.record import VmExit
 from vtx.vmx.view import ControlView
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
-from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, TaskSwitch
+from vtx.x86.operations import Operation, TaskSwitch
 from vtx.x86.outcome import Fault
 from vtx.x86.second_level import SecondLevelFault
 from vtx.x86.state import MASK64
-from vtx.x86.virtualization import Processor
+from vtx.x86.virtualization import Processor, RefusedInstruction
 
 _CR0_MASK: Final = f.CR0_GUEST_HOST_MASK.encoding
 _CR4_MASK: Final = f.CR4_GUEST_HOST_MASK.encoding
 _CR0_SHADOW: Final = f.CR0_READ_SHADOW.encoding
 _CR4_SHADOW: Final = f.CR4_READ_SHADOW.encoding
-_TPR_THRESHOLD: Final = f.TPR_THRESHOLD.encoding
-_VIRTUAL_APIC_ADDRESS: Final = f.VIRTUAL_APIC_ADDRESS.encoding
-_VIRTUAL_TPR: Final = 0x80  # offset of VTPR in the virtual-APIC page
 _TSC_FRACTION_BITS: Final = 48
 
 # Instructions that a clear secondary control turns into invalid opcodes.
@@ -208,7 +204,7 @@ class Vmx:
         guest = Guest(active.vmcs.values, view, vmx.processor.memory, vmx.processor.state)
         record = exit_of(guest, operation, instruction)
         if record is None:
-            return self._virtualizes_task_priority(view, operation, instruction)
+            return apic_instructions.virtualize(vmx, operation, instruction)
         if type(operation) is TaskSwitch:
             record = events.task_switch_exit(record, operation.delivering)
         self._exit(record)
@@ -226,9 +222,17 @@ class Vmx:
         """See `Virtualization.second_level_fault`."""
         return self._exit_if(events.second_level_exit(self.operation, fault, delivering), delivering)
 
+    def virtualize_access(self, refused: RefusedInstruction) -> None:
+        """See `Virtualization.virtualize_access`."""
+        apic_access.virtualize(self.operation, refused)
+
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""
-        return self.operation.non_root and self._exit_if(boundary_exit(self.operation))
+        due = boundary_event(self.operation) if self.operation.non_root else None
+        if isinstance(due, Event):
+            self.operation.processor.deliver(due)
+            return True
+        return self._exit_if(due)
 
     def next_deadline(self) -> int | None:
         """See `Virtualization.next_deadline`."""
@@ -288,27 +292,4 @@ class Vmx:
         if self.iret_unblocked_nmi and delivering is None:
             events.note_nmi_unblocking(self._running()[1], record)
         self._exit(record)
-        return True
-
-    def _virtualizes_task_priority(self, view: ControlView, operation: Operation, instruction: Instruction) -> bool:
-        """MOV CR8 with a TPR shadow: the virtual-APIC page stands for the TPR.
-
-        Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing CR8-Based TPR Accesses".
-        """
-        if not view.primary & c.USE_TPR_SHADOW.mask:
-            return False
-        processor, values = self.operation.processor, self._running()[0].vmcs.values
-        address = values[_VIRTUAL_APIC_ADDRESS] + _VIRTUAL_TPR
-        match operation:
-            case MoveFromControlRegister(number=8, register=register):
-                processor.state.gpr[register] = processor.memory.read_u8(address) >> 4
-                retire(processor.state, instruction)
-            case MoveToControlRegister(number=8, value=value):
-                priority = value & 0xF
-                processor.memory.write_u32(address, priority << 4)
-                retire(processor.state, instruction)
-                if priority < values[_TPR_THRESHOLD] & 0xF:
-                    self._exit(VmExit(Reason.TPR_BELOW_THRESHOLD))
-            case _:
-                return False
         return True

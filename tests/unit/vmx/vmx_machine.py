@@ -9,11 +9,13 @@ from vmcs.fields import Field
 from vmcs.region import Vmcs
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import VmEntered, VmSucceed
+from vtx.x86.decode import Instruction, decode
 from vtx.x86.event import Event
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
 from vtx.x86.msrs import MsrFile, bind_registers
 from vtx.x86.profile import Profile, load_profile
+from vtx.x86.second_level import AccessKind
 from vtx.x86.state import CpuState, DescriptorTable, Segment
 
 VMXON_REGION = 0x1000
@@ -49,6 +51,7 @@ class FakeProcessor:
         self.delivered: list[Event] = []
         self.shutdown: str | None = None
         self.control_loads = 0
+        self.dismissed = 0
 
     def tsc(self) -> int:
         return self.ticks
@@ -64,6 +67,12 @@ class FakeProcessor:
         vector, self.interrupt = self.interrupt, None
         assert vector is not None
         return vector
+
+    def end_of_interrupt(self) -> None:
+        self.dismissed += 1
+
+    def fetch(self) -> Instruction | None:
+        return decode(self.memory.read(self.mmu.translate(self.state.rip, AccessKind.EXECUTE), 15), 64)
 
     def nmi_pending(self) -> bool:
         return self.nmi

@@ -1,0 +1,167 @@
+"""The APIC-access page: which accesses are virtualized, which cause a VM exit, and with what qualification.
+
+The MMU refuses every access to the page. A virtualized one is then made after all, on the virtual-APIC page: the
+engine executes the instruction once while the MMU redirects accesses there, so that any instruction will do.
+
+Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing Memory-Mapped APIC Accesses"; "VM Exits",
+"Exit Qualification for APIC-Access VM Exits from Linear Accesses and Guest-Physical Accesses".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from vmcs.exits import Reason
+from vmcs.qualifications import ApicAccessType, apic_access
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE, LinearAddress, PhysicalAddress
+from vtx.vmx.exit import perform_exit
+from vtx.vmx.operation import VmxOperation
+from vtx.vmx.record import VmExit
+from vtx.vmx.virtual_apic import VEOI, VICR_LOW, VTPR, VirtualApic
+from vtx.x86.access import Operand
+from vtx.x86.event import Event
+from vtx.x86.outcome import InstructionAborted
+from vtx.x86.page_rights import Privilege
+from vtx.x86.second_level import AccessKind, ReservedPageAccess
+from vtx.x86.state import Rflags
+from vtx.x86.virtualization import RefusedInstruction
+
+_LARGEST: Final = 4  # bytes of a virtualized access
+_AC: Final = int(Rflags.AC)
+
+
+def _registers(*ranges: tuple[int, int]) -> frozenset[int]:
+    return frozenset(offset for first, last in ranges for offset in range(first, last + 1, 0x10))
+
+
+_READABLE: Final = _registers(
+    (0x020, 0x030), (0x080, 0x080), (0x0B0, 0x0B0), (0x0D0, 0x0F0), (0x100, 0x280), (0x300, 0x380), (0x3E0, 0x3E0)
+)
+"""Registers whose reads APIC-register virtualization virtualizes."""
+
+_WRITABLE: Final = _registers(
+    (0x020, 0x020), (0x080, 0x080), (0x0B0, 0x0B0), (0x0D0, 0x0F0), (0x280, 0x280), (0x300, 0x380), (0x3E0, 0x3E0)
+)
+"""Registers whose writes APIC-register virtualization virtualizes."""
+
+_TYPES: Final = {
+    AccessKind.READ: ApicAccessType.LINEAR_READ,
+    AccessKind.WRITE: ApicAccessType.LINEAR_WRITE,
+    AccessKind.EXECUTE: ApicAccessType.LINEAR_FETCH,
+}
+
+
+def _fits(offset: int, size: int) -> bool:
+    """Whether the access is within the low 4 bytes of a 16-byte register."""
+    return size <= _LARGEST and offset % 16 + size <= _LARGEST
+
+
+def virtualizes_read(apic: VirtualApic, offset: int, size: int) -> bool:
+    """Whether a data read of ``size`` bytes at ``offset`` of the page is virtualized.
+
+    Spec: "Virtualizing Reads from the APIC-Access Page".
+    """
+    if not apic.register_virtualization:
+        return offset == VTPR and size <= _LARGEST
+    return _fits(offset, size) and offset & ~0xF in _READABLE
+
+
+def virtualizes_write(apic: VirtualApic, offset: int, size: int) -> bool:
+    """Whether a data write of ``size`` bytes at ``offset`` of the page is virtualized.
+
+    Spec: "Virtualizing Writes to the APIC-Access Page".
+    """
+    if apic.register_virtualization:
+        return _fits(offset, size) and offset & ~0xF in _WRITABLE
+    return size <= _LARGEST and (offset == VTPR or (apic.interrupt_delivery and offset in (VEOI, VICR_LOW)))
+
+
+def access_exit(operation: VmxOperation, access: ReservedPageAccess, delivering: Event | None) -> VmExit:
+    """The APIC-access VM exit of ``access``, which was made while ``delivering`` an event or by an instruction.
+
+    Without a linear address it is a guest-physical access, whose offset the manual leaves undefined.
+    """
+    kind = ApicAccessType.LINEAR_EVENT_DELIVERY if delivering else _TYPES[access.kind]
+    if access.linear is None:
+        kind = ApicAccessType.GUEST_PHYSICAL_FETCH_OR_DATA
+        if delivering:
+            kind = ApicAccessType.GUEST_PHYSICAL_EVENT_DELIVERY
+    offset = 0 if access.linear is None else access.linear & PAGE_OFFSET_MASK
+    record = VmExit(Reason.APIC_ACCESS, apic_access(offset, kind), resume_flag=1)
+    if delivering is None and access.kind is not AccessKind.EXECUTE:
+        record.instruction_length = _instruction_length(operation)
+    return record
+
+
+def _instruction_length(operation: VmxOperation) -> int | None:
+    """Length of the instruction at RIP; None if another processor has changed it meanwhile."""
+    try:
+        instruction = operation.processor.fetch()
+    except InstructionAborted:
+        return None
+    return instruction.length if instruction else None
+
+
+@frozen
+class _Hit:
+    """An operand on the APIC-access page, even in part; ``linear`` is the first address of it there."""
+
+    operand: Operand
+    linear: int
+
+
+def _hits(operation: VmxOperation, refused: RefusedInstruction) -> list[_Hit]:
+    """The operands of the instruction that are on the APIC-access page, reads before writes."""
+    state, mmu = operation.processor.state, operation.processor.mmu
+    privilege = Privilege.of(state.cpl, bool(state.rflags & _AC))
+    found = []
+    for operand in refused.operands():
+        kind = AccessKind.WRITE if operand.writes else AccessKind.READ
+        starts = [operand.linear]
+        if (operand.linear & PAGE_OFFSET_MASK) + operand.size > PAGE_SIZE:
+            starts.append((operand.linear + operand.size - 1) & ~PAGE_OFFSET_MASK)
+        linear = next((at for at in starts if isinstance(mmu.resolve(at, kind, privilege), ReservedPageAccess)), None)
+        if linear is not None:
+            found.append(_Hit(operand, linear))
+    return sorted(found, key=lambda hit: hit.operand.writes)
+
+
+def _not_virtualized(apic: VirtualApic, hits: list[_Hit]) -> _Hit | None:
+    """The first of an instruction's accesses to the page that is not virtualized; None if all are.
+
+    After a virtualized access, only a write of the same bytes can be: that of a read-modify-write operand.
+    """
+    first, *others = hits
+    operand, offset = first.operand, first.operand.linear & PAGE_OFFSET_MASK
+    if operand.reads and not virtualizes_read(apic, offset, operand.size):
+        return first
+    if operand.writes and not virtualizes_write(apic, offset, operand.size):
+        return first
+    return others[0] if others else None
+
+
+def virtualize(operation: VmxOperation, refused: RefusedInstruction) -> None:
+    """An instruction that the engine executes met the APIC-access page: virtualize its access, or exit."""
+    access, apic = refused.access, operation.virtual_apic
+    hits = [] if access.kind is AccessKind.EXECUTE else _hits(operation, refused)
+    if hits:
+        exiting = hits[0] if apic is None else _not_virtualized(apic, hits)
+        if apic is not None and exiting is None:
+            _perform(operation, apic, refused, hits[0].operand)
+            return
+        assert exiting is not None
+        kind = AccessKind.WRITE if exiting.operand.writes else AccessKind.READ
+        access = ReservedPageAccess(access.guest_physical, LinearAddress(exiting.linear), kind)
+    perform_exit(operation, access_exit(operation, access, delivering=None))
+
+
+def _perform(operation: VmxOperation, apic: VirtualApic, refused: RefusedInstruction, operand: Operand) -> None:
+    """Execute the instruction at RIP with its access to the APIC-access page made to the virtual-APIC page."""
+    with operation.processor.mmu.redirection(PhysicalAddress(apic.page), operand.linear):
+        completed = refused.execute()
+    if completed and operand.writes:
+        record = apic.register_written(operand.linear & PAGE_OFFSET_MASK)
+        if record is not None:
+            perform_exit(operation, record)

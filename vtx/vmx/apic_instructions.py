@@ -1,0 +1,85 @@
+"""MOV CR8, RDMSR and WRMSR that act on the virtual-APIC page instead of the local APIC.
+
+Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing CR8-Based TPR Accesses", "Virtualizing
+MSR-Based APIC Accesses".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmcs import controls as c
+from vmcs.exits import Reason
+from vtx.vmx.execution import retire
+from vtx.vmx.exit import perform_exit
+from vtx.vmx.operation import VmxOperation
+from vtx.vmx.record import VmExit
+from vtx.vmx.virtual_apic import VEOI, VSELF_IPI, VTPR, VirtualApic
+from vtx.x86.decode import Instruction
+from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, ReadMsr, WriteMsr
+from vtx.x86.outcome import gp
+from vtx.x86.state import MASK32, Gpr, Rflags
+
+_X2APIC_MODE: Final = c.VIRTUALIZE_X2APIC_MODE.mask
+_TF: Final = int(Rflags.TF)
+_PENDING_BS: Final = 1 << 14
+_FIRST_MSR, _LAST_MSR = 0x800, 0x8FF
+_TPR_MSR: Final = 0x808
+_EOI_MSR: Final = 0x80B
+_SELF_IPI_MSR: Final = 0x83F
+
+
+def virtualize(operation: VmxOperation, action: Operation, instruction: Instruction) -> bool:
+    """Carry out ``action``, which does not exit, on the virtual-APIC page; False if it does not belong there.
+
+    Raises `InstructionAborted` with #GP(0) for a value that the virtual register does not take.
+    """
+    apic, view = operation.virtual_apic, operation.view
+    if apic is None or view is None:
+        return False
+    state, record = operation.processor.state, None
+    x2apic = bool(view.secondary & _X2APIC_MODE)
+    match action:
+        case MoveFromControlRegister(number=8, register=register):
+            state.gpr[register] = apic.read(VTPR, 1) >> 4
+        case MoveToControlRegister(number=8, value=value):
+            apic.write(VTPR, (value & 0xF) << 4)
+            record = apic.task_priority_written()
+        case ReadMsr(index=index) if x2apic and _is_read_virtually(apic, index):
+            value = apic.read((index & 0xFF) << 4, 8)
+            state.gpr[Gpr.RAX], state.gpr[Gpr.RDX] = value & MASK32, value >> 32
+        case WriteMsr(index=index, value=value) if x2apic and _is_written_virtually(apic, index):
+            record = _write_msr(apic, index, value)
+        case _:
+            return False
+    if state.rflags & _TF:
+        state.pending_debug |= _PENDING_BS
+    retire(state, instruction)
+    if record is not None:
+        perform_exit(operation, record)
+    return True
+
+
+def _is_read_virtually(apic: VirtualApic, index: int) -> bool:
+    return index == _TPR_MSR or (apic.register_virtualization and _FIRST_MSR <= index <= _LAST_MSR)
+
+
+def _is_written_virtually(apic: VirtualApic, index: int) -> bool:
+    return index == _TPR_MSR or (apic.interrupt_delivery and index in (_EOI_MSR, _SELF_IPI_MSR))
+
+
+def _write_msr(apic: VirtualApic, index: int, value: int) -> VmExit | None:
+    """Whether the local APIC is in x2APIC mode does not matter."""
+    if value >> (0 if index == _EOI_MSR else 8):
+        raise gp(0)
+    if index == _TPR_MSR:
+        apic.write(VTPR, value, 8)
+        return apic.task_priority_written()
+    if index == _EOI_MSR:
+        apic.write(VEOI, 0, 8)
+        return apic.end_of_interrupt()
+    apic.write(VSELF_IPI, value, 8)
+    if not value & 0xF0:
+        return VmExit(Reason.APIC_WRITE, VSELF_IPI)
+    apic.self_ipi(value)
+    return None
