@@ -122,6 +122,7 @@ def test_image_that_cannot_be_booted(directory: Path) -> None:
     assert result.reason == "cannot boot: ELF file is not for x86: machine EM_AARCH64"
 
 
+@pytest.mark.slow
 def test_timeout_keeps_what_was_said(directory: Path) -> None:
     (result,) = runner(directory, "hangs", scale=5).run()
     assert (result.verdict, result.reason) == (Verdict.TIMEOUT, "not done after 5 s, last line: stuck")
@@ -149,6 +150,7 @@ class Recorder(Silent):
         self.order.append(result.name)
 
 
+@pytest.mark.slow
 def test_order_is_that_of_the_suite_and_not_of_completion(directory: Path) -> None:
     recorder = Recorder()
     results = runner(directory, "hangs", "passes", "fails", "skipped", jobs=2, scale=8, observer=recorder).run()
