@@ -47,11 +47,9 @@ def test_exempt_tables_are_tables() -> None:
             assert data > module.lines * 2 // 3, f"{module.name}: {data} of {module.lines} lines are data"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [each for each in MODULES if not str(each.id).startswith(FRONT_ENDS)])
 def test_reads_no_clock_and_rolls_no_dice(module: Module) -> None:
     """Inside the model nothing depends on wall time or unseeded randomness; only front ends measure time."""
-    if module.name.startswith(FRONT_ENDS):
-        pytest.skip("a front end, a measurement or a test bench")
     imported = {
         name.split(".")[0]
         for node in ast.walk(module.tree)
