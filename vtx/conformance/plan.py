@@ -18,7 +18,7 @@ _DEFAULT_MEMORY: Final = 128 << 20
 _DEFAULT_GROUP: Final = "default"
 
 # Tests of an interface between one hypervisor and its guests, or of firmware: there is no processor manual to be
-# right about. By image, with what they test.
+# right about. By image, or image and arguments, with what they test.
 _NOT_ARCHITECTURE: Final = {
     "asyncpf.flat": "KVM's asynchronous page faults",
     "hypercall.flat": "KVM's hypercalls",
@@ -28,6 +28,7 @@ _NOT_ARCHITECTURE: Final = {
     "hyperv_stimer.flat": "the interface of Hyper-V to its guests",
     "hyperv_synic.flat": "the interface of Hyper-V to its guests",
     "s3.flat": "ACPI firmware that wakes the machine up",
+    "vmexit.flat vmcall": "KVM's hypercalls",
     "vmware_backdoors.flat": "VMware's backdoor ports",
 }
 
@@ -155,8 +156,8 @@ class Planner:
             return "runs only when asked for"
         if test.architecture and built_for and test.architecture != built_for:
             return f"for {test.architecture}, and this build is for {built_for}"
-        if test.file in _NOT_ARCHITECTURE:
-            return f"needs {_NOT_ARCHITECTURE[test.file]}"
+        if outside := _NOT_ARCHITECTURE.get(test.file) or _NOT_ARCHITECTURE.get(f"{test.file} {test.arguments}"):
+            return f"needs {outside}"
         if test.accelerator and "tcg" not in test.accelerator:
             return f"needs {test.accelerator.upper()} as the accelerator"
         if unmet := [each for each in test.check if each not in _CHECKS_THAT_HOLD]:

@@ -141,6 +141,12 @@ def test_paravirtual_interfaces_are_not_architecture(tmp_path: Path) -> None:
     assert plans(found)["t"].skip == "needs KVM's hypercalls"
 
 
+def test_one_argument_of_an_image_is_not_architecture(tmp_path: Path) -> None:
+    tests = "".join(f"[{name}]\nfile = vmexit.flat\ntest_args = '{name}'\n" for name in ("vmcall", "cpuid"))
+    found = plans(load_suite(build(tmp_path / "k", tests, {"vmexit": b""})))
+    assert [plan.skip for plan in found.values()] == ["needs KVM's hypercalls", ""]
+
+
 def test_hypercalls_that_the_suite_can_leave_out(tmp_path: Path) -> None:
     directory = build(tmp_path / "k", "[t]\nfile = apic.flat\n[u]\nfile = a.flat\n", {"apic": b"", "a": b""})
     jobs = [plan.job for plan in plans(load_suite(directory)).values()]
