@@ -102,6 +102,11 @@ class SerialReport:
         """The line that says why the guest gave up; failing that, the last one."""
         return next((line for line in self._last_lines() if _LAST_WORDS.match(line)), self.last_line)
 
+    @property
+    def last_remark(self) -> str:
+        """The last line since the last check that reports nothing."""
+        return next((line.strip() for line in reversed(self._context) if line.strip()), "")
+
     def _last_lines(self) -> Iterator[str]:
         return (line.strip() for line in reversed(self._text[-_LONGEST_LINE:].decode(errors="replace").splitlines()))
 
@@ -222,6 +227,6 @@ def _judge_exit(value: int | None, report: SerialReport) -> tuple[Verdict, str]:
         return Verdict.PASS, ""
     if value == EXIT_SKIP:
         skipped = next((check.name for check in report.checks if check.status is CheckStatus.SKIP), "")
-        return Verdict.SKIP, skipped or "the test skipped itself"
+        return Verdict.SKIP, skipped or report.last_remark or "the test skipped itself"
     last = report.last_words
     return Verdict.CRASH, f"ended with {value:#x}" + (f": {last}" if last else "")

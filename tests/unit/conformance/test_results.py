@@ -102,6 +102,7 @@ def test_endless_output_does_not_fill_the_memory() -> None:
         (Ended(1, ""), "PASS: a\n", Verdict.FAIL, "ended with 1 although no check failed"),
         (Ended(38, ""), "SKIP: no such feature\n", Verdict.SKIP, "no such feature"),
         (Ended(38, ""), "", Verdict.SKIP, "the test skipped itself"),
+        (Ended(38, ""), "no such feature\n\nSUMMARY: 0 tests\n", Verdict.SKIP, "no such feature"),
         (Ended(38, ""), "FAIL: a\n", Verdict.FAIL, "a"),
         (
             Ended(0x3F, ""),
