@@ -15,13 +15,15 @@ _LONGEST_OUTPUT: Final = 1 << 20
 _NOT_XML: Final = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SKIPPED: Final = (CheckStatus.SKIP, CheckStatus.XFAIL, CheckStatus.KFAIL)
 _OWN_CASE: Final = "(test)"
+_SILENT_CASE: Final = "(passed without a word)"
 
 
 def junit_xml(results: Sequence[TestResult], properties: Mapping[str, str]) -> str:
     """The text of a JUnit file; ``properties`` hold for all of it.
 
     Each check is a case named as the suite names it, numbered if the name comes again. A test that reports no checks,
-    or that ended badly besides, is a case of its own. Serial output accompanies failures.
+    or that ended badly besides, is a case of its own. Passed checks that the suite only counts are one case together.
+    Serial output accompanies failures.
     """
     root = Element("testsuites", name="kvm-unit-tests")
     suites = []
@@ -69,6 +71,8 @@ def _cases(suite: Element, result: TestResult) -> None:
         seen[check.name] += 1
         number = f" [{seen[check.name]}]" if seen[check.name] > 1 else ""
         _check_case(SubElement(suite, "testcase", classname=place, name=_clean(check.name + number)), check)
+    if checks and result.report is not None and result.report.silent:
+        SubElement(suite, "testcase", classname=place, name=_SILENT_CASE)
     ended_badly = result.verdict in (Verdict.CRASH, Verdict.TIMEOUT)
     explained = any(check.status.is_failure for check in checks) or result.verdict in (Verdict.PASS, Verdict.SKIP)
     if not checks or ended_badly or not explained:

@@ -24,6 +24,7 @@ RESULTS = [
     result("quiet", "h", Ended(0, "")),
     result("dead", "h", Ended(None, "triple fault")),
     result("lying", "h", Ended(1, ""), "PASS: a\n"),
+    result("terse", "h", Ended(0, ""), "PASS: a\nSUMMARY: 9 tests\n"),
     TestResult("absent", "h", Verdict.SKIP, "needs 2 processors"),
 ]
 
@@ -48,13 +49,13 @@ def test_a_suite_for_each_group() -> None:
     suites = parsed().findall("testsuite")
     assert [suite.get("name") for suite in suites] == ["g", "h"]
     counts = [[int(suite.get(key, "")) for key in ("tests", "failures", "errors", "skipped")] for suite in suites]
-    assert counts == [[7, 1, 0, 2], [7, 1, 2, 1]]
-    assert [suite.get("time") for suite in suites] == ["3.000", "6.000"]
+    assert counts == [[7, 1, 0, 2], [9, 1, 2, 1]]
+    assert [suite.get("time") for suite in suites] == ["3.000", "7.500"]
 
 
 def test_totals() -> None:
     root = parsed()
-    assert [root.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["14", "2", "2", "3"]
+    assert [root.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["16", "2", "2", "3"]
 
 
 def test_properties() -> None:
@@ -86,6 +87,7 @@ def test_case_for_a_test_without_checks_or_that_ended_badly() -> None:
     assert tags("quiet") == {"quiet": []}
     assert tags("dead") == {"dead": ["error"]}
     assert tags("lying") == {"a": [], "(test)": ["failure"]}
+    assert tags("terse") == {"a": [], "(passed without a word)": []}
     assert tags("absent") == {"absent": ["skipped"]}
     skipped = cases("absent")["absent"].find("skipped")
     assert skipped is not None
