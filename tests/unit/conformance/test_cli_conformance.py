@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -165,3 +166,27 @@ def test_interrupt_prints_what_is_known(tmp_path: Path) -> None:
     os.close(master)
     assert process.returncode == 130
     assert [line.split()[0] for line in output.splitlines()[:3]] == ["test", "good", "total"]
+
+
+def alive(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_process_outlives_the_command(tmp_path: Path) -> None:
+    directory = build(tmp_path / "k", "[hangs]\nfile = hangs.flat\n", {"hangs": say("PASS: a\n") + HANG})
+    command = [sys.executable, "-m", "vtx.cli", "conformance", str(directory), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not children.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (worker,) = children.read_text().split()
+    process.kill()
+    process.wait()
+    while alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
