@@ -1,7 +1,7 @@
 """Directives that print the project's own records, so that the documentation cannot disagree with the code.
 
 A table each: ``rules STAGE``, ``msr-rules``, ``controls WORD``, ``allowed-controls PROFILE``, ``exit-reasons``,
-``instruction-errors``, ``vmcs-fields``, ``trace-events``. ``features PROFILE``: a list. ``modules PACKAGE``: the
+``instruction-errors``, ``vmcs-fields``, ``trace-events``. ``features PROFILE``, ``controls-of-no-profile``: a list. ``modules PACKAGE``: the
 modules named in the body, in that order, each with the first sentence of its docstring. ``interpretations``: the
 paragraphs of all docstrings that begin with "Interpretations.".
 """
@@ -25,7 +25,7 @@ from vmcs import controls, exits, fields
 from vmcs.capabilities import Capabilities
 from vmcs.rules import RULES, Stage, msr_load
 from vtx import events
-from vtx.x86.profile import load_profile
+from vtx.x86.profile import load_profile, profile_names
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("vmcs", "vtx")
@@ -139,6 +139,17 @@ class AllowedControls(Directive):
         return [table(("Control word", "Controls that may be 1"), rows, (30, 70))]
 
 
+class ControlsOfNoProfile(Directive):
+    """The VMX controls that no bundled profile allows."""
+
+    def run(self) -> list[nodes.Node]:
+        processors = [Capabilities(load_profile(name).vmx_capabilities) for name in profile_names()]
+        missing = (
+            each.name for each in controls.CONTROLS if each.name and not any(one.allows(each) for one in processors)
+        )
+        return [nodes.paragraph(text=", ".join(dict.fromkeys(missing)) + ".")]
+
+
 class Features(Directive):
     """The CPUID features of one profile."""
 
@@ -218,6 +229,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "vmcs-fields": VmcsFields,
         "trace-events": TraceEvents,
         "allowed-controls": AllowedControls,
+        "controls-of-no-profile": ControlsOfNoProfile,
         "features": Features,
         "modules": Modules,
         "interpretations": Interpretations,
