@@ -259,3 +259,39 @@ def test_any_access_is_answered(writes: list[tuple[int, int, int, int, int]]) ->
     for number in range(24):
         levels = [level for line, level in pc.driven if line == number]
         assert all(first != second for first, second in itertools.pairwise(levels))
+
+
+def test_change_of_trigger_drops_what_the_old_one_held(pc: Pc) -> None:
+    pc.write(CONFIGURATION, 1)
+    for number in (1, 2):
+        pc.write(timer(number), ENABLE | route(20 + number))
+        pc.write(comparator(number), 10)
+    pc.at(10)
+    assert pc.driven == [(21, True), (22, True)]
+    pc.write(timer(1), ENABLE | LEVEL | route(21))
+    assert pc.driven[2:] == [(21, False)]
+    pc.write(timer(1), ENABLE | route(21))
+    assert len(pc.driven) == 3
+    pc.write(timer(1), ENABLE | LEVEL | route(21))
+    pc.write(timer(2), ENABLE | LEVEL | route(22))
+    for number in (1, 2):
+        pc.write(comparator(number), 20)
+    pc.at(20)
+    assert pc.read(STATUS) == 6
+    pc.write(timer(1), ENABLE | route(21))
+    assert pc.read(STATUS) == 4
+
+
+def test_rewriting_a_configuration_keeps_an_edge(pc: Pc) -> None:
+    pc.write(CONFIGURATION, 1)
+    pc.write(timer(1), ENABLE | route(21))
+    pc.write(comparator(1), 10)
+    pc.at(10)
+    pc.write(timer(1), ENABLE | route(21))
+    assert pc.driven == [(21, True)]
+
+
+def test_forcing_32_bits_cuts_the_comparator(pc: Pc) -> None:
+    pc.write(comparator(0), 0x1234_0000_5678)
+    pc.write(timer(0), FORCE_32)
+    assert pc.read(comparator(0)) == 0x5678
