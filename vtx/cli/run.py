@@ -28,6 +28,7 @@ _DEFAULT_PROFILE = "skylake-server"
 @click.argument("guest_args", metavar="[GUEST ARGS]...", nargs=-1)
 @click.option("--profile", default=_DEFAULT_PROFILE, show_default=True, metavar="NAME", help="Processor to be.")
 @click.option("--memory", default="128M", show_default=True, callback=memory_size, help="RAM: 64M (or 64), 2G.")
+@click.option("--smp", "cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="Processors.")
 @click.option("--initrd", "initrds", multiple=True, metavar="FILE", help="A Multiboot module; may be repeated.")
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what happens as JSON lines.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Stop after N guest instructions.")
@@ -45,6 +46,7 @@ def run(
     guest_args: tuple[str, ...],
     profile: str,
     memory: int,
+    cpus: int,
     initrds: tuple[str, ...],
     trace_file: str | None,
     max_instructions: int | None,
@@ -72,7 +74,7 @@ def run(
     modules = [(name, read_file(name)) for name in initrds]
     output = SerialOutput(sys.stdout.buffer)
     with _trace_to(trace_file) as tracer:
-        machine = _boot(found, modules, " ".join(guest_args), profile, memory, output, tracer)
+        machine = _boot(found, modules, " ".join(guest_args), profile, memory, cpus, output, tracer)
         session = Session(machine, output)
         given = whole_input()
         if given is None:
@@ -104,6 +106,7 @@ def _boot(
     command_line: str,
     profile: str,
     memory: int,
+    cpus: int,
     output: SerialOutput,
     tracer: JsonLinesTracer | None,
 ) -> Machine:
@@ -112,7 +115,7 @@ def _boot(
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
     try:
-        machine = Machine(profile=profile, memory=memory, serial=output.write, tracer=tracer)
+        machine = Machine(profile=profile, memory=memory, cpus=cpus, serial=output.write, tracer=tracer)
         machine.load(
             image.data,
             name=image.name,

@@ -38,23 +38,9 @@ from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
 from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
+from vtx.x86.timing import EVENT_TICKS, IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
 from vtx.x86.tracing import ProcessorTracing
 from vtx.x86.virtualization import Virtualization
-
-TICKS_PER_BYTE: Final = 4
-"""Virtual time: ticks of the time-stamp counter per byte of code executed; an average instruction has four bytes."""
-
-TRAP_TICKS: Final = 24
-"""What an instruction costs on top when the model executes it: these are slow instructions on every processor."""
-
-EVENT_TICKS: Final = 300
-"""Delivery of an interrupt or exception."""
-
-IDLE_TICKS: Final = 10_000
-"""What passes at least when a processor waits for another one."""
-
-TRANSITION_TICKS: Final = 600
-"""A VM entry or a VM exit, passing once it is complete: the order of magnitude of current processors."""
 
 # Layout of CpuState.pending_debug, which is that of the VMCS field.
 _PENDING_BS: Final = 1 << 14

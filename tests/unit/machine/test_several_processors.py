@@ -1,0 +1,99 @@
+"""Several processors: start-up, turns, wake-ups. The guests are written as bytes, instruction by instruction."""
+
+import pytest
+
+from vtx.machine import Machine, StopReason
+from vtx.x86.state import Activity, Segment
+
+ICR = 0xFEE0_0300
+INIT_OTHERS, START_OTHERS_AT_8000 = 0x000C_4500, 0x000C_4608
+COUNTER = 0x9000
+
+
+def store(address: int, value: int) -> bytes:
+    """MOV DWORD [address], value in 32-bit code."""
+    return b"\xc7\x05" + address.to_bytes(4, "little") + value.to_bytes(4, "little")
+
+
+SOFTWARE_ENABLE = store(0xFEE0_00F0, 0x1FF)
+EXIT_0 = bytes.fromhex("31c0 baf4000000 ef f4")  # XOR EAX, EAX; MOV EDX, 0F4H; OUT DX, EAX; HLT
+
+
+def wait_for(count: int) -> bytes:
+    """PAUSE; CMP WORD [COUNTER], count; JNE to the PAUSE."""
+    return bytes.fromhex("f390 66813d") + COUNTER.to_bytes(4, "little") + count.to_bytes(2, "little") + b"\x75\xf3"
+
+
+COUNT_AND_HALT = bytes.fromhex("31c0 8ed8 f0ff060090 f4 ebfd")  # 16-bit: XOR AX, AX; MOV DS, AX; LOCK INC [9000H]; HLT
+
+
+def machine_with(cpus: int, code: bytes, start_up_code: bytes = COUNT_AND_HALT) -> Machine:
+    """Processor 0 is about to execute ``code`` in flat 32-bit protected mode; the others find theirs at 8000H."""
+    machine = Machine(cpus=cpus, memory=1 << 20)
+    machine.memory.write(0x1000, code)
+    machine.memory.write(0x8000, start_up_code)
+    state = machine.cpu.state
+    state.cr0 = 0x11
+    state.segments = [Segment(0x10, 0, 0xFFFF_FFFF, 0xC093) for _ in range(6)]
+    state.segments[1] = Segment(8, 0, 0xFFFF_FFFF, 0xC09B)
+    state.rip = 0x1000
+    state.gpr[4] = 0x7000
+    machine.cpu.load_control_state()
+    return machine
+
+
+START = SOFTWARE_ENABLE + store(ICR, INIT_OTHERS) + store(ICR, START_OTHERS_AT_8000)
+
+
+def test_others_wait_for_a_start_up_ipi():
+    machine = machine_with(3, EXIT_0)
+    assert machine.run().exit_value == 0
+    assert [cpu.state.activity for cpu in machine.cpus[1:]] == [Activity.WAIT_FOR_SIPI] * 2
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 8])
+def test_start_up__every_other_processor_runs_once(cpus):
+    machine = machine_with(cpus, START + wait_for(cpus - 1) + EXIT_0)
+    result = machine.run(max_instructions=1_000_000)
+    assert (result.reason, result.exit_value) == (StopReason.DEBUG_EXIT, 0)
+    assert machine.memory.read_u16(COUNTER) == cpus - 1
+    assert all(cpu.state.segments[1].base == 0x8000 for cpu in machine.cpus[1:])
+
+
+def test_start_up__without_init_is_ignored_by_a_running_processor():
+    # The second start-up IPI finds the others halted after their first start: they must not count again.
+    code = START + wait_for(1) + store(ICR, START_OTHERS_AT_8000) + wait_for(1) + EXIT_0
+    machine = machine_with(2, code)
+    assert machine.run(max_instructions=1_000_000).exit_value == 0
+    assert machine.memory.read_u16(COUNTER) == 1
+
+
+def test_init__restarts_a_processor():
+    code = START + wait_for(1) + store(ICR, INIT_OTHERS) + store(ICR, START_OTHERS_AT_8000) + wait_for(2) + EXIT_0
+    machine = machine_with(2, code)
+    assert machine.run(max_instructions=1_000_000).exit_value == 0
+    assert machine.memory.read_u16(COUNTER) == 2
+
+
+def test_order_of_turns__depends_on_nothing_but_the_guest():
+    def run() -> tuple[int, int, list[int]]:
+        machine = machine_with(4, START + wait_for(3) + EXIT_0)
+        result = machine.run()
+        return result.ticks, result.instructions, [cpu.now() for cpu in machine.cpus]
+
+    assert run() == run()
+
+
+def test_code_written_by_one_processor__is_executed_by_another():
+    # Processor 0 turns the trampoline's INC (FF /0) of the next start into a DEC (FF /1) after the first one ran.
+    patch = b"\xc6\x05" + (0x8000 + 6).to_bytes(4, "little") + b"\x0e"  # MOV BYTE [8006H], 0EH: the ModRM byte
+    code = (
+        START + wait_for(1) + patch + store(ICR, INIT_OTHERS) + store(ICR, START_OTHERS_AT_8000) + wait_for(0) + EXIT_0
+    )
+    machine = machine_with(2, code)
+    assert machine.run(max_instructions=1_000_000).exit_value == 0
+
+
+def test_all_halted__is_the_end():
+    machine = machine_with(2, START + wait_for(1) + b"\xfa\xf4")  # CLI; HLT
+    assert machine.run(max_instructions=1_000_000).reason is StopReason.HALTED
