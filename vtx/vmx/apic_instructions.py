@@ -10,7 +10,7 @@ from typing import Final
 
 from vmcs import controls as c
 from vmcs.exits import Reason
-from vtx.vmx.execution import retire
+from vtx.vmx.execution import complete
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
@@ -18,11 +18,9 @@ from vtx.vmx.virtual_apic import VEOI, VSELF_IPI, VTPR, VirtualApic
 from vtx.x86.decode import Instruction
 from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, ReadMsr, WriteMsr
 from vtx.x86.outcome import gp
-from vtx.x86.state import MASK32, Gpr, Rflags
+from vtx.x86.state import MASK32, Gpr
 
 _X2APIC_MODE: Final = c.VIRTUALIZE_X2APIC_MODE.mask
-_TF: Final = int(Rflags.TF)
-_PENDING_BS: Final = 1 << 14
 _FIRST_MSR, _LAST_MSR = 0x800, 0x8FF
 _TPR_MSR: Final = 0x808
 _EOI_MSR: Final = 0x80B
@@ -52,9 +50,7 @@ def virtualize(operation: VmxOperation, action: Operation, instruction: Instruct
             record = _write_msr(apic, index, value)
         case _:
             return False
-    if state.rflags & _TF:
-        state.pending_debug |= _PENDING_BS
-    retire(state, instruction)
+    complete(state, instruction)
     if record is not None:
         perform_exit(operation, record)
     return True

@@ -174,6 +174,7 @@ def _start_guest(operation: VmxOperation, active: ActiveVmcs, view: ControlView)
     if view.pin & _TIMER_CONTROL:
         shift = operation.capabilities.preemption_timer_shift
         operation.timer_deadline = deadline(processor.tsc(), vmcs.values[_TIMER], shift)
+    operation.pause_loop = None
     operation.virtual_apic = active.virtual_apic
     operation.below_threshold = active.virtual_apic.enter() if active.virtual_apic else None
     if view.apic_access_page is not None:

@@ -26,6 +26,7 @@ ACCESSED: Final = 1 << 8
 DIRTY: Final = 1 << 9
 EXECUTE_USER: Final = 1 << 10
 """With mode-based execute control: execute access for user-mode linear addresses."""
+SUPPRESS_VE: Final = 1 << 63
 RESERVED_MEMORY_TYPES: Final = frozenset((2, 3, 7))
 
 # Extended-page-table pointer (SDM Vol. 3, "Extended-Page-Table Pointer (EPTP)").
@@ -48,9 +49,13 @@ _TAG_MODE_BASED: Final = 1 << 63
 
 @frozen
 class EptViolation(SecondLevelFault):
-    """VM exit with reason 48. ``qualification`` is complete but for bit 12 (NMI unblocking due to IRET)."""
+    """VM exit with reason 48, or a virtualization exception unless that is ``suppressed``.
+
+    ``qualification`` is complete but for bit 12 (NMI unblocking due to IRET).
+    """
 
     qualification: int
+    suppressed: bool = field(default=False, eq=False)
 
 
 @frozen
@@ -228,7 +233,7 @@ class ExtendedPageTables:
         table = self._root
         if address >> self._levels[0].shift + 9:
             # A 4-level walk has no entry for guest-physical addresses beyond 48 bits.
-            return self._violation(address, access, 0, linear, detail)
+            return self._violation(address, access, 0, linear, detail, SUPPRESS_VE)
         read = self.memory.read_u64
         permission_mask, frame_mask = self._permission_mask, self._frame_mask
         permissions = permission_mask
@@ -239,7 +244,7 @@ class ExtendedPageTables:
             permissions &= entry
             present = entry & permission_mask
             if not present:
-                return self._violation(address, access, 0, linear, detail)
+                return self._violation(address, access, 0, linear, detail, entry)
             if present in self._illegal:
                 return EptMisconfiguration(address, linear)
             if entry & maps_page == maps_page:
@@ -253,7 +258,7 @@ class ExtendedPageTables:
             table = entry & frame_mask
 
         if needed & ~permissions:
-            return self._violation(address, access, permissions, linear, detail)
+            return self._violation(address, access, permissions, linear, detail, entry)
         dirty = bool(entry & DIRTY)
         if self._accessed_dirty:
             wanted = ACCESSED | DIRTY if access & QUALIFICATION_WRITE else ACCESSED
@@ -265,15 +270,24 @@ class ExtendedPageTables:
         return _Mapping(entry & frame_mask & ~offset_mask | address & offset_mask, permissions, 1 << shift, dirty)
 
     def _violation(
-        self, address: GuestPhysicalAddress, access: int, permissions: int, linear: LinearAddress | None, detail: int
+        self,
+        address: GuestPhysicalAddress,
+        access: int,
+        permissions: int,
+        linear: LinearAddress | None,
+        detail: int,
+        entry: int,
     ) -> EptViolation:
-        """The one place that assembles the qualification. ``detail`` counts only with a valid linear address."""
+        """The one place that assembles the qualification. ``detail`` counts only with a valid linear address.
+
+        ``entry`` is the one at which the walk ended: not present, or mapping the page.
+        """
         qualification = access | (permissions & (READ | WRITE | EXECUTE)) << QUALIFICATION_PERMISSIONS_SHIFT
         if permissions & EXECUTE_USER:
             qualification |= QUALIFICATION_EXECUTABLE_USER
         if linear is not None:
             qualification |= QUALIFICATION_LINEAR_VALID | detail
-        return EptViolation(address, linear, qualification)
+        return EptViolation(address, linear, qualification, bool(entry & SUPPRESS_VE))
 
     def _set_flags(
         self, address: GuestPhysicalAddress, unaccessed: list[int], leaf: int, wanted: int, was_dirty: bool

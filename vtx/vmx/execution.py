@@ -18,11 +18,12 @@ from vmcs.exits import Reason
 from vtx.vmx import instructions as i
 from vtx.vmx.entry import enter
 from vtx.vmx.operation import VmxOperation
-from vtx.vmx.outcome import Outcome, VmFailInvalid, VmFailValid, VmSucceed
+from vtx.vmx.outcome import Completed, Outcome, VmFailInvalid, VmFailValid, VmSucceed
+from vtx.vmx.vm_functions import vmfunc
 from vtx.x86.decode import Instruction, linear_address, read_register, write_register
 from vtx.x86.linear import linear_address_width
 from vtx.x86.outcome import Fault, InstructionAborted
-from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Efer, Rflags, Shadow
+from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Efer, Gpr, Rflags, Shadow
 
 _STATUS_FLAGS: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 _CF: Final = int(Rflags.CF)
@@ -31,6 +32,8 @@ _AC: Final = int(Rflags.AC)
 _LMA: Final = int(Efer.LMA)
 _LONG: Final = int(AccessRights.LONG)
 _RF: Final = int(Rflags.RF)
+_TF: Final = int(Rflags.TF)
+_PENDING_BS: Final = 1 << 14
 
 Admission = Callable[[VmxOperation, Reason, Instruction | None], Outcome | None]
 
@@ -107,6 +110,11 @@ def _vmwrite(operation: VmxOperation, instruction: Instruction) -> Outcome:
     return i.vmwrite(operation, encoding, lambda: _read_memory(operation, instruction, size))
 
 
+def _vmfunc(operation: VmxOperation, instruction: Instruction) -> Outcome:
+    gpr = operation.processor.state.gpr
+    return vmfunc(operation, gpr[Gpr.RAX], gpr[Gpr.RCX], instruction)
+
+
 def _admit_field_access(position: int) -> Admission:
     """Admission of VMREAD or VMWRITE, whose operand ``position`` is the register with the field's encoding."""
 
@@ -150,6 +158,7 @@ ROWS: Final[dict[int, Row]] = {
     Mnemonic.VMLAUNCH: Row("VMLAUNCH", Reason.VMLAUNCH, i.admit, lambda o, _: enter(o, launching=True)),
     Mnemonic.VMRESUME: Row("VMRESUME", Reason.VMRESUME, i.admit, lambda o, _: enter(o, launching=False)),
     Mnemonic.VMCALL: Row("VMCALL", Reason.VMCALL, i.admit_vmcall, _without_operand(i.vmcall)),
+    Mnemonic.VMFUNC: Row("VMFUNC", Reason.VMFUNC, lambda *_: None, _vmfunc),
     Mnemonic.INVEPT: Row("INVEPT", Reason.INVEPT, i.admit_invept, _invalidation(i.invept)),
     Mnemonic.INVVPID: Row("INVVPID", Reason.INVVPID, i.admit_invvpid, _invalidation(i.invvpid)),
 }
@@ -198,11 +207,20 @@ def commit(state: CpuState, outcome: Outcome, instruction: Instruction | None) -
             flags = _CF
         case VmFailValid():
             flags = _ZF
+        case Completed():
+            flags = state.rflags & _STATUS_FLAGS
         case _:
             return
     state.rflags = state.rflags & ~_STATUS_FLAGS | flags
     if instruction is not None:
         retire(state, instruction)
+
+
+def complete(state: CpuState, instruction: Instruction) -> None:
+    """Retire ``instruction``, with the debug trap of single-stepping pending if that is on."""
+    if state.rflags & _TF:
+        state.pending_debug |= _PENDING_BS
+    retire(state, instruction)
 
 
 def retire(state: CpuState, instruction: Instruction) -> None:

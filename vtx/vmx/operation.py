@@ -82,7 +82,8 @@ class VmxOperation:
     VM entry. ``timer_deadline`` is the TSC at which the VMX-preemption timer expires. ``trap_flag`` and
     ``pending_trap`` are the monitor trap flag in its two stages: armed for the boundary after next, and pending now.
     ``virtual_apic`` is the running guest's virtual-APIC page, None without a TPR shadow; ``below_threshold`` the exit
-    due at once after an entry with a TPR below its threshold. ``transitions`` counts VM entries and VM exits.
+    due at once after an entry with a TPR below its threshold. ``pause_loop`` has the times of the first and the last
+    PAUSE of what may be a loop, None before the first since VM entry. ``transitions`` counts VM entries and VM exits.
     ``always_saved_msrs`` lists (field, MSR) that every exit saves.
     """
 
@@ -95,6 +96,7 @@ class VmxOperation:
     view: ControlView | None = None
     virtual_apic: VirtualApic | None = None
     below_threshold: VmExit | None = None
+    pause_loop: tuple[int, int] | None = None
     host_nmi_blocked: bool = False
     timer_deadline: int | None = None
     trap_flag: bool = False

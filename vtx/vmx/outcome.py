@@ -21,6 +21,11 @@ class VmSucceed:
 
 
 @frozen
+class Completed:
+    """The instruction completed without reporting in RFLAGS: VMFUNC."""
+
+
+@frozen
 class VmFailInvalid:
     """VMfailInvalid: the instruction failed and there is no current VMCS to hold an error number."""
 
@@ -66,8 +71,9 @@ class VmxAborted:
     indicator: AbortIndicator
 
 
-Outcome = VmSucceed | VmFailInvalid | VmFailValid | VmEntered | EntryFailed | VmExited | VmxAborted | Fault
+Outcome = Completed | VmSucceed | VmFailInvalid | VmFailValid | VmEntered | EntryFailed | VmExited | VmxAborted | Fault
 
 SUCCEED: Final = VmSucceed()
 FAIL_INVALID: Final = VmFailInvalid()
+COMPLETED: Final = Completed()
 ENTERED: Final = VmEntered()

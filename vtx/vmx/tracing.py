@@ -15,6 +15,7 @@ from vmcs.rules import RULES, Violation
 from vtx import events as e
 from vtx.vmx.operation import EntryFailure
 from vtx.vmx.outcome import (
+    Completed,
     EntryFailed,
     Outcome,
     VmEntered,
@@ -125,6 +126,8 @@ class VmxTracing:
 def describe(outcome: Outcome) -> str:
     """An outcome in the manual's words."""
     match outcome:
+        case Completed():
+            return "completed"
         case VmSucceed():
             return "VMsucceed"
         case VmFailInvalid():

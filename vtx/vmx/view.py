@@ -81,10 +81,7 @@ _SECONDARY: Final = (
 
 # Controls a profile could advertise that this model does not carry out.
 _UNMODELLED: Final = (
-    c.PAUSE_LOOP_EXITING,
-    c.ENABLE_VM_FUNCTIONS,
     c.ENABLE_ENCLS_EXITING,
-    c.EPT_VIOLATION_VE,
     c.ENABLE_XSAVES_XRSTORS,
     c.PASID_TRANSLATION,
     c.SUB_PAGE_WRITE_PERMISSIONS_FOR_EPT,

@@ -19,7 +19,7 @@ from vmcs.capabilities import Capabilities
 from vmcs.fields import Field
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import Violation, explain
-from vtx.vmx import apic_access, apic_instructions, events, instructions
+from vtx.vmx import apic_access, apic_instructions, events, instructions, pause_loop, virtualization_exception
 from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.execution import execute_directly, execute_instruction
@@ -31,10 +31,11 @@ from vtx.vmx.operation import ActiveVmcs, EntryFailure, VmxOperation
 from vtx.vmx.outcome import Outcome
 from vtx.vmx.record import VmExit
 from vtx.vmx.view import ControlView
+from vtx.vmx.vm_functions import vmfunc
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
 from vtx.x86.operations import Operation, TaskSwitch
-from vtx.x86.outcome import Fault
+from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import SecondLevelFault
 from vtx.x86.state import MASK64
 from vtx.x86.virtualization import Processor, RefusedInstruction
@@ -181,6 +182,10 @@ class Vmx:
             self.operation, "INVVPID", lambda: instructions.invvpid(self.operation, kind, lambda: descriptor)
         )
 
+    def vmfunc(self, function: int, index: int) -> Outcome:
+        """VMFUNC with EAX = ``function`` and ECX = ``index``."""
+        return execute_directly(self.operation, "VMFUNC", lambda: vmfunc(self.operation, function, index, None))
+
     def exit(self, record: VmExit) -> Outcome:
         """Perform the VM exit that ``record`` describes; non-root only. For tools that stand in for a guest."""
         return self._exit(record)
@@ -204,7 +209,9 @@ class Vmx:
         guest = Guest(active.vmcs.values, view, vmx.processor.memory, vmx.processor.state)
         record = exit_of(guest, operation, instruction)
         if record is None:
-            return apic_instructions.virtualize(vmx, operation, instruction)
+            return pause_loop.virtualize(vmx, operation, instruction) or apic_instructions.virtualize(
+                vmx, operation, instruction
+            )
         if type(operation) is TaskSwitch:
             record = events.task_switch_exit(record, operation.delivering)
         self._exit(record)
@@ -220,6 +227,13 @@ class Vmx:
 
     def second_level_fault(self, fault: SecondLevelFault, delivering: Event | None) -> bool:
         """See `Virtualization.second_level_fault`."""
+        if virtualization_exception.convert(self.operation, fault, delivering):
+            exception = Fault(Vector.VE)
+            event = Event.from_fault(exception)
+            if self.intercept_event(event, exception):
+                return True
+            self.operation.processor.deliver(event)
+            return False
         return self._exit_if(events.second_level_exit(self.operation, fault, delivering), delivering)
 
     def virtualize_access(self, refused: RefusedInstruction) -> None:
@@ -228,6 +242,7 @@ class Vmx:
 
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""
+        self.iret_unblocked_nmi = False
         due = boundary_event(self.operation) if self.operation.non_root else None
         if isinstance(due, Event):
             self.operation.processor.deliver(due)
@@ -266,6 +281,14 @@ class Vmx:
     def control_register_fixed_ok(self, number: int, value: int) -> bool:
         """See `Virtualization.control_register_fixed_ok`."""
         return self.operation.vmxon_pointer is None or self.operation.fixed_bits_ok(number, value)
+
+    def iret_unblocks_nmi(self) -> bool:
+        """See `Virtualization.iret_unblocks_nmi`.
+
+        Spec: SDM Vol. 3, "VMX Non-Root Operation", "Changes to Instruction Behavior in VMX Non-Root Operation" (IRET).
+        """
+        _, view = self._running()
+        return not view.pin & c.NMI_EXITING.mask or bool(view.pin & c.VIRTUAL_NMIS.mask)
 
     def guest_tsc(self, tsc: int) -> int:
         """See `Virtualization.guest_tsc`."""

@@ -39,6 +39,10 @@ class Processor(Protocol):
         """The time-stamp counter without any guest offset, exact to the current instruction."""
         ...
 
+    def charge(self, ticks: int) -> None:
+        """Let time pass without executing code."""
+        ...
+
     def load_control_state(self) -> None:
         """Tell the processor that CR0, CR3, CR4, EFER or segments changed behind its back."""
         ...
@@ -110,7 +114,14 @@ class Virtualization(Protocol):
         ...
 
     iret_unblocked_nmi: bool
-    """For the processor to set while it executes an IRET that ended blocking by NMI: exits due to its faults say so."""
+    """For the processor to set when it executes an IRET that ends blocking by NMI: exits due to its faults say so.
+
+    The extension clears it at the next instruction boundary.
+    """
+
+    def iret_unblocks_nmi(self) -> bool:
+        """Non-root only: whether IRET ends blocking by NMI."""
+        ...
 
     @property
     def transitions(self) -> int:

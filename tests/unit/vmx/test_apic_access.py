@@ -1,4 +1,4 @@
-"""The APIC-access page: what is virtualized, what exits, and with which qualification; what a virtualized write does."""
+"""The APIC-access page: what is virtualized, what exits and how, and what a virtualized write leads to."""
 
 from __future__ import annotations
 

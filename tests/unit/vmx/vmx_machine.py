@@ -56,6 +56,9 @@ class FakeProcessor:
     def tsc(self) -> int:
         return self.ticks
 
+    def charge(self, ticks: int) -> None:
+        self.ticks += ticks
+
     def load_control_state(self) -> None:
         self.control_loads += 1
         self.mmu.update(self.state)

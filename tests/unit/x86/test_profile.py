@@ -48,7 +48,7 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x488, 0x2000),
         (SKYLAKE, 0x489, 0x0037_2FFF),
         (SKYLAKE, 0x48A, 0x2E),
-        (SKYLAKE, 0x48B, 0x0001_5BFF_0000_0000),
+        (SKYLAKE, 0x48B, 0x0207_7FFF_0000_0000),
         (SKYLAKE, 0x48C, 0x0000_0F01_0633_4141),
         (SKYLAKE, 0x48D, 0x0000_00FF_0000_0016),
         (SKYLAKE, 0x48E, 0xFFF9_FFFE_0400_6172),

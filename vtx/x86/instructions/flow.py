@@ -64,7 +64,12 @@ def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """IRET in all its sizes; comes here only while NMIs are blocked or while single-stepping."""
     cpu.changed_system_state()
     traps = cpu.state.rflags & Rflags.TF
-    iret(cpu.state, cpu.mmu, 8 * instruction.operand_size, instruction_length=instruction.length)
+    extension = cpu.virtualization
+    unblocks = extension is None or not extension.non_root or extension.iret_unblocks_nmi()
+    if extension is not None:
+        extension.iret_unblocked_nmi = unblocks and cpu.state.nmi_blocked
+    length = instruction.length
+    iret(cpu.state, cpu.mmu, 8 * instruction.operand_size, instruction_length=length, unblock_nmi=unblocks)
     cpu.load_control_state()
     cpu.completed(single_step=bool(traps))
 
