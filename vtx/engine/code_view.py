@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Decoder, EncodingKind, Instruction, Mnemonic, OpKind
+from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.x86.memory import PhysicalMemory
@@ -20,13 +20,16 @@ STOP: Final = 1 << 32
 
 _MOST_REMEMBERED: Final = 1 << 16
 
-# Unicorn stores a zero to the destination of INS before it asks for the value.
-_STORES_EARLY: Final = frozenset((Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD))
+# For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
+# asks whether the access is allowed.
+_ACCESSES_MEMORY_FIRST: Final = frozenset(
+    (Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
+)
 
 
 def _must_not_run(instruction: Instruction) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
-    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _STORES_EARLY
+    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _ACCESSES_MEMORY_FIRST
 
 
 class CodeView:
@@ -76,20 +79,26 @@ class CodeView:
         if facts is None:
             if len(self._facts) >= _MOST_REMEMBERED:
                 self.changed()
-            stops = count = 0
-            for instruction in Decoder(bits, self.read(linear, size)):
-                count += 1
-                if _must_not_run(instruction):
-                    stops = STOP
-            facts = self._facts[key] = stops + count
+            code = self.read(linear, size)
+            stops = STOP if self._first_stop(linear, code, bits) is not None else 0
+            facts = self._facts[key] = stops + sum(1 for _ in Decoder(bits, code))
         return facts
+
+    @staticmethod
+    def _first_stop(linear: int, code: bytes, bits: int) -> int | None:
+        for instruction in Decoder(bits, code, ip=linear):
+            if instruction.code == Code.INVALID:
+                break  # what follows is not decoded as Unicorn decodes it
+            if _must_not_run(instruction):
+                return instruction.ip
+        return None
 
     def stop_address(self, linear: int, size: int, bits: int) -> int:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
-        for instruction in Decoder(bits, self.read(linear, size), ip=linear):
-            if _must_not_run(instruction):
-                return instruction.ip
-        raise LookupError(f"no instruction in the block at {linear:#x} must not run")
+        address = self._first_stop(linear, self.read(linear, size), bits)
+        if address is None:
+            raise LookupError(f"no instruction in the block at {linear:#x} must not run")
+        return address
 
 
 _COUNT_MASKS: Final = {

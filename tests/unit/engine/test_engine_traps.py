@@ -316,6 +316,17 @@ def test_refused_ins__leaves_its_destination_alone(code: str) -> None:
         bench.close()
 
 
+@pytest.mark.parametrize("code", ["6c", "6e", "f36d", "f36f"])
+def test_string_port_access__traps_before_its_memory_is_asked_for(code: str) -> None:
+    """An I/O exit has priority over a page fault (SDM Vol. 3, "Relative Priority of Faults and VM Exits")."""
+    bench = EngineBench(code, "long64")
+    bench.client.pages[DATA >> 12] = Grant(DATA >> 12, 0)
+    bench.state.gpr[6] = bench.state.gpr[7] = DATA
+    assert bench.run() == InstructionTrap()
+    assert bench.state.rip == CODE
+    bench.close()
+
+
 def test_granted_port_accesses__happen_once_each_in_order() -> None:
     # IN AL, 10h; OUT 11h, AL; INC EAX; OUT DX, EAX
     bench = EngineBench("e410e611ffc0eff4", "protected32")
