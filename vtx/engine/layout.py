@@ -42,7 +42,8 @@ INTERCEPTS: Final = STATE + 5520
 
 SEGMENT: Final = struct.Struct("<I4xQII")
 REGISTERS: Final = struct.Struct("<17Q")  # GPRs and RIP
-LAZY_FLAGS: Final = struct.Struct("<QQQQQIiI")  # eflags, cc_dst, cc_src, cc_src2 ... through hflags
+FLAGS: Final = struct.Struct("<QQQQIiII")  # EFLAGS, cc_dst, cc_src, cc_src2, cc_op, direction, hflags, hflags2
+PLACE: Final = struct.Struct("<Q40xI36xQ")  # from RIP: it, hflags, base of CS
 
 CC_OP_EFLAGS: Final = 1
 ARITHMETIC_FLAGS: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)

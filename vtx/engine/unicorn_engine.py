@@ -63,6 +63,9 @@ _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
 _AM: Final = int(Cr0.AM)
 _STI_OPCODE: Final = 0xFB
+_QWORD: Final = struct.Struct("<Q")
+_DWORD: Final = struct.Struct("<I")
+_INSTRUCTION_TRAP: Final = InstructionTrap()
 
 
 def _iret_drops_base(state: CpuState) -> bool:
@@ -96,6 +99,7 @@ class UnicornEngine:
         allow_compiled: bool = True,
     ) -> None:
         require_known_library()
+        self._library = native.library
         self._client = client
         self._memory = memory
         self._handle = ctypes.c_void_p()
@@ -108,7 +112,7 @@ class UnicornEngine:
         self._keep: list[Any] = []
         self._map_memory()
         self._context = ctypes.c_void_p()
-        native.check(native.library.uc_context_alloc(self._handle, ctypes.byref(self._context)), "a context")
+        native.check(self._library.uc_context_alloc(self._handle, ctypes.byref(self._context)), "a context")
         self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
         self._image = memoryview(self._buffer).cast("B")
         self._prepare_context()
@@ -120,7 +124,11 @@ class UnicornEngine:
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
         self._flags = ctypes.c_uint64()
+        self._flags_pointer = ctypes.byref(self._flags)
         self._segment_bytes = b""
+        self._hidden_flags = 0
+        self._iret_drops_base = False
+        self._intercepted = layout.INTERCEPT_ALWAYS
         self._flush_wanted = False
         self._running = False
         self._stop_requested = False
@@ -136,8 +144,8 @@ class UnicornEngine:
         """Release the library's resources; the engine cannot be used afterwards."""
         if self._handle:
             self._image.release()
-            native.library.uc_context_free(self._context)
-            native.library.uc_close(self._handle)
+            self._library.uc_context_free(self._context)
+            self._library.uc_close(self._handle)
             self._handle = ctypes.c_void_p()
 
     # Construction.
@@ -146,19 +154,19 @@ class UnicornEngine:
         self._ram = base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.backing))
         for ram in self._memory.ram:
             pointer = ctypes.c_void_p(base + ram.offset)
-            status = native.library.uc_mem_map_ptr(
+            status = self._library.uc_mem_map_ptr(
                 self._handle, ctypes.c_uint64(ram.start), ctypes.c_uint64(ram.size), native.PROT_ALL, pointer
             )
             native.check(status, "mapping RAM")
         for window in self._memory.windows:
             self._map_window(window)
-        native.check(native.library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
+        native.check(self._library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
         self._write_private(VMCB_FRAME + _VMCB_MSRPM_BASE, struct.pack("<Q", PERMISSION_MAP))
         self._write_private(PERMISSION_MAP, b"\xff" * (PERMISSION_MAP_SIZE + PAGE_SIZE))  # VOID_CODE included
         self._map_mmio(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
 
     def _write_private(self, address: int, data: bytes) -> None:
-        native.check(native.library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, len(data)), "a write")
+        native.check(self._library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, len(data)), "a write")
 
     def _map_window(self, window: MmioWindow) -> None:
         self._map_mmio(window.start, window.size, window.device.mmio_read, window.device.mmio_write)
@@ -176,7 +184,7 @@ class UnicornEngine:
         callbacks = native.MmioReadCallback(on_read), native.MmioWriteCallback(on_write)
         self._keep.append(callbacks)
         pointers = [ctypes.cast(callback, ctypes.c_void_p) for callback in callbacks]
-        status = native.library.uc_mmio_map(
+        status = self._library.uc_mmio_map(
             self._handle, ctypes.c_uint64(start), ctypes.c_uint64(size), pointers[0], None, pointers[1], None
         )
         native.check(status, "mapping a device")
@@ -208,11 +216,11 @@ class UnicornEngine:
             return function(*arguments)
         except BaseException as failure:
             self._failure = self._failure or failure
-            native.library.uc_emu_stop(self._handle)
+            self._library.uc_emu_stop(self._handle)
             return default
 
     def _on_interrupt(self, handle: int, number: int, data: int) -> None:
-        native.library.uc_emu_stop(self._handle)
+        self._library.uc_emu_stop(self._handle)
         if self._aborted or self._trap is not None:
             return
         self._save()
@@ -300,17 +308,15 @@ class UnicornEngine:
         counters = (shared.elapsed, shared.instructions, shared.address, shared.size)
         self._aborted = (bytes(self._image), counters)
         self._flush_now()
-        native.library.uc_emu_stop(self._handle)
+        self._library.uc_emu_stop(self._handle)
 
     # State transfer.
 
     def _save(self) -> None:
-        native.library.uc_context_save(self._handle, self._context)
+        self._library.uc_context_save(self._handle, self._context)
 
     def _linear_rip(self) -> int:
-        (rip,) = struct.unpack_from("<Q", self._image, layout.RIP)
-        (base,) = struct.unpack_from("<Q", self._image, layout.SEGMENTS + 24 + 8)
-        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
+        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
         return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
 
     def _bits(self) -> int:
@@ -323,8 +329,8 @@ class UnicornEngine:
         layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
         if reload:
             self._load_system(state)
-        struct.pack_into(
-            "<QQQQIiII",
+        hidden = self._hidden_flags
+        layout.FLAGS.pack_into(
             image,
             layout.EFLAGS,
             rflags | 2 | (_TF if step else 0),  # all of it: entering the engine derives the lazy flags from here
@@ -333,20 +339,23 @@ class UnicornEngine:
             0,
             layout.CC_OP_EFLAGS,
             -1 if rflags & _DF else 1,
-            layout.hidden_flags(state),
+            hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
             layout.GLOBAL_INTERRUPT_FLAG,
         )
-        intercepts = layout.INTERCEPT_ALWAYS
-        if step:
-            intercepts |= layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
-        else:
-            if state.nmi_blocked or _iret_drops_base(state):
-                intercepts |= layout.INTERCEPT_IRET
-            if state.cr0 & _AM:
-                # These two can set RFLAGS.AC at CPL 3, from where on alignment is checked.
-                intercepts |= layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
-        struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
-        native.library.uc_context_restore(self._handle, self._context)
+        intercepts = self._intercepts(state, step)
+        if intercepts != self._intercepted:
+            self._intercepted = intercepts
+            struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
+        self._library.uc_context_restore(self._handle, self._context)
+
+    def _intercepts(self, state: CpuState, step: bool) -> int:
+        """The interception bits: POPF and IRET only where the engine's own would not do."""
+        # Both can set RFLAGS.AC at CPL 3, from where on alignment is checked.
+        if step or state.cr0 & _AM:
+            return layout.INTERCEPT_ALWAYS | layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
+        if state.nmi_blocked or self._iret_drops_base:
+            return layout.INTERCEPT_ALWAYS | layout.INTERCEPT_IRET
+        return layout.INTERCEPT_ALWAYS
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
@@ -359,6 +368,8 @@ class UnicornEngine:
             layout.SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
             offset += layout.SEGMENT.size
         self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        self._hidden_flags = layout.hidden_flags(state)
+        self._iret_drops_base = _iret_drops_base(state)
         cr4 = state.cr4 & layout.CR4_SEEN
         struct.pack_into("<5Q", image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
         struct.pack_into("<Q", image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
@@ -371,21 +382,21 @@ class UnicornEngine:
         image = self._image
         struct.pack_into("<Q", image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
         struct.pack_into("<Q", image, layout.XCR0, state.xcr0)
-        native.library.uc_context_restore(self._handle, self._context)
+        self._library.uc_context_restore(self._handle, self._context)
 
     def _store(self, state: CpuState, arranged_tf: bool) -> None:
         image = self._image
-        registers = layout.REGISTERS.unpack_from(image, layout.GPR)
-        state.gpr[:] = registers[:16]
-        state.rip = registers[16]
-        native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
+        *state.gpr[:], state.rip = layout.REGISTERS.unpack_from(image, layout.GPR)
+        self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
         state.rflags = self._flags.value & ~_TF if arranged_tf else self._flags.value
         segments = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
         if segments != self._segment_bytes:
             self._segment_bytes = segments
             self._store_segments(state, segments)
-        (state.kernel_gs_base,) = struct.unpack_from("<Q", image, layout.KERNEL_GS_BASE)
-        if image[layout.HFLAGS] & layout.INHIBIT_INTERRUPTS:
+        (state.kernel_gs_base,) = _QWORD.unpack_from(image, layout.KERNEL_GS_BASE)
+        (hidden,) = _DWORD.unpack_from(image, layout.HFLAGS)
+        self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
+        if hidden & layout.INHIBIT_INTERRUPTS:
             state.shadow = state.shadow or self._shadow(state)
         else:
             state.shadow = Shadow.NONE
@@ -397,6 +408,7 @@ class UnicornEngine:
         if not state.segments[2].usable:
             # A null SS keeps the privilege level, which the engine holds apart from the segment.
             state.segments[2].access_rights |= (self._image[layout.HFLAGS] & 3) << 5
+        self._iret_drops_base = _iret_drops_base(state)
 
     def _shadow(self, state: CpuState) -> Shadow:
         """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
@@ -458,7 +470,7 @@ class UnicornEngine:
         if osxsave:
             self._enable_extended_state(state)
         self._running = True
-        status = native.library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
+        status = self._library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
         self._running = False
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -505,7 +517,7 @@ class UnicornEngine:
             image, counters = self._aborted
             self._aborted = None
             self._image[:] = image
-            native.library.uc_context_restore(self._handle, self._context)
+            self._library.uc_context_restore(self._handle, self._context)
             shared = self.clock.shared
             shared.elapsed, shared.instructions, shared.address, shared.size = counters
             return InstructionTrap()
@@ -514,7 +526,7 @@ class UnicornEngine:
             if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
                 return ExceptionTrap(number - layout.TRAP_EXCEPTION, self._error_code)
             if number >= layout.TRAP_BASE:
-                return InstructionTrap()
+                return _INSTRUCTION_TRAP
             return ExceptionTrap(number, self._error_code)
         self._save()
         if status == native.ERR_EXCEPTION and self._refused is not None:
@@ -569,7 +581,7 @@ class UnicornEngine:
 
     def _flush_now(self) -> None:
         self._flush_wanted = False
-        native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
+        self._library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
         self.coherence.tlb_flushed(self._member)
 
     def _retranslate(self, frame: int, by_store: bool) -> bool:
@@ -581,7 +593,7 @@ class UnicornEngine:
         # The library wants a linear address: one that no guest can use, which `_fill` answers with the frame.
         self._probed = frame
         first, last = (ctypes.c_uint64(PROBE + offset) for offset in (0, PAGE_SIZE))
-        status = native.library.uc_ctl(self._handle, ctypes.c_int(native.CTL_REMOVE_BLOCKS), first, last)
+        status = self._library.uc_ctl(self._handle, ctypes.c_int(native.CTL_REMOVE_BLOCKS), first, last)
         self._probed = None
         self._flush_now()
         native.check(status, "dropping translations")
