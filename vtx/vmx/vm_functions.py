@@ -1,6 +1,6 @@
 """VMFUNC: operations that a guest may have the processor perform without a VM exit. There is one, EPTP switching.
 
-Spec: SDM Vol. 3, "VMX Non-Root Operation", "VM Functions"; "VMX Instruction Reference", "VMFUNC—Invoke VM Function".
+Spec: SDM Vol. 3, "VMX Non-Root Operation", "VM Functions", "General Operation of the VMFUNC Instruction".
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_what_cannot_be_had(wish: str, why: str) -> None:
 
 def test_control_that_no_processor_has() -> None:
     with pytest.raises(UnsupportedError, match=r"^no processor here has the VMX control 'use TSC scaling'$"):
-        adapted("max,+vmx-tsc-scaling", possible=frozenset())
+        adapted("max,+vmx-tsc-scaling", "nehalem-server", possible=frozenset())
 
 
 def test_extension_is_not_added_to_a_processor_without_it() -> None:

@@ -11,6 +11,7 @@ from vtx.x86.toml_section import ProfileError
 
 SKYLAKE = load_profile()
 NEHALEM = load_profile("nehalem-server")
+EVERYTHING = load_profile("everything")
 TEXT = (resources.files("vtx.profiles") / "skylake-server.toml").read_text(encoding="utf-8")
 
 DEFAULT1 = {0x481: 0x16, 0x482: 0x401E172, 0x483: 0x36DFF, 0x484: 0x11FF}
@@ -47,13 +48,17 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x487, 0xFFFF_FFFF),
         (SKYLAKE, 0x488, 0x2000),
         (SKYLAKE, 0x489, 0x0037_2FFF),
-        (SKYLAKE, 0x48A, 0x2E),
+        (SKYLAKE, 0x48A, 0x32),
         (SKYLAKE, 0x48B, 0x0207_7FFF_0000_0000),
         (SKYLAKE, 0x48C, 0x0000_0F01_0633_4141),
         (SKYLAKE, 0x48D, 0x0000_00FF_0000_0016),
         (SKYLAKE, 0x48E, 0xFFF9_FFFE_0400_6172),
         (SKYLAKE, 0x48F, 0x007F_EFFF_0003_6DFB),
         (SKYLAKE, 0x490, 0x0000_D3FF_0000_11FB),
+        # 5-level walks, advanced information for EPT violations, mode-based execute control
+        (EVERYTHING, 0x48B, SKYLAKE.vmx_capabilities[0x48B] | 1 << 22 + 32),
+        (EVERYTHING, 0x48C, SKYLAKE.vmx_capabilities[0x48C] | 1 << 7 | 1 << 22),
+        (SKYLAKE, 0x491, 1),
         (NEHALEM, 0x485, 0x0000_0000_0004_01C0),
         (NEHALEM, 0x48B, 0x0000_006E_0000_0000),
         (NEHALEM, 0x48C, 0x0000_0F01_0611_4141),
@@ -97,6 +102,7 @@ def test_capabilities_follow_the_activation_of_secondary_controls():
     text = TEXT.replace('    "activate secondary controls",\n', "")
     start, end = text.index("secondary = ["), text.index("exit = [")
     text = text[:start] + "secondary = []\n" + text[end:]
+    text = text.replace('vm_functions = ["EPTP switching"]\n', "")
     start, end = text.index("ept_vpid = ["), text.index("[vmx.basic]")
     text = text[:start] + "ept_vpid = []\n" + text[end:]
     msrs = parse_profile("x.toml", text).vmx_capabilities
