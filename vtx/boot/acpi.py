@@ -42,7 +42,7 @@ CENTURY_BYTE = 0x32
 ENABLED = 1 << 0
 MADT_PC_AT = 1 << 0
 ACTIVE_HIGH_LEVEL = 0x000D
-FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8  # WBINVD, C1, no control-method buttons, 32-bit timer
+FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8  # WBINVD, C1, no sleep button, no RTC event, 32-bit timer
 FADT_BOOT_FLAGS = 1 << 0 | 1 << 2  # legacy devices, no VGA
 SYSTEM_MEMORY, SYSTEM_IO = 0, 1
 

@@ -116,11 +116,13 @@ def test_fadt() -> None:
     assert struct.unpack_from("<8I", fadt, 56) == (0x600, 0, 0x604, 0, 0, 0x608, 0, 0)
     assert tuple(fadt[88:92]) == (4, 2, 0, 4)
     assert fadt[108] == 0x32  # century
+    assert struct.unpack_from("<H", fadt, 109) == (0x0005,)  # legacy devices, no display adapter
     (flags,) = struct.unpack_from("<I", fadt, 112)
-    assert flags & 1  # WBINVD works
-    assert flags >> 8 & 1  # 32-bit timer
-    assert not flags >> 20 & 1  # the hardware is not reduced
-    assert not flags >> 10 & 1  # no reset register
+    # WBINVD and C1 work, the power button is a fixed one, there is no sleep button, the clock has no fixed event,
+    # the timer has 32 bits; no reset register, hardware not reduced.
+    assert flags == 0x0000_0165
+    assert fadt[116:128] == bytes(12)
+    assert fadt[131] == 1  # minor revision
     assert [generic_address(fadt, offset) for offset in (148, 172, 208)] == [
         (1, 32, 0x600),
         (1, 16, 0x604),
@@ -208,6 +210,15 @@ def test_dsdt(cpus: int) -> None:
     assert com1["_CRS"] == bytes.fromhex("47 01 f803 f803 01 08  22 1000  79 00")
     assert [device["_HID"] for device in devices.values()] == ["ACPI0007"] * cpus
     assert [device["_UID"] for device in devices.values()] == list(range(cpus))
+
+
+@pytest.mark.parametrize("body", [0, 1, 61, 62, 63, 64, 4092, 4093, 4094, 4095, 70_000])
+def test_package_length(body: int) -> None:
+    """One byte for a length to 63, which counts itself; else four bits and one to three bytes."""
+    encoded = acpi._package_length(body)
+    begin, end = package_end(encoded, 0)
+    assert (begin, end) == (len(encoded), body + len(encoded))
+    assert len(encoded) == next(size for size, limit in ((1, 0x3F), (2, 0xFFF), (3, 0xFFFFF)) if body + size <= limit)
 
 
 def test_too_many_processors_are_refused() -> None:

@@ -88,6 +88,13 @@ def test_calendar_agrees_with_the_standard_library(start: datetime.datetime, ste
     assert time == calendar(moment)
 
 
+def test_calendar_over_centuries() -> None:
+    start, end = datetime.datetime(1600, 2, 29, 1, 2, 3), datetime.datetime(9600, 2, 29, 1, 2, 4)
+    time = calendar(start)
+    time.add((end - start) // datetime.timedelta(seconds=1))
+    assert time == calendar(end)
+
+
 def test_leap_years() -> None:
     assert [days_in_month(year, 2) for year in (1900, 2000, 2023, 2024, 2100)] == [28, 29, 28, 29, 28]
 
@@ -294,6 +301,7 @@ def test_cmos_keeps_bytes(pc: Pc) -> None:
         (32 * MIB, 0, 640, 31 * 1024, 0x0100, 0),
         (3 * GIB, 5 * GIB, 640, 0xFFFF, 0xBF00, 0x14000),
         (512 << 10, 0, 512, 0, 0, 0),
+        (3 * GIB, 1 << 40, 640, 0xFFFF, 0xBF00, 0xFFFFFF),
     ],
 )
 def test_memory_size(low: int, high: int, base: int, extended: int, above_16m: int, above_4g: int) -> None:
