@@ -42,7 +42,9 @@ def test_data_area() -> None:
     assert memory.read_u16(0x402) == 0
     assert memory.read_u16(0x40E) == 0x9FC0
     assert memory.read_u8(0x9FC00) == 1
+    assert memory.read_u16(0x410) == 0x0202  # x87, one serial port
     assert memory.read_u16(0x413) == 639
+    assert (memory.read_u16(0x480), memory.read_u16(0x482)) == (0x1E, 0x3E)
     assert memory.read_u16(0x41A) == memory.read_u16(0x41C) == 0x1E
     assert memory.read_u8(0xFFFFE) == 0xFC
 
@@ -50,7 +52,20 @@ def test_data_area() -> None:
 def test_small_memory_is_left_alone() -> None:
     memory, writes = installed(256 << 10)
     assert memory.read(0, 0x500) == bytes(0x500)
-    assert writes
+    assert {(port, size) for port, size, _ in writes} >= {(0x21, 1), (0x43, 1), (0x71, 1)}
+
+
+def test_initialization_words_and_clock() -> None:
+    """As data sheets have them: the slave on input 2, 8086 mode, normal end of interrupt; 32768 Hz, 24 hours, BCD."""
+    _, writes = installed()
+    by_port = {port: [value for at, _, value in writes if at == port] for port, _, _ in writes}
+    assert by_port[0x20] == by_port[0xA0] == [0x11]
+    assert by_port[0x21] == [0x08, 0x04, 0x01, 0xFA]
+    assert by_port[0xA1] == [0x70, 0x02, 0x01, 0xFF]
+    assert by_port[0x4D0] == by_port[0x4D1] == [0]
+    assert (by_port[0x43], by_port[0x40]) == ([0x36], [0, 0])
+    assert dict(zip(by_port[0x70], by_port[0x71], strict=True)) == {0x0A: 0x26, 0x0B: 0x02}
+    assert all(size == 1 for _, size, _ in writes)
 
 
 def test_controllers_and_timer() -> None:
