@@ -3,6 +3,10 @@
 The MMU refuses every access to the page. A virtualized one is then made after all, on the virtual-APIC page: the
 engine executes the instruction once while the MMU redirects accesses there, so that any instruction will do.
 
+Interpretations. An access that both reads and writes exits as a write. Of two operands on the page the second exits,
+even if it is the same bytes. A page that is part of a larger one is treated as any other. The instruction length is
+recorded, because hypervisors use it. Accesses of instructions that the model itself executes always exit.
+
 Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing Memory-Mapped APIC Accesses"; "VM Exits",
 "Exit Qualification for APIC-Access VM Exits from Linear Accesses and Guest-Physical Accesses".
 """

@@ -95,7 +95,7 @@ def _nmi_is_blocked(view: ControlView, state: CpuState) -> bool:
 
 def wants_boundary(operation: VmxOperation) -> bool:
     """Whether the very next boundaries matter one by one."""
-    if operation.trap_flag or operation.pending_trap:
+    if operation.trap_flag or operation.pending_trap or operation.below_threshold is not None:
         return True
     view = operation.view
     if view is None:

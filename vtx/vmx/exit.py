@@ -81,12 +81,7 @@ def perform_entry_failure(operation: VmxOperation, reason: Reason, qualification
 
 def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlView) -> Outcome | None:
     """Load host state and the host's MSRs; VmxAborted if that fails."""
-    operation.non_root = False
-    operation.view = None
-    operation.timer_deadline = None
-    operation.trap_flag = operation.pending_trap = False
-    operation.virtual_apic = operation.below_threshold = None
-    operation.processor.mmu.reserved_page = None
+    _leave_non_root(operation)
     operation.transitions += 1
     indicator = load_host(operation, active.vmcs, view)
     if indicator is not None:
@@ -97,6 +92,15 @@ def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlVie
             return abort(operation, AbortIndicator.LOADING_HOST_MSRS, failing)
     operation.processor.load_control_state()
     return None
+
+
+def _leave_non_root(operation: VmxOperation) -> None:
+    operation.non_root = False
+    operation.view = None
+    operation.timer_deadline = None
+    operation.trap_flag = operation.pending_trap = False
+    operation.virtual_apic = operation.below_threshold = None
+    operation.processor.mmu.reserved_page = None
 
 
 def _record(vmcs: Vmcs, record: VmExit) -> None:
@@ -138,9 +142,7 @@ def abort(operation: VmxOperation, indicator: AbortIndicator, cause: MsrViolatio
     active = operation.current
     assert active is not None
     active.vmcs.abort_indicator = indicator
-    operation.non_root = False
-    operation.view = None
-    operation.timer_deadline = None
+    _leave_non_root(operation)
     processor = operation.processor
     processor.memory.write_u32(active.pointer + _ABORT_OFFSET, indicator)
     message = f"VMX abort {int(indicator)} ({indicator.name.lower().replace('_', ' ')})"

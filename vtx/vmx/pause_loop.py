@@ -1,5 +1,8 @@
 """PAUSE-loop exiting: a VM exit when the guest's kernel seems to spin.
 
+Interpretation. The gap between two PAUSEs is counted from the end of the first, so that it does not depend on how long
+a PAUSE takes here.
+
 Spec: SDM Vol. 3, "VMX Non-Root Operation", "Instructions That Cause VM Exits Conditionally" (PAUSE).
 """
 
@@ -25,11 +28,7 @@ _PAUSE: Final = Simple(Plain.PAUSE)
 
 
 def virtualize(operation: VmxOperation, action: Operation, instruction: Instruction) -> bool:
-    """Execute PAUSE, which does not exit as such, under PAUSE-loop exiting; False if that is not in force.
-
-    The gap between two PAUSEs is counted from the end of the first, so that it does not depend on how long a PAUSE
-    takes here.
-    """
+    """Execute PAUSE, which does not exit as such, under PAUSE-loop exiting; False if that is not in force."""
     processor, view = operation.processor, operation.view
     if action != _PAUSE or view is None or not view.secondary & _PAUSE_LOOP_EXITING or processor.state.cpl:
         return False

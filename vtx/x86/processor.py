@@ -340,10 +340,10 @@ class LogicalProcessor:
         non_root = extension is not None and extension.non_root
         timer = extension.next_deadline() if extension is not None else None
         return bool(
-            (self._nmi and not state.nmi_blocked)
+            (self._nmi and (non_root or not state.nmi_blocked))
             or state.pending_debug & _DELIVERABLE_DEBUG
             or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
-            or (extension is not None and state.rflags & _IF and extension.wants_interrupt_window())
+            or (extension is not None and non_root and extension.wants_boundary())
             or (timer is not None and timer <= self.now())
         )
 
