@@ -55,11 +55,12 @@ class Stateful(Protocol):
 
 @frozen
 class PortEntry:
-    """Who answers at one port: ``offset`` within ``device``. ``timed`` if the access may change what is due when."""
+    """Who answers at one port: ``offset`` within ``device``, and which accesses may change what is due when."""
 
     device: PortDevice
     offset: int
-    timed: bool
+    timed_reads: bool
+    timed_writes: bool
 
 
 class Board:
@@ -116,8 +117,8 @@ class Board:
         self.bus.eoi_listeners.append(self.io_apic.end_of_interrupt)
         self.pic = PicPair(self._external_interrupt)
         self.lines = InterruptLines(self.pic, self.io_apic)
-        self._attach(pc_map.PIC_MASTER_PORT, 2, self.pic.master, timed=True)
-        self._attach(pc_map.PIC_SLAVE_PORT, 2, self.pic.slave, timed=True)
+        self._attach(pc_map.PIC_MASTER_PORT, 2, self.pic.master, timed=True, timed_reads=True)
+        self._attach(pc_map.PIC_SLAVE_PORT, 2, self.pic.slave, timed=True, timed_reads=True)
         self._attach(pc_map.PIC_EDGE_LEVEL_PORT, 2, self.pic.edge_level, timed=True)
 
     def _add_timers(self, memory: PhysicalMemory, frequency: int, power_off: Callable[[], None]) -> None:
@@ -132,20 +133,22 @@ class Board:
         self._attach(pc_map.PIT_PORT, 4, self.pit, timed=True)
         self._system_control = SystemControlPort(self.pit)
         self._attach(pc_map.SYSTEM_CONTROL_PORT, 1, self._system_control)
-        self._attach(pc_map.RTC_PORT, 2, self.rtc, timed=True)
+        self._attach(pc_map.RTC_PORT, 2, self.rtc, timed=True, timed_reads=True)
         self._attach(pc_map.ACPI_PM_PORT, 12, self.acpi_pm, timed=True)
 
-    def _attach(self, first: int, count: int, device: PortDevice, *, timed: bool = False) -> None:
+    def _attach(
+        self, first: int, count: int, device: PortDevice, *, timed: bool = False, timed_reads: bool = False
+    ) -> None:
         for offset in range(count):
-            self._ports[first + offset] = PortEntry(device, offset, timed)
+            self._ports[first + offset] = PortEntry(device, offset, timed_reads, timed)
 
     def port_read(self, port: int, size: int) -> int:
         """Value of ``size`` bytes at an I/O port; ones where nothing answers."""
         entry = self._ports.get(port)
         if entry is None:
             return (1 << 8 * size) - 1
-        if entry.timed:
-            return self.timed_read(entry.device.port_read, entry.offset, size)
+        if entry.timed_reads:
+            return self._timed_read(entry.device.port_read, entry.offset, size)
         return entry.device.port_read(entry.offset, size)
 
     def port_write(self, port: int, size: int, value: int) -> None:
@@ -153,7 +156,7 @@ class Board:
         entry = self._ports.get(port)
         if entry is None:
             return
-        if entry.timed:
+        if entry.timed_writes:
             self.timed_write(entry.device.port_write, entry.offset, size, value)
         else:
             entry.device.port_write(entry.offset, size, value)
@@ -163,7 +166,7 @@ class Board:
         entry = self._ports.get(port)
         return "none" if entry is None else type(entry.device).__name__
 
-    def timed_read(self, read: Callable[[int, int], int], offset: int, size: int) -> int:
+    def _timed_read(self, read: Callable[[int, int], int], offset: int, size: int) -> int:
         """A read that may change what is due when, as one that acknowledges an interrupt does."""
         before = self._deadline
         self._bring_up_to_date()
@@ -358,14 +361,14 @@ class Socket:
 
 
 class _TimedWindow:
-    """Memory-mapped registers of ``device``, whose accesses may change what is due when."""
+    """Memory-mapped registers of ``device``, to which writes may change what is due when."""
 
     def __init__(self, board: Board, device: MmioDevice) -> None:
         self._board = board
         self._device = device
 
     def mmio_read(self, offset: int, size: int) -> int:
-        return self._board.timed_read(self._device.mmio_read, offset, size)
+        return self._device.mmio_read(offset, size)
 
     def mmio_write(self, offset: int, size: int, value: int) -> None:
         self._board.timed_write(self._device.mmio_write, offset, size, value)

@@ -142,6 +142,7 @@ class Pit8254:
 
     def port_read(self, offset: int, size: int) -> int:
         """Read counters at offsets 0 to 2; ones from the write-only control word."""
+        self.advance(self._clock.now())
         return read_as_bytes(self._read, offset, size)
 
     def port_write(self, offset: int, size: int, value: int) -> None:
@@ -182,7 +183,7 @@ class Pit8254:
             self._line(level)
 
     def _read(self, offset: int) -> int:
-        return self.channels[offset].read(self.pulse()) if offset < CONTROL else 0xFF
+        return self.channels[offset].read(self.state.clock) if offset < CONTROL else 0xFF
 
     def _write(self, offset: int, value: int) -> None:
         clock = self.state.clock
