@@ -114,7 +114,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 class Planner:
     """Plans the tests of ``suite`` for processors of ``profiles``.
 
-    A test gets the first profile that can be what it asks for; without ``profiles``, the default one or any other.
+    A test gets the first profile that can be what it asks for; without ``profiles``, the one that is most like the
+    processor it names, the default one, or any other.
     A test for more than ``most_processors`` is left out. `ProfileError` for a profile that cannot be used.
     """
 
@@ -122,7 +123,8 @@ class Planner:
         self._suite = suite
         self._most_processors = most_processors
         known = [profile_document(name) for name in profile_names()]
-        names = profiles or (DEFAULT_PROFILE, *(name for name in profile_names() if name != DEFAULT_PROFILE))
+        self._free_choice = not profiles
+        names = profiles or sorted(profile_names(), key=lambda name: name != DEFAULT_PROFILE)
         self._candidates = [profile_document(name) for name in names]
         self._possible = features_of([*known, *self._candidates])
 
@@ -173,7 +175,10 @@ class Planner:
     def _processor(self, options: MachineOptions) -> tuple[str, Mapping[str, Any]]:
         wish = parse_wish(options.processor) if options.processor is not None else Wish()
         reason: UnsupportedError | None = None
-        for document in self._candidates:
+        candidates = self._candidates
+        if self._free_choice:
+            candidates = sorted(candidates, key=lambda document: document["name"] != wish.profile)
+        for document in candidates:
             try:
                 profile = adapt(document, wish, self._possible)
             except UnsupportedError as why:

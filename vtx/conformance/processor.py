@@ -1,8 +1,9 @@
 """The ``-cpu`` option of a test as changes to a CPU profile.
 
-QEMU names a model and then flags and properties: ``max,+vmx,-pku,phys-bits=36``. The model's name is not followed: a
-profile is a processor that the machine can be, and the flags say what the test depends on. They are applied to the
-profile's tables before anything is derived from them, so CPUID, control registers and capability MSRs stay consistent.
+QEMU names a model and then flags and properties: ``max,+vmx,-pku,phys-bits=36``. Of the models only the one with
+everything has its like among the profiles; for the others the flags say what the test depends on. They are applied to
+the profile's tables before anything is derived from them, so CPUID, control registers and capability MSRs stay
+consistent.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ class UnsupportedError(Exception):
 
 @frozen
 class Wish:
-    """What a test wants the processor to be: ``on`` and ``off`` are flag names of QEMU, widths are in bits."""
+    """What a test wants the processor to be: ``on`` and ``off`` are flag names of QEMU, widths are in bits.
+
+    ``profile`` is the profile that is most like QEMU's model, None if any will do.
+    """
 
     on: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
     vendor: str | None = None
     physical_address_width: int | None = None
+    profile: str | None = None
 
     def __str__(self) -> str:
         parts = [f"+{name}" for name in self.on] + [f"-{name}" for name in self.off]
@@ -102,6 +107,9 @@ _CONTROL_FLAGS: Final = {
     "vmx-vpid": "enable VPID",
 }
 
+# Models that are whatever the host, or QEMU, is able to be.
+_MODELS: Final = {"max": "everything", "host": "everything"}
+
 # A whole extension is a part of a profile or it is not: there is more to it than its flag.
 _EXTENSIONS: Final = ("VMX", "SVM")
 
@@ -114,7 +122,7 @@ _NEED_XSAVE: Final = ("XSAVEOPT", "XSAVEC", "XGETBV_1", "XSAVES", "AVX", "PKU")
 
 def parse_wish(text: str) -> Wish:
     """The wish that the value of a ``-cpu`` option expresses, or `UnsupportedError`."""
-    _, *parts = text.split(",")
+    model, *parts = text.split(",")
     flags: dict[str, bool] = {}
     vendor = width = None
     for part in parts:
@@ -135,7 +143,7 @@ def parse_wish(text: str) -> Wish:
             raise UnsupportedError(f"processor property {part}")
     on = tuple(name for name, wanted in flags.items() if wanted)
     off = tuple(name for name, wanted in flags.items() if not wanted)
-    return Wish(on, off, vendor, width)
+    return Wish(on, off, vendor, width, _MODELS.get(model))
 
 
 def _plain(name: str) -> str:

@@ -16,7 +16,7 @@ file = a.flat
 file = a.flat
 smp = 2
 test_args = 'one two'
-qemu_params = -cpu max,phys-bits=36 -m 2560 -append three
+qemu_params = -cpu qemu64,phys-bits=36 -m 2560 -append three
 groups = g h
 timeout = 5
 
@@ -162,4 +162,11 @@ def test_first_profile_that_fits(tmp_path: Path) -> None:
     planner = Planner(found, most_processors=1)
     job = planner.plan(found.tests[0], asked_for=False).job
     assert job is not None
-    assert job.profile["name"] == "skylake-server"
+    assert job.processor == "everything"
+
+
+def test_profile_like_the_named_processor(tmp_path: Path) -> None:
+    models = ("max", "host,migratable=no", "qemu64", "Skylake-Server")
+    configuration = "".join(f"[{model}]\nfile = a.flat\nqemu_params = -cpu {model}\n" for model in models)
+    jobs = [plan.job for plan in plans(suite(tmp_path, configuration)).values()]
+    assert [job.processor for job in jobs if job] == ["everything", "everything", "skylake-server", "skylake-server"]

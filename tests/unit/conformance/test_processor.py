@@ -16,15 +16,16 @@ def adapted(wish: str, profile: str = "skylake-server", possible: frozenset[str]
 @pytest.mark.parametrize(
     ("text", "wish"),
     [
-        ("max", Wish()),
-        ("max,+vmx,-pku", Wish(("vmx",), ("pku",))),
+        ("qemu64", Wish()),
+        ("max", Wish(profile="everything")),
+        ("max,+vmx,-pku", Wish(("vmx",), ("pku",), profile="everything")),
         ("qemu64,+x2apic,+tsc-deadline", Wish(("x2apic", "tsc-deadline"))),
-        ("max,-xsave,+xsave", Wish(("xsave",))),
-        ("max,xsave=off,umip=on,smep", Wish(("umip", "smep"), ("xsave",))),
+        ("qemu64,-xsave,+xsave", Wish(("xsave",))),
+        ("qemu64,xsave=off,umip=on,smep", Wish(("umip", "smep"), ("xsave",))),
         ("IvyBridge,phys-bits=36,host-phys-bits=off,+vmx", Wish(("vmx",), physical_address_width=36)),
-        ("max,vendor=GenuineIntel", Wish(vendor="GenuineIntel")),
-        ("host,migratable=no", Wish()),
-        ("max,host-phys-bits", Wish()),
+        ("max,vendor=GenuineIntel", Wish(vendor="GenuineIntel", profile="everything")),
+        ("host,migratable=no", Wish(profile="everything")),
+        ("qemu64,host-phys-bits", Wish()),
     ],
 )
 def test_parse(text: str, wish: Wish) -> None:
