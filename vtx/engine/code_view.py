@@ -21,15 +21,18 @@ STOP: Final = 1 << 32
 _MOST_REMEMBERED: Final = 1 << 16
 
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
-# asks whether the access is allowed.
-_ACCESSES_MEMORY_FIRST: Final = frozenset(
-    (Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD)
+# asks whether the access is allowed. The returns do not look whether the target is canonical.
+_DIFFERENT: Final = frozenset(
+    (
+        *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
+        *(Mnemonic.SYSRET, Mnemonic.SYSRETQ, Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ),
+    )
 )
 
 
 def _must_not_run(instruction: Instruction) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
-    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _ACCESSES_MEMORY_FIRST
+    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT
 
 
 class CodeView:
@@ -92,6 +95,13 @@ class CodeView:
             if _must_not_run(instruction):
                 return instruction.ip
         return None
+
+    def last_instruction(self, linear: int, size: int, bits: int) -> int | None:
+        """Linear address of the last instruction in ``size`` bytes of code."""
+        last = None
+        for instruction in Decoder(bits, self.read(linear, size), ip=linear):
+            last = instruction.ip
+        return last
 
     def stop_address(self, linear: int, size: int, bits: int) -> int:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""

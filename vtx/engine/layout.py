@@ -93,12 +93,10 @@ _NEVER: Final = (
     0x64,
     0x65,  # selective CR0 write: all CR0 writes trap
     0x71,  # POPF only while stepping
-    0x74,  # IRET only while stepping or while NMIs are blocked
     0x7B,  # I/O never traps this way in Unicorn
 )
 INTERCEPT_ALWAYS: Final = ((1 << 64) - 1) & ~sum(1 << code - 0x60 for code in _NEVER)
 INTERCEPT_POPF: Final = 1 << 0x11
-INTERCEPT_IRET: Final = 1 << 0x14
 
 TRAP_BASE: Final = 0x100
 TRAP_EXCEPTION: Final = 0x140

@@ -68,14 +68,6 @@ _DWORD: Final = struct.Struct("<I")
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 
 
-def _iret_drops_base(state: CpuState) -> bool:
-    """Whether an IRET to an outer level would make FS or GS unusable: the engine's own would clear the base too."""
-    for segment in state.segments[4:]:
-        if segment.selector & ~3 and segment.dpl < 3 and (segment.base or state.kernel_gs_base):
-            return True
-    return False
-
-
 @frozen
 class _StoppedBefore:
     """The engine stopped at ``block`` because it must not execute its ``instruction`` (linear addresses)."""
@@ -127,8 +119,7 @@ class UnicornEngine:
         self._flags_pointer = ctypes.byref(self._flags)
         self._segment_bytes = b""
         self._hidden_flags = 0
-        self._iret_drops_base = False
-        self._intercepted = layout.INTERCEPT_ALWAYS
+        self._traps_popf = False
         self._flush_wanted = False
         self._running = False
         self._stop_requested = False
@@ -342,20 +333,13 @@ class UnicornEngine:
             hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
             layout.GLOBAL_INTERRUPT_FLAG,
         )
-        intercepts = self._intercepts(state, step)
-        if intercepts != self._intercepted:
-            self._intercepted = intercepts
-            struct.pack_into("<Q", image, layout.INTERCEPTS, intercepts)
+        # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
+        traps_popf = step or bool(state.cr0 & _AM)
+        if traps_popf != self._traps_popf:
+            self._traps_popf = traps_popf
+            intercepts = layout.INTERCEPT_ALWAYS | (layout.INTERCEPT_POPF if traps_popf else 0)
+            _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
         self._library.uc_context_restore(self._handle, self._context)
-
-    def _intercepts(self, state: CpuState, step: bool) -> int:
-        """The interception bits: POPF and IRET only where the engine's own would not do."""
-        # Both can set RFLAGS.AC at CPL 3, from where on alignment is checked.
-        if step or state.cr0 & _AM:
-            return layout.INTERCEPT_ALWAYS | layout.INTERCEPT_POPF | layout.INTERCEPT_IRET
-        if state.nmi_blocked or self._iret_drops_base:
-            return layout.INTERCEPT_ALWAYS | layout.INTERCEPT_IRET
-        return layout.INTERCEPT_ALWAYS
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
@@ -369,7 +353,6 @@ class UnicornEngine:
             offset += layout.SEGMENT.size
         self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
         self._hidden_flags = layout.hidden_flags(state)
-        self._iret_drops_base = _iret_drops_base(state)
         cr4 = state.cr4 & layout.CR4_SEEN
         struct.pack_into("<5Q", image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
         struct.pack_into("<Q", image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
@@ -408,7 +391,6 @@ class UnicornEngine:
         if not state.segments[2].usable:
             # A null SS keeps the privilege level, which the engine holds apart from the segment.
             state.segments[2].access_rights |= (self._image[layout.HFLAGS] & 3) << 5
-        self._iret_drops_base = _iret_drops_base(state)
 
     def _shadow(self, state: CpuState) -> Shadow:
         """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
@@ -502,6 +484,13 @@ class UnicornEngine:
         if left:
             self.clock.take_back(address, self._code.facts(address, left, self._bits()) & ~STOP)
 
+    def _last_instruction(self) -> int | None:
+        """Linear address of the last instruction of the block executed last in this run."""
+        shared = self.clock.shared
+        if not shared.size:
+            return None
+        return self._code.last_instruction(shared.address, shared.size, self._bits())
+
     def _count_last_pass(self, before: int) -> None:
         """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
         shared = self.clock.shared
@@ -530,7 +519,8 @@ class UnicornEngine:
             return ExceptionTrap(number, self._error_code)
         self._save()
         if status == native.ERR_EXCEPTION and self._refused is not None:
-            return RefusedFill(*self._refused)
+            page, kind, refusal = self._refused
+            return RefusedFill(page, kind, refusal, self._last_instruction() if kind is AccessKind.EXECUTE else None)
         if self.clock.shared.stopped == STOPPED_BY_LIMIT:
             if self._stop_requested:
                 self._stop_requested = False
