@@ -33,11 +33,15 @@ class ExceptionTrap:
 
 @frozen
 class RefusedFill:
-    """The client refused a translation; ``linear_page`` is the page's address, the instruction had no effect."""
+    """The client refused a translation; ``linear_page`` is the page's address, the instruction had no effect.
+
+    For a refused fetch, ``origin`` is the linear address of the instruction executed before it, if there was one.
+    """
 
     linear_page: int
     kind: AccessKind
     refusal: Refusal
+    origin: int | None = None
 
 
 @frozen

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve
+from iced_x86 import Mnemonic
 
 from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.x86 import access
@@ -19,7 +20,7 @@ from vtx.x86.execution import EngineEvent, ExceptionTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.second_level import AccessKind, ReservedPageAccess
-from vtx.x86.state import Rflags
+from vtx.x86.state import MASK64, Gpr, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -50,8 +51,11 @@ def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
             processor.implicit_pages.add(event.linear_page)
             processor.step_next = True
         return
-    if isinstance(result, Fault) and result.vector == Vector.GP and exact.stack:
-        result = evolve(result, vector=Vector.SS)
+    if isinstance(result, Fault) and result.vector == Vector.GP:
+        if exact.stack:
+            result = evolve(result, vector=Vector.SS)
+        elif event.origin is not None:
+            _undo_transfer(processor, event.origin)
     if processor.tracing is not None:
         processor.tracing.walk(exact.linear, exact.kind, state.cpl)
     if isinstance(result, ReservedPageAccess):
@@ -97,6 +101,25 @@ def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess) -> Non
         processor.reload = True
     elif instruction.event is not None:
         processor.handle(instruction.event)
+
+
+def _undo_transfer(processor: LogicalProcessor, origin: int) -> None:
+    """A near branch at ``origin`` went to a non-canonical address: it is the branch that faults, without effect.
+
+    Spec: SDM Vol. 2, "JMP—Jump", "CALL—Call Procedure", "RET—Return From Procedure", 64-bit mode exceptions.
+    """
+    state = processor.state
+    target, state.rip = state.rip, origin
+    try:
+        instruction = processor.fetch()
+    except InstructionAborted:
+        instruction = None
+    if instruction is None:
+        state.rip = target
+    elif instruction.mnemonic == Mnemonic.CALL:
+        state.gpr[Gpr.RSP] = (state.gpr[Gpr.RSP] + 8) & MASK64
+    elif instruction.mnemonic == Mnemonic.RET:
+        state.gpr[Gpr.RSP] = (state.gpr[Gpr.RSP] - 8 - instruction.immediate) & MASK64
 
 
 def _crosses(processor: LogicalProcessor, linear: int, page: int) -> bool:

@@ -144,17 +144,6 @@ def test_window_opens_right_after_popf(mode: str, compiled: bool) -> None:
     bench.close()
 
 
-@COMPILED
-def test_window_opens_at_the_target_of_iret(compiled: bool) -> None:
-    bench = EngineBench("cf", "real16", compiled=compiled)
-    bench.put(STACK, (0x3000).to_bytes(2, "little") + b"\0\0" + (0x202).to_bytes(2, "little"))
-    bench.put(0x3000, "90f4")
-    assert bench.run(watch_if=True) == WindowOpen()
-    assert bench.state.rip == 0x3000
-    assert bench.engine.elapsed() == 1
-    bench.close()
-
-
 def test_window_does_not_open_while_interrupts_stay_off() -> None:
     bench = EngineBench("faffc0ffc975faf4")
     bench.state.gpr[1] = 10

@@ -30,6 +30,8 @@ SENSITIVE = {
     "PUSHF": ("9c", ANYWHERE),
     "INT 20h": ("cd20", ANYWHERE),
     "INT3": ("cc", ANYWHERE),
+    "IRET": ("cf", ANYWHERE),
+    "IRETQ": ("48cf", LONG),
     "INT1": ("f1", ANYWHERE),
     "SMSW": ("0f01e0", ANYWHERE),
     "SGDT": ("0f0100", ANYWHERE),
@@ -92,6 +94,8 @@ SENSITIVE = {
 }
 
 PRIVILEGED = {
+    "SYSRET": ("480f07", LONG),
+    "SYSEXIT": ("0f35", PROTECTED),
     "HLT": ("f4", ANYWHERE),
     "CLTS": ("0f06", ANYWHERE),
     "LMSW": ("0f01f0", ANYWHERE),

@@ -283,11 +283,28 @@ def test_non_canonical_address(code: str, registers: dict[int, int], vector: Vec
     assert bench.state.gpr == before
 
 
-def test_non_canonical_fetch() -> None:
-    bench = ProcessorBench("ffe7")
-    bench.state.gpr[DI] = NON_CANONICAL
+@pytest.mark.parametrize(
+    ("code", "registers"),
+    [
+        pytest.param("ffe7", {DI: NON_CANONICAL}, id="jump"),
+        pytest.param("ffd7", {DI: NON_CANONICAL + 5}, id="call"),
+        pytest.param("ff26", {SI: DATA}, id="jump-through-memory"),
+        pytest.param("ff16", {SI: DATA}, id="call-through-memory"),
+        pytest.param("c3", {SP: DATA}, id="return"),
+        pytest.param("c21000", {SP: DATA}, id="return-with-pop"),
+    ],
+)
+def test_branch_to_a_non_canonical_address__faults_at_the_branch(code: str, registers: dict[int, int]) -> None:
+    """SDM Vol. 2, "JMP—Jump", 64-bit mode exceptions: the target is checked before RIP is loaded."""
+    bench = ProcessorBench("90" + code)
+    bench.memory.write_u64(DATA, NON_CANONICAL)
+    for number, value in registers.items():
+        bench.state.gpr[number] = value
+    before = list(bench.state.gpr)
     event = bench.event()
     assert (event.vector, event.error_code) == (Vector.GP, 0)
+    assert bench.state.rip == CODE + 1
+    assert bench.state.gpr == before
 
 
 class TestNativeFaultsThatAreTheModels:
