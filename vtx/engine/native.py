@@ -57,6 +57,10 @@ CTL_USE_EXITS: Final = _control(unicorn_const.UC_CTL_UC_USE_EXITS, 1, _WRITE)
 CTL_REMOVE_BLOCKS: Final = _control(unicorn_const.UC_CTL_TB_REMOVE_CACHE, 2, _WRITE)
 TLB_VIRTUAL: Final = unicorn_const.UC_TLB_VIRTUAL
 
+FIRST_FILLS: Final = 1 << 10
+MOST_FILLS: Final = 1 << 16
+"""Fills between flushes of the TLB that nothing asks for, at first and at most: only a flush makes a full TLB larger."""
+
 ARCH_X86: Final = unicorn_const.UC_ARCH_X86
 MODE_64: Final = unicorn_const.UC_MODE_64
 

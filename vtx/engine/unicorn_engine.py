@@ -121,6 +121,7 @@ class UnicornEngine:
         self._hidden_flags = 0
         self._traps_popf = False
         self._flush_wanted = False
+        self._fills, self._fills_allowed = 0, native.FIRST_FILLS
         self._running = False
         self._stop_requested = False
         self._trap: int | None = None
@@ -228,6 +229,10 @@ class UnicornEngine:
         return bool(self._guarded(False, self._fill, address, _KINDS[access], entry.contents))
 
     def _fill(self, address: int, kind: AccessKind, entry: native.TlbEntry) -> bool:
+        self._fills += 1
+        if self._fills > self._fills_allowed:
+            self._fills_allowed = min(2 * self._fills_allowed, native.MOST_FILLS)
+            self._flush_now()
         self._save()
         (flags,) = struct.unpack_from("<Q", self._image, layout.EFLAGS)
         cpl = self._image[layout.HFLAGS] & 3
@@ -571,6 +576,7 @@ class UnicornEngine:
 
     def _flush_now(self) -> None:
         self._flush_wanted = False
+        self._fills = 0
         self._library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
         self.coherence.tlb_flushed(self._member)
 

@@ -84,7 +84,7 @@ class _Space:
 class Tlb:
     """A bounded TLB; ``capacity`` is in pages per tag, ``tags`` the number of tags kept."""
 
-    def __init__(self, capacity: int = 4096, tags: int = 64) -> None:
+    def __init__(self, capacity: int = 32768, tags: int = 64) -> None:
         if capacity < 2 or tags < 2:
             raise ValueError(f"a TLB of {capacity} pages and {tags} tags is too small")
         self._capacity = capacity
