@@ -59,7 +59,7 @@ TLB_VIRTUAL: Final = unicorn_const.UC_TLB_VIRTUAL
 
 FIRST_FILLS: Final = 1 << 10
 MOST_FILLS: Final = 1 << 16
-"""Fills between flushes of the TLB that nothing asks for, at first and at most: only a flush makes a full TLB larger."""
+"""Fills between flushes that nothing asks for, at first and at most: only a flush makes a full TLB larger."""
 
 ARCH_X86: Final = unicorn_const.UC_ARCH_X86
 MODE_64: Final = unicorn_const.UC_MODE_64
