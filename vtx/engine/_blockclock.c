@@ -30,6 +30,7 @@ struct block_clock {
     uint64_t instructions;      /* instructions in the blocks entered */
     uint64_t instruction_limit; /* likewise */
     uint64_t single;            /* stop before a second block: the code is stepped, blocks hold one instruction */
+    uint64_t native;            /* do not stop before a block because of what is in it */
     uint64_t watch_if;          /* stop before a block entered with RFLAGS.IF set */
     uint64_t stopped;           /* why: STOPPED_BY_ something, or 0 */
     void (*stop)(void *);
@@ -114,7 +115,7 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
     clock->instructions += facts & FACTS_INSTRUCTIONS;
     if (second || clock->elapsed > clock->limit || clock->instructions > clock->instruction_limit) {
         stop_before(clock, engine, STOPPED_BY_LIMIT);
-    } else if (facts & FACTS_STOP) {
+    } else if (facts & FACTS_STOP && !clock->native) {
         stop_before(clock, engine, STOPPED_BY_BLOCK);
     } else if (clock->watch_if) {
         uint64_t flags = 0;

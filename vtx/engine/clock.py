@@ -52,6 +52,7 @@ class _Shared(ctypes.Structure):
         ("instructions", ctypes.c_uint64),
         ("instruction_limit", ctypes.c_uint64),
         ("single", ctypes.c_uint64),
+        ("native", ctypes.c_uint64),
         ("watch_if", ctypes.c_uint64),
         ("stopped", ctypes.c_uint64),
         ("stop", ctypes.c_void_p),
@@ -113,7 +114,7 @@ class BlockClock:
         shared.instructions += facts & ~STOP
         if second or shared.elapsed > shared.limit or shared.instructions > shared.instruction_limit:
             self._stop_before(STOPPED_BY_LIMIT)
-        elif facts & STOP:
+        elif facts & STOP and not shared.native:
             self._stop_before(STOPPED_BY_BLOCK)
         elif shared.watch_if:
             native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
@@ -124,20 +125,23 @@ class BlockClock:
         self.shared.stopped = reason
         native.library.uc_emu_stop(self._handle)
 
-    def begin(self, limit: int, instruction_limit: int, *, single: bool, watch_if: bool) -> None:
-        """A run begins; no block has been entered yet. A ``single`` step is over before a second block."""
+    def begin(self, limit: int, instruction_limit: int, *, single: bool, native: bool, watch_if: bool) -> None:
+        """A run begins; no block has been entered yet.
+
+        A ``single`` step is over before a second block; a ``native`` run executes whatever is in a block.
+        """
         shared = self.shared
-        shared.single = single
+        shared.single, shared.native = single, native
         shared.limit, shared.instruction_limit, shared.watch_if = limit, instruction_limit, watch_if
         shared.stopped = shared.size = 0
 
-    def code_granted(self, page: int, frame: int, bits: int, content: int) -> None:
-        """Linear ``page`` will be executed from ``frame``, as ``bits``-bit code.
+    def code_granted(self, page: int, frame: int, kind: int, content: int) -> None:
+        """Linear ``page`` will be executed from ``frame``, as code of ``kind``.
 
         ``content`` is the host address of the page if stores to it go unnoticed, else 0.
         """
         slot = self.shared.pages[page % _PAGE_SLOTS]
-        slot.page, slot.code, slot.bytes = page, frame << 8 | bits, content
+        slot.page, slot.code, slot.bytes = page, frame << 8 | kind, content
         self.shared.recent = _NO_BLOCK
 
     def code_changed(self) -> None:

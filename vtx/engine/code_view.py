@@ -18,6 +18,9 @@ from vtx.x86.state import MASK32, MASK64, Rflags
 STOP: Final = 1 << 32
 """Added to the number of instructions of a block that holds one the engine must not execute."""
 
+SWITCHES_TASKS: Final = 1
+"""Added to the width of code (16, 32 or 64), its *kind*, where far CALL and JMP can switch tasks."""
+
 _MOST_REMEMBERED: Final = 1 << 16
 
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
@@ -29,10 +32,19 @@ _DIFFERENT: Final = frozenset(
     )
 )
 
+_FAR: Final = frozenset(
+    (
+        *(Code.CALL_PTR1616, Code.CALL_PTR1632, Code.JMP_PTR1616, Code.JMP_PTR1632),
+        *(Code.CALL_M1616, Code.CALL_M1632, Code.JMP_M1616, Code.JMP_M1632),
+    )
+)
 
-def _must_not_run(instruction: Instruction) -> bool:
+
+def _must_not_run(instruction: Instruction, kind: int) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
-    return instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT
+    if instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT:
+        return True
+    return bool(kind & SWITCHES_TASKS) and instruction.code in _FAR
 
 
 class CodeView:
@@ -73,42 +85,39 @@ class CodeView:
             code += self._memory.read(frame << PAGE_SHIFT | address & PAGE_OFFSET_MASK, length)
         return code
 
-    def facts(self, linear: int, size: int, bits: int) -> int:
-        """Number of instructions in ``size`` bytes of ``bits``-bit code, plus `STOP` if one of them must not run."""
+    def facts(self, linear: int, size: int, kind: int) -> int:
+        """Number of instructions in ``size`` bytes of code of ``kind``, plus `STOP` if one of them must not run."""
         page = linear >> PAGE_SHIFT
         version = self.read(linear, size) if page in self._writable else self._frames.get(page)
-        key = (linear, size, bits, version)
+        key = (linear, size, kind, version)
         facts = self._facts.get(key)
         if facts is None:
             if len(self._facts) >= _MOST_REMEMBERED:
                 self.changed()
             code = self.read(linear, size)
-            stops = STOP if self._first_stop(linear, code, bits) is not None else 0
-            facts = self._facts[key] = stops + sum(1 for _ in Decoder(bits, code))
+            stops = STOP if self._first_stop(linear, code, kind) is not None else 0
+            facts = self._facts[key] = stops + sum(1 for _ in Decoder(kind & ~SWITCHES_TASKS, code))
         return facts
 
     @staticmethod
-    def _first_stop(linear: int, code: bytes, bits: int) -> int | None:
-        for instruction in Decoder(bits, code, ip=linear):
+    def _first_stop(linear: int, code: bytes, kind: int) -> int | None:
+        for instruction in Decoder(kind & ~SWITCHES_TASKS, code, ip=linear):
             if instruction.code == Code.INVALID:
                 break  # what follows is not decoded as Unicorn decodes it
-            if _must_not_run(instruction):
+            if _must_not_run(instruction, kind):
                 return instruction.ip
         return None
 
-    def last_instruction(self, linear: int, size: int, bits: int) -> int | None:
+    def last_instruction(self, linear: int, size: int, kind: int) -> int | None:
         """Linear address of the last instruction in ``size`` bytes of code."""
         last = None
-        for instruction in Decoder(bits, self.read(linear, size), ip=linear):
+        for instruction in Decoder(kind & ~SWITCHES_TASKS, self.read(linear, size), ip=linear):
             last = instruction.ip
         return last
 
-    def stop_address(self, linear: int, size: int, bits: int) -> int:
+    def stop_address(self, linear: int, size: int, kind: int) -> int | None:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
-        address = self._first_stop(linear, self.read(linear, size), bits)
-        if address is None:
-            raise LookupError(f"no instruction in the block at {linear:#x} must not run")
-        return address
+        return self._first_stop(linear, self.read(linear, size), kind)
 
 
 _COUNT_MASKS: Final = {

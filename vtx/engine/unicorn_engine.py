@@ -24,6 +24,7 @@ from vtx.engine import layout, native
 from vtx.engine.clock import STOPPED_BY_BLOCK, STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
 from vtx.engine.code_view import STOP, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
+from vtx.engine.context import Context
 from vtx.engine.selfcheck import require_known_library
 from vtx.x86.execution import (
     BudgetSpent,
@@ -40,7 +41,7 @@ from vtx.x86.memory import MmioWindow, PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
+from vtx.x86.state import MASK64, CpuState, Rflags, Shadow
 
 # Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
 PRIVATE: Final = 1 << 45
@@ -60,11 +61,7 @@ _KINDS: Final = {
     native.MEM_FETCH: AccessKind.EXECUTE,
 }
 _TF: Final = int(Rflags.TF)
-_DF: Final = int(Rflags.DF)
-_AM: Final = int(Cr0.AM)
 _STI_OPCODE: Final = 0xFB
-_QWORD: Final = struct.Struct("<Q")
-_DWORD: Final = struct.Struct("<I")
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 
 
@@ -103,11 +100,7 @@ class UnicornEngine:
         native.control(self._handle, native.CTL_USE_EXITS, 1)
         self._keep: list[Any] = []
         self._map_memory()
-        self._context = ctypes.c_void_p()
-        native.check(self._library.uc_context_alloc(self._handle, ctypes.byref(self._context)), "a context")
-        self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
-        self._image = memoryview(self._buffer).cast("B")
-        self._prepare_context()
+        self._context = Context(self._handle, VMCB_FRAME)
         self.coherence = coherence or Coherence()
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
         self._code = CodeView(memory)
@@ -115,11 +108,6 @@ class UnicornEngine:
         self._install_hooks()
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
-        self._flags = ctypes.c_uint64()
-        self._flags_pointer = ctypes.byref(self._flags)
-        self._segment_bytes = b""
-        self._hidden_flags = 0
-        self._traps_popf = False
         self._flush_wanted = False
         self._fills, self._fills_allowed = 0, native.FIRST_FILLS
         self._running = False
@@ -135,8 +123,7 @@ class UnicornEngine:
     def close(self) -> None:
         """Release the library's resources; the engine cannot be used afterwards."""
         if self._handle:
-            self._image.release()
-            self._library.uc_context_free(self._context)
+            self._context.close()
             self._library.uc_close(self._handle)
             self._handle = ctypes.c_void_p()
 
@@ -181,14 +168,6 @@ class UnicornEngine:
         )
         native.check(status, "mapping a device")
 
-    def _prepare_context(self) -> None:
-        """Save a pristine context and turn on guest mode and all interceptions in it, once."""
-        self._save()
-        image = self._image
-        struct.pack_into("<i", image, layout.OLD_EXCEPTION, -1)
-        struct.pack_into("<Q", image, layout.VMCB, VMCB_FRAME)
-        struct.pack_into("<QHHHHI", image, layout.INTERCEPTS, layout.INTERCEPT_ALWAYS, *[0xFFFF] * 4, 0xFFFF_FFFF)
-
     def _install_hooks(self) -> None:
         def install(kind: int, callback: Any, instruction: int | None = None) -> None:
             self._keep.append(callback)
@@ -215,10 +194,10 @@ class UnicornEngine:
         self._library.uc_emu_stop(self._handle)
         if self._aborted or self._trap is not None:
             return
-        self._save()
+        self._context.save()
         self._trap = number
         if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
-            (self._error_code,) = struct.unpack_from("<I", self._image, layout.ERROR_CODE)
+            self._error_code = self._context.error_code()
 
     def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:
         if self._probed is not None:
@@ -233,10 +212,9 @@ class UnicornEngine:
         if self._fills > self._fills_allowed:
             self._fills_allowed = min(2 * self._fills_allowed, native.MOST_FILLS)
             self._flush_now()
-        self._save()
-        (flags,) = struct.unpack_from("<Q", self._image, layout.EFLAGS)
-        cpl = self._image[layout.HFLAGS] & 3
-        grant = self._client.fill(address, kind, cpl, bool(flags & Rflags.AC))
+        context = self._context
+        context.save()
+        grant = self._client.fill(address, kind, context.cpl(), context.alignment_check())
         if not isinstance(grant, Grant):
             self._refused = (address, kind, grant)
             return False
@@ -259,7 +237,7 @@ class UnicornEngine:
         self._code.granted(page, frame, writable=writable)
         offset = self._memory.ram_offset(frame << PAGE_SHIFT) if writable else None
         content = 0 if offset is None else self._ram + offset
-        self.clock.code_granted(page, frame, self._bits(), content)
+        self.clock.code_granted(page, frame, self._context.code_kind(), content)
 
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
@@ -277,16 +255,16 @@ class UnicornEngine:
             self._abort()
 
     def _port(self, access: Callable[[int, int, int], Any]) -> Any:
-        self._save()
-        self._callback_address = linear = self._linear_rip()
+        self._context.save()
+        self._callback_address = linear = self._context.linear_rip()
         try:
-            return access(linear, self._bits(), self._image[layout.HFLAGS] & 3)
+            return access(linear, self._context.code_bits(), self._context.cpl())
         finally:
             self._callback_address = None
 
     def _on_syscall(self, handle: int, data: int) -> None:
         if not self._aborted:
-            self._save()
+            self._context.save()
             self._abort()
 
     def _examine(self, linear: int, size: int) -> int:
@@ -295,116 +273,23 @@ class UnicornEngine:
 
     def _facts(self, linear: int, size: int) -> int:
         if self._trap is None and not self._aborted:
-            self._save()
-        return self._code.facts(linear, size, self._bits())
+            self._context.save()
+        return self._code.facts(linear, size, self._context.code_kind())
 
     def _abort(self) -> None:
         """Undo the rest of the block: nothing after the saved state may have an effect."""
         shared = self.clock.shared
         counters = (shared.elapsed, shared.instructions, shared.address, shared.size)
-        self._aborted = (bytes(self._image), counters)
+        self._aborted = (self._context.copy(), counters)
         self._flush_now()
         self._library.uc_emu_stop(self._handle)
 
-    # State transfer.
-
-    def _save(self) -> None:
-        self._library.uc_context_save(self._handle, self._context)
-
-    def _linear_rip(self) -> int:
-        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
-        return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
-
-    def _bits(self) -> int:
-        """Kind of code in the saved context: 16, 32 or 64 bits."""
-        (hidden,) = struct.unpack_from("<I", self._image, layout.HFLAGS)
-        return 64 if hidden & layout.CODE64 else 32 if hidden & layout.CS32 else 16
-
-    def _load(self, state: CpuState, reload: bool, step: bool) -> None:
-        image, rflags = self._image, state.rflags
-        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
-        if reload:
-            self._load_system(state)
-        hidden = self._hidden_flags
-        layout.FLAGS.pack_into(
-            image,
-            layout.EFLAGS,
-            rflags | 2 | (_TF if step else 0),  # all of it: entering the engine derives the lazy flags from here
-            0,
-            rflags & layout.ARITHMETIC_FLAGS,
-            0,
-            layout.CC_OP_EFLAGS,
-            -1 if rflags & _DF else 1,
-            hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
-            layout.GLOBAL_INTERRUPT_FLAG,
-        )
-        # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
-        traps_popf = step or bool(state.cr0 & _AM)
-        if traps_popf != self._traps_popf:
-            self._traps_popf = traps_popf
-            intercepts = layout.INTERCEPT_ALWAYS | (layout.INTERCEPT_POPF if traps_popf else 0)
-            _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
-        self._library.uc_context_restore(self._handle, self._context)
-
-    def _load_system(self, state: CpuState) -> None:
-        image = self._image
-        offset = layout.SEGMENTS
-        for segment in (*state.segments, state.ldtr, state.tr):
-            flags = layout.segment_flags(segment.access_rights)
-            layout.SEGMENT.pack_into(image, offset, segment.selector, segment.base, segment.limit, flags)
-            offset += layout.SEGMENT.size
-        for table in (state.gdtr, state.idtr):
-            layout.SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
-            offset += layout.SEGMENT.size
-        self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
-        self._hidden_flags = layout.hidden_flags(state)
-        cr4 = state.cr4 & layout.CR4_SEEN
-        struct.pack_into("<5Q", image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
-        struct.pack_into("<Q", image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
-        struct.pack_into("<Q", image, layout.KERNEL_GS_BASE, state.kernel_gs_base)
-        struct.pack_into("<IxxxxQQQ", image, layout.SYSENTER_CS, *self._client.fast_call_msrs())
-        if state.fpu:
-            image[layout.FPU : layout.FPU_END] = state.fpu
-
-    def _enable_extended_state(self, state: CpuState) -> None:
-        image = self._image
-        struct.pack_into("<Q", image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
-        struct.pack_into("<Q", image, layout.XCR0, state.xcr0)
-        self._library.uc_context_restore(self._handle, self._context)
-
-    def _store(self, state: CpuState, arranged_tf: bool) -> None:
-        image = self._image
-        *state.gpr[:], state.rip = layout.REGISTERS.unpack_from(image, layout.GPR)
-        self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
-        state.rflags = self._flags.value & ~_TF if arranged_tf else self._flags.value
-        segments = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
-        if segments != self._segment_bytes:
-            self._segment_bytes = segments
-            self._store_segments(state, segments)
-        (state.kernel_gs_base,) = _QWORD.unpack_from(image, layout.KERNEL_GS_BASE)
-        (hidden,) = _DWORD.unpack_from(image, layout.HFLAGS)
-        self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
-        if hidden & layout.INHIBIT_INTERRUPTS:
-            state.shadow = state.shadow or self._shadow(state)
-        else:
-            state.shadow = Shadow.NONE
-
-    def _store_segments(self, state: CpuState, data: bytes) -> None:
-        for i, segment in enumerate(state.segments):
-            segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(data, 24 * i)
-            segment.access_rights = layout.access_rights(flags)
-        if not state.segments[2].usable:
-            # A null SS keeps the privilege level, which the engine holds apart from the segment.
-            state.segments[2].access_rights |= (self._image[layout.HFLAGS] & 3) << 5
-
-    def _shadow(self, state: CpuState) -> Shadow:
-        """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
-        before = self._code.read((self._linear_rip() - 1) & ((1 << 64) - 1), 1)
-        if before and before[0] == _STI_OPCODE:
-            return Shadow.STI
-        return Shadow.MOV_SS
-
     # Running.
+
+    def _shadow(self) -> Shadow:
+        """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
+        before = self._code.read((self._context.linear_rip() - 1) & MASK64, 1)
+        return Shadow.STI if before and before[0] == _STI_OPCODE else Shadow.MOV_SS
 
     def run(
         self,
@@ -416,11 +301,12 @@ class UnicornEngine:
         watch_if: bool = False,
         instruction_limit: int | None = None,
         osxsave: bool = False,
+        native: bool = False,
     ) -> EngineEvent:
         """Run to the next event (see `ExecutionEngine.run`)."""
         limit = UNLIMITED if budget is None or step else self.clock.shared.elapsed + budget
         most = UNLIMITED if instruction_limit is None or step else max(instruction_limit, 0)
-        event = self._run_once(state, reload, limit, most, step, watch_if=watch_if, osxsave=osxsave)
+        event = self._run_once(state, reload, limit, most, step, watch_if=watch_if, osxsave=osxsave, native=native)
         if isinstance(event, _StoppedBefore):
             return self._approach(state, event, limit, most)
         return event
@@ -428,13 +314,13 @@ class UnicornEngine:
     def _approach(self, state: CpuState, stopped: _StoppedBefore, limit: int, most: int) -> EngineEvent:
         """Execute what comes before an instruction that must not run, one by one."""
         shared = self.clock.shared
-        while stopped.block <= self._linear_rip() < stopped.instruction:
+        while stopped.block <= self._context.linear_rip() < stopped.instruction:
             if shared.elapsed > limit or shared.instructions > most:
                 return BudgetSpent()
             event = self._run_once(state, False, UNLIMITED, UNLIMITED, True)
             if not isinstance(event, Stepped | _StoppedBefore):
                 return event
-        return InstructionTrap() if self._linear_rip() == stopped.instruction else Interrupted()
+        return InstructionTrap() if self._context.linear_rip() == stopped.instruction else Interrupted()
 
     def _run_once(
         self,
@@ -446,16 +332,17 @@ class UnicornEngine:
         *,
         watch_if: bool = False,
         osxsave: bool = False,
+        native: bool = False,
     ) -> EngineEvent | _StoppedBefore:
         if self._flush_wanted:
             self._flush_now()
         limit = 0 if self._stop_requested else limit
-        self.clock.begin(limit, instruction_limit, single=step, watch_if=watch_if and not step)
+        self.clock.begin(limit, instruction_limit, single=step, native=native, watch_if=watch_if and not step)
         self._trap = self._refused = self._aborted = None
         arranged_tf = step and not state.rflags & _TF
-        self._load(state, reload, step)
+        self._context.load(state, reload=reload, step=step)
         if osxsave:
-            self._enable_extended_state(state)
+            self._context.enable_extended_state(state)
         self._running = True
         status = self._library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
         self._running = False
@@ -464,7 +351,8 @@ class UnicornEngine:
             raise failure
         event = self._event(status)
         before, shadow = state.gpr[1], state.shadow
-        self._store(state, arranged_tf)
+        if self._context.store(state, hide_trap_flag=arranged_tf):
+            state.shadow = self._shadow()
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             event = Stepped()
         # In a shadow, the engine ends a repeated instruction as it does in a step.
@@ -484,25 +372,25 @@ class UnicornEngine:
             return
         if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             return
-        address = self._linear_rip()
+        address = self._context.linear_rip()
         left = self.clock.remaining_block(address)
         if left:
-            self.clock.take_back(address, self._code.facts(address, left, self._bits()) & ~STOP)
+            self.clock.take_back(address, self._code.facts(address, left, self._context.code_kind()) & ~STOP)
 
     def _last_instruction(self) -> int | None:
         """Linear address of the last instruction of the block executed last in this run."""
         shared = self.clock.shared
         if not shared.size:
             return None
-        return self._code.last_instruction(shared.address, shared.size, self._bits())
+        return self._code.last_instruction(shared.address, shared.size, self._context.code_kind())
 
     def _count_last_pass(self, before: int) -> None:
         """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
         shared = self.clock.shared
-        (after,) = struct.unpack_from("<Q", self._image, layout.GPR + 8)
-        if after != before and self._linear_rip() == shared.address + shared.size:
+        after = self._context.rcx()
+        if after != before and self._context.linear_rip() == shared.address + shared.size:
             code = self._code.read(shared.address, shared.size)
-            if ends_with_another_pass(code, self._bits(), after, self._flags.value):
+            if ends_with_another_pass(code, self._context.code_bits(), after, self._context.rflags()):
                 self.clock.count_pass(shared.size)
 
     def _event(self, status: int) -> EngineEvent | _StoppedBefore:
@@ -510,8 +398,7 @@ class UnicornEngine:
         if self._aborted is not None:
             image, counters = self._aborted
             self._aborted = None
-            self._image[:] = image
-            self._library.uc_context_restore(self._handle, self._context)
+            self._context.restore_copy(image)
             shared = self.clock.shared
             shared.elapsed, shared.instructions, shared.address, shared.size = counters
             return InstructionTrap()
@@ -522,7 +409,7 @@ class UnicornEngine:
             if number >= layout.TRAP_BASE:
                 return _INSTRUCTION_TRAP
             return ExceptionTrap(number, self._error_code)
-        self._save()
+        self._context.save()
         if status == native.ERR_EXCEPTION and self._refused is not None:
             page, kind, refusal = self._refused
             return RefusedFill(page, kind, refusal, self._last_instruction() if kind is AccessKind.EXECUTE else None)
@@ -535,10 +422,14 @@ class UnicornEngine:
             return WindowOpen()
         if self.clock.shared.stopped == STOPPED_BY_BLOCK:
             shared = self.clock.shared
-            stop = self._code.stop_address(shared.address, shared.size, self._bits())
-            return InstructionTrap() if stop == self._linear_rip() else _StoppedBefore(shared.address, stop)
-        native.check(status, f"running at {self._linear_rip():#x}")
-        raise native.EngineUnusable(f"Unicorn stopped at {self._linear_rip():#x} without saying why")
+            stop = self._code.stop_address(shared.address, shared.size, self._context.code_kind())
+            if stop is None:
+                # What was known is from when this address held code of another kind.
+                self._code_changed()
+                return Interrupted()
+            return _INSTRUCTION_TRAP if stop == self._context.linear_rip() else _StoppedBefore(shared.address, stop)
+        native.check(status, f"running at {self._context.linear_rip():#x}")
+        raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
 
     def elapsed(self) -> int:
         """Bytes of code executed since creation."""
@@ -562,8 +453,8 @@ class UnicornEngine:
 
     def fpu(self) -> bytes:
         """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
-        self._save()
-        return bytes(self._image[layout.FPU : layout.FPU_END])
+        self._context.save()
+        return self._context.fpu()
 
     # Translations.
 

@@ -81,10 +81,6 @@ class EngineClient(Protocol):
         """
         ...
 
-    def fast_call_msrs(self) -> tuple[int, int, int, int]:
-        """IA32_SYSENTER_CS, _ESP, _EIP and IA32_STAR, for the SYSEXIT and SYSRET the engine executes."""
-        ...
-
     def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
         """Perform a port write that needs no further checks; False to have the instruction trap instead."""
         ...
@@ -103,12 +99,14 @@ class ExecutionEngine(Protocol):
         watch_if: bool = False,
         instruction_limit: int | None = None,
         osxsave: bool = False,
+        native: bool = False,
     ) -> EngineEvent:
         """Run from ``state`` to the next event, leaving the exact state in ``state``.
 
         ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``budget`` limits the bytes of
         code executed, ``instruction_limit`` the value of `instructions`; ``step`` executes one instruction;
-        ``watch_if`` stops as soon as RFLAGS.IF is 1. ``osxsave`` lets the XSAVE family execute instead of trapping.
+        ``watch_if`` stops as soon as RFLAGS.IF is 1. ``osxsave`` lets the XSAVE family execute instead of trapping,
+        ``native`` the instructions that the engine can execute, but leaves to the client to look at first.
         """
         ...
 

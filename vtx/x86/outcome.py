@@ -56,6 +56,11 @@ class Fault:
         return f"#{self.vector.name}{code}{where}"
 
 
+@frozen
+class Exited:
+    """A VM exit took the place of what was about to happen; nothing is left to commit."""
+
+
 class InstructionAborted(Exception):  # noqa: N818 - not an error: the control transfer of a faulting access
     """Unwinds a handler whose memory access cannot complete; ``cause`` is the outcome to commit instead."""
 

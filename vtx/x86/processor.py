@@ -29,11 +29,11 @@ from vtx.x86.execution import (
     RefusedFill,
 )
 from vtx.x86.instructions.table import HANDLERS, has_earlier_fault
+from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Mmu, Refusal
-from vtx.x86.msr_table import IA32_STAR, IA32_SYSENTER_CS, IA32_SYSENTER_EIP, IA32_SYSENTER_ESP
 from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
-from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
@@ -182,16 +182,6 @@ class LogicalProcessor:
             return True
         return instruction is None or instruction.memory is not None
 
-    def fast_call_msrs(self) -> tuple[int, int, int, int]:
-        """IA32_SYSENTER_CS, _ESP, _EIP and IA32_STAR."""
-        values = self.msrs.values
-        return (
-            values.get(IA32_SYSENTER_CS, 0) & MASK32,
-            values.get(IA32_SYSENTER_ESP, 0),
-            values.get(IA32_SYSENTER_EIP, 0),
-            values.get(IA32_STAR, 0),
-        )
-
     # Processor.
 
     def load_control_state(self) -> None:
@@ -246,7 +236,8 @@ class LogicalProcessor:
         self.reload = True
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
-        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault)
+        hooks = task_switch_hooks(self, None, event)
+        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault, hooks=hooks)
         self.mmu.update(self.state)
         self.charge(EVENT_TICKS)
         if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):
@@ -544,6 +535,8 @@ class LogicalProcessor:
         """Commit what unwound an instruction: an exception or an event of the second level."""
         if isinstance(cause, Fault):
             self.raise_fault(cause)
+        elif isinstance(cause, Exited):
+            self.reload = True
         elif isinstance(cause, SecondLevelFault):
             self.reload = True
             assert self.virtualization is not None
@@ -576,9 +569,12 @@ class LogicalProcessor:
             return
         self.deliver(event)
 
-    def native(self, *, osxsave: bool) -> None:
+    def native(self, instruction: Instruction, *, osxsave: bool = False) -> None:
         """Let the engine execute the instruction at RIP after all, with CR4.OSXSAVE as it is in the machine."""
-        event = self.engine.run(self.state, reload=True, budget=None, step=True, osxsave=osxsave)
+        self.retired -= 1  # the engine counts it
+        self._extra_ticks -= instruction.length * TICKS_PER_BYTE
+        event = self.engine.run(self.state, reload=True, budget=None, step=True, osxsave=osxsave, native=True)
+        self.forget_implicit_accesses()
         self.reload = True
         if isinstance(event, InstructionTrap):
             raise InstructionAborted(Fault(Vector.UD))

@@ -94,7 +94,7 @@ class _TaskImage:
 
 def _refuse_pae(state: CpuState, cr3: int) -> None:
     if state.cr4 & Cr4.PAE:
-        raise NotModelled("task switch that loads CR3 with PAE paging")
+        raise ValueError("a task switch with PAE paging needs a hook that loads CR3")
     state.cr3 = cr3
 
 

@@ -33,7 +33,6 @@ class Client:
     port_values: dict[int, int] = field(factory=dict)
     port_writes: list[tuple[int, int, int]] = field(factory=list)
     port_places: list[tuple[int, int, int]] = field(factory=list)
-    msrs: tuple[int, int, int, int] = (0x08, 0xB000, 0x3000, 0x0013_0008 << 32)
 
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         self.fills.append((linear_page, kind, cpl, ac))
@@ -54,9 +53,6 @@ class Client:
             return False
         self.port_writes.append((port, size, value))
         return True
-
-    def fast_call_msrs(self) -> tuple[int, int, int, int]:
-        return self.msrs
 
 
 def _flat(code_rights: int, cpl: int, data_rights: int, limit: int) -> list[Segment]:

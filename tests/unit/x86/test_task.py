@@ -145,7 +145,7 @@ def test_pae_paging__needs_a_hook() -> None:
     state, memory = machine()
     state.cr0 |= Cr0.PG.value
     state.cr4 |= Cr4.PAE.value
-    with pytest.raises(NotModelled, match="PAE"):
+    with pytest.raises(ValueError, match="PAE"):
         switch(state, memory)
 
 

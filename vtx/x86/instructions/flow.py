@@ -11,6 +11,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
+from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.iret import iret
 from vtx.x86.msr_table import (
     IA32_CSTAR,
@@ -61,16 +62,24 @@ def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """IRET in all its sizes; comes here only while NMIs are blocked or while single-stepping."""
+    """IRET in all its sizes."""
     cpu.changed_system_state()
     traps = cpu.state.rflags & Rflags.TF
     extension = cpu.virtualization
     unblocks = extension is None or not extension.non_root or extension.iret_unblocks_nmi()
     if extension is not None:
         extension.iret_unblocked_nmi = unblocks and cpu.state.nmi_blocked
-    length = instruction.length
-    iret(cpu.state, cpu.mmu, 8 * instruction.operand_size, instruction_length=length, unblock_nmi=unblocks)
-    cpu.load_control_state()
+    try:
+        iret(
+            cpu.state,
+            cpu.mmu,
+            8 * instruction.operand_size,
+            instruction_length=instruction.length,
+            unblock_nmi=unblocks,
+            hooks=task_switch_hooks(cpu, instruction),
+        )
+    finally:
+        cpu.load_control_state()  # a nested task is left even where a segment of the one before faults
     cpu.completed(single_step=bool(traps))
 
 

@@ -177,7 +177,7 @@ def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """XSAVE, XSAVEOPT, XRSTOR: the engine has them, but would not let XSETBV exit if CR4.OSXSAVE were always set."""
     _require_osxsave(cpu)
-    cpu.native(osxsave=True)
+    cpu.native(instruction, osxsave=True)
 
 
 def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind: Plain) -> None:

@@ -1,0 +1,201 @@
+"""The processor state inside Unicorn, saved to and restored from one context that the model reads and writes.
+
+Saving and restoring a context copies a block of memory; reading it as bytes is an order of magnitude faster than asking
+for registers one by one. See `vtx.engine.layout` for what is where.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import Any, Final
+
+from vtx.engine import layout, native
+from vtx.engine.code_view import SWITCHES_TASKS
+from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
+
+_TF: Final = int(Rflags.TF)
+_DF: Final = int(Rflags.DF)
+_AC: Final = int(Rflags.AC)
+_AM: Final = int(Cr0.AM)
+_QWORD: Final = struct.Struct("<Q")
+_DWORD: Final = struct.Struct("<I")
+_CONTROL_REGISTERS: Final = struct.Struct("<5Q")
+
+
+class Context:
+    """The saved state of one Unicorn processor, and the way from and to `CpuState`.
+
+    Guest mode and all interceptions are turned on in it once; ``vmcb_frame`` is where the library expects a control
+    block.
+    """
+
+    def __init__(self, handle: ctypes.c_void_p, vmcb_frame: int) -> None:
+        self._handle = handle
+        self._library: Any = native.library
+        self._context = ctypes.c_void_p()
+        native.check(self._library.uc_context_alloc(handle, ctypes.byref(self._context)), "a context")
+        self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
+        self._image = image = memoryview(self._buffer).cast("B")
+        self._flags = ctypes.c_uint64()
+        self._flags_pointer = ctypes.byref(self._flags)
+        self._segment_bytes = b""
+        self._hidden_flags = 0
+        self._traps_popf = False
+        self.save()
+        struct.pack_into("<i", image, layout.OLD_EXCEPTION, -1)
+        _QWORD.pack_into(image, layout.VMCB, vmcb_frame)
+        struct.pack_into("<QHHHHI", image, layout.INTERCEPTS, layout.INTERCEPT_ALWAYS, *[0xFFFF] * 4, MASK32)
+
+    def close(self) -> None:
+        """Release the library's memory."""
+        self._image.release()
+        self._library.uc_context_free(self._context)
+
+    def save(self) -> None:
+        """Take the state out of the processor."""
+        self._library.uc_context_save(self._handle, self._context)
+
+    def restore(self) -> None:
+        """Put the state into the processor."""
+        self._library.uc_context_restore(self._handle, self._context)
+
+    def copy(self) -> bytes:
+        """The saved state, for `restore_copy`."""
+        return bytes(self._image)
+
+    def restore_copy(self, image: bytes) -> None:
+        """Go back to a state."""
+        self._image[:] = image
+        self.restore()
+
+    # Single facts about the saved state.
+
+    def linear_rip(self) -> int:
+        """Linear address of the next instruction."""
+        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
+        return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
+
+    def code_bits(self) -> int:
+        """Width of the code: 16, 32 or 64 bits."""
+        return self.code_kind() & ~SWITCHES_TASKS
+
+    def code_kind(self) -> int:
+        """Kind of the code (see `vtx.engine.code_view`)."""
+        (hidden,) = _DWORD.unpack_from(self._image, layout.HFLAGS)
+        if hidden & layout.CODE64:
+            return 64
+        bits = 32 if hidden & layout.CS32 else 16
+        tasks = hidden & layout.PROTECTED and not hidden & layout.LONG_MODE_ACTIVE
+        return bits | SWITCHES_TASKS if tasks else bits
+
+    def cpl(self) -> int:
+        """Current privilege level."""
+        return self._image[layout.HFLAGS] & 3
+
+    def alignment_check(self) -> bool:
+        """RFLAGS.AC."""
+        (flags,) = _QWORD.unpack_from(self._image, layout.EFLAGS)
+        return bool(flags & _AC)
+
+    def error_code(self) -> int:
+        """Error code of the exception that was just intercepted."""
+        (code,) = _DWORD.unpack_from(self._image, layout.ERROR_CODE)
+        return int(code)
+
+    def rcx(self) -> int:
+        """RCX."""
+        (value,) = _QWORD.unpack_from(self._image, layout.GPR + 8)
+        return int(value)
+
+    def rflags(self) -> int:
+        """RFLAGS as `store` last found them."""
+        return self._flags.value
+
+    def fpu(self) -> bytes:
+        """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
+        return bytes(self._image[layout.FPU : layout.FPU_END])
+
+    # From and to the architectural state.
+
+    def load(self, state: CpuState, *, reload: bool, step: bool) -> None:
+        """Put ``state`` into the processor; all of it if ``reload``. A ``step`` has the trap flag set."""
+        image, rflags = self._image, state.rflags
+        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
+        if reload:
+            self._load_system(state)
+        hidden = self._hidden_flags
+        layout.FLAGS.pack_into(
+            image,
+            layout.EFLAGS,
+            rflags | 2 | (_TF if step else 0),  # all of it: entering the engine derives the lazy flags from here
+            0,
+            rflags & layout.ARITHMETIC_FLAGS,
+            0,
+            layout.CC_OP_EFLAGS,
+            -1 if rflags & _DF else 1,
+            hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
+            layout.GLOBAL_INTERRUPT_FLAG,
+        )
+        # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
+        traps_popf = step or bool(state.cr0 & _AM)
+        if traps_popf != self._traps_popf:
+            self._traps_popf = traps_popf
+            intercepts = layout.INTERCEPT_ALWAYS | (layout.INTERCEPT_POPF if traps_popf else 0)
+            _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
+        self.restore()
+
+    def _load_system(self, state: CpuState) -> None:
+        image = self._image
+        offset = layout.SEGMENTS
+        for segment in (*state.segments, state.ldtr, state.tr):
+            flags = layout.segment_flags(segment.access_rights)
+            layout.SEGMENT.pack_into(image, offset, segment.selector, segment.base, segment.limit, flags)
+            offset += layout.SEGMENT.size
+        for table in (state.gdtr, state.idtr):
+            layout.SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
+            offset += layout.SEGMENT.size
+        self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        self._hidden_flags = layout.hidden_flags(state)
+        cr4 = state.cr4 & layout.CR4_SEEN
+        _CONTROL_REGISTERS.pack_into(image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
+        _QWORD.pack_into(image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
+        _QWORD.pack_into(image, layout.KERNEL_GS_BASE, state.kernel_gs_base)
+        if state.fpu:
+            image[layout.FPU : layout.FPU_END] = state.fpu
+
+    def enable_extended_state(self, state: CpuState) -> None:
+        """Let the XSAVE family execute, until the next `load` with ``reload``."""
+        _QWORD.pack_into(self._image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
+        _QWORD.pack_into(self._image, layout.XCR0, state.xcr0)
+        self.restore()
+
+    def store(self, state: CpuState, *, hide_trap_flag: bool) -> bool:
+        """Put the saved state into ``state``, with RFLAGS.TF clear if it was set for a step only.
+
+        Returns whether interrupts are blocked by an instruction that was executed in the run; ``state.shadow`` is then
+        for the caller to set.
+        """
+        image = self._image
+        *state.gpr[:], state.rip = layout.REGISTERS.unpack_from(image, layout.GPR)
+        self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
+        state.rflags = self._flags.value & ~_TF if hide_trap_flag else self._flags.value
+        segments = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        if segments != self._segment_bytes:
+            self._segment_bytes = segments
+            self._store_segments(state, segments)
+        (state.kernel_gs_base,) = _QWORD.unpack_from(image, layout.KERNEL_GS_BASE)
+        (hidden,) = _DWORD.unpack_from(image, layout.HFLAGS)
+        self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
+        if not hidden & layout.INHIBIT_INTERRUPTS:
+            state.shadow = Shadow.NONE
+            return False
+        return not state.shadow
+
+    def _store_segments(self, state: CpuState, data: bytes) -> None:
+        for i, segment in enumerate(state.segments):
+            segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(data, 24 * i)
+            segment.access_rights = layout.access_rights(flags)
+        if not state.segments[2].usable:
+            # A null SS keeps the privilege level, which the engine holds apart from the segment.
+            state.segments[2].access_rights |= self.cpl() << 5

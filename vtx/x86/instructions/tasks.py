@@ -1,0 +1,106 @@
+"""Task switches, as the processor and its virtualization extension see them; far CALL and JMP, which may be one.
+
+Spec: SDM Vol. 3, "Task Switching"; SDM Vol. 2, "CALL—Call Procedure", "JMP—Jump".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import evolve
+from iced_x86 import Mnemonic
+
+from vtx.x86 import descriptors, operations
+from vtx.x86.decode import Instruction, decode
+from vtx.x86.descriptors import AVAILABLE_TSS_TYPES, BUSY_TSS_TYPES, Descriptor, SystemType, is_null, selector_fault
+from vtx.x86.event import Event
+from vtx.x86.instructions.common import operand_address, read_linear
+from vtx.x86.outcome import Exited, InstructionAborted, Vector, gp
+from vtx.x86.paging import PagingMode
+from vtx.x86.state import MASK32, CpuState, Rflags
+from vtx.x86.task import TaskSwitchHooks, TaskSwitchSource, task_switch
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+_NOP: Final = decode(b"\x90", 32)
+_TASK_TYPES: Final = AVAILABLE_TSS_TYPES | BUSY_TSS_TYPES | {SystemType.TASK_GATE}
+_TF: Final = int(Rflags.TF)
+
+
+def task_switch_hooks(
+    cpu: LogicalProcessor, instruction: Instruction | None, delivering: Event | None = None
+) -> TaskSwitchHooks:
+    """What a task switch by ``instruction``, or while ``delivering`` an event, means for the processor around it."""
+
+    def intercept(selector: int, source: TaskSwitchSource) -> None:
+        operation = operations.TaskSwitch(selector, operations.TaskSwitchSource(int(source)), delivering)
+        if cpu.intercepts(operation, instruction or _of_event(delivering)):
+            raise InstructionAborted(Exited())
+
+    def load_cr3(state: CpuState, value: int) -> None:
+        state.cr3 = value
+        if cpu.mmu.context.mode is PagingMode.PAE:
+            state.pdptrs[:] = cpu.mmu.load_pdptrs(value)
+        cpu.mmu.cr3_written(state)
+
+    return TaskSwitchHooks(intercept, load_cr3)
+
+
+def _of_event(delivering: Event | None) -> Instruction:
+    """Something of the length of the instruction that asked for the event, if one did."""
+    assert _NOP is not None
+    return evolve(_NOP, length=delivering.instruction_length if delivering is not None else 0)
+
+
+def _target(cpu: LogicalProcessor, instruction: Instruction) -> int:
+    """The selector of a far CALL or JMP."""
+    if instruction.memory is None:
+        return int.from_bytes(instruction.encoding[-2:], "little")
+    size = instruction.operand_size
+    pointer = operand_address(cpu, instruction, size + 2)
+    return read_linear(cpu, pointer, size + 2) >> 8 * size
+
+
+def far_transfer(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """Far CALL and JMP: the engine executes those that are no task switch."""
+    state = cpu.state
+    selector = _target(cpu, instruction)
+    descriptor = None
+    if state.protected and not state.virtual_8086 and not state.long_mode and not is_null(selector):
+        descriptor = descriptors.read_descriptor(state, cpu.mmu, selector)
+    if descriptor is None or descriptor.system_type not in _TASK_TYPES:
+        cpu.native(instruction)
+        return
+    if descriptor.dpl < max(state.cpl, selector & 3):
+        raise selector_fault(Vector.GP, selector)
+    source = TaskSwitchSource.CALL if instruction.mnemonic == Mnemonic.CALL else TaskSwitchSource.JMP
+    single_step = bool(state.rflags & _TF)
+    next_rip = (state.rip + instruction.length) & MASK32
+    try:
+        task_switch(
+            state,
+            cpu.mmu,
+            _tss_selector(selector, descriptor),
+            source,
+            rip=next_rip,
+            rflags=state.rflags,
+            hooks=task_switch_hooks(cpu, instruction),
+        )
+    finally:
+        cpu.load_control_state()  # the new task is entered even where one of its segments faults
+    cpu.completed(single_step=single_step)
+
+
+def _tss_selector(selector: int, descriptor: Descriptor) -> int:
+    if descriptor.system_type != SystemType.TASK_GATE:
+        return selector
+    if not descriptor.present:
+        raise selector_fault(Vector.NP, selector)
+    target = descriptor.base & 0xFFFF  # where a gate has a selector, a segment has the low part of its base
+    if is_null(target):
+        raise gp(0)
+    return target
+
+
+HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer}
