@@ -239,6 +239,8 @@ def exception_exit(values: Mapping[int, int], state: CpuState, event: Event, fau
             qualification = (fault.address if fault else event.address) or 0
         elif event.vector == Vector.DB:
             qualification = (fault.debug if fault else event.debug) or 0
+    elif event.kind == EventKind.PRIVILEGED_SOFTWARE_EXCEPTION:
+        qualification = event.debug or 0  # data breakpoints that blocking by MOV SS held back until INT1
     return VmExit(
         Reason.EXCEPTION_OR_NMI,
         qualification,

@@ -125,6 +125,8 @@ def recognize(state: CpuState, event: Event, *, block_nmi: bool = True) -> None:
     """
     if event.kind == EventKind.NMI and block_nmi:
         state.nmi_blocked = True
+    if event.kind == EventKind.PRIVILEGED_SOFTWARE_EXCEPTION and event.debug:
+        state.dr6 = state.dr6 & ~_DR6_BREAKPOINTS | event.debug
     if event.kind != EventKind.HARDWARE_EXCEPTION:
         return
     if event.vector == Vector.PF and event.address is not None:

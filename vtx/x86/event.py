@@ -30,6 +30,9 @@ _SOFTWARE_KINDS: Final = frozenset(
     {EventKind.SOFTWARE_INTERRUPT, EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, EventKind.SOFTWARE_EXCEPTION}
 )
 
+BREAKPOINTS: Final = 0xF
+"""B0 to B3 of DR6 and of the pending debug exceptions."""
+
 GENERAL_DETECT: Final = 1 << 13
 """DR6.BD: access to a debug register while DR7.GD is set, the debug fault that is not an instruction breakpoint."""
 
@@ -61,8 +64,8 @@ class Event:
 
     ``error_code`` is None unless delivery pushes one. ``instruction_length`` is that of the INT n, INT1, INT3 or INTO
     instruction that RIP still points to; other kinds ignore it. ``address`` is what delivery of a page fault writes to
-    CR2 and ``debug`` the bits that delivery of a debug exception sets in DR6; None (an injected event) leaves the
-    registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of a repeated
+    CR2 and ``debug`` the bits that delivery of a debug exception, INT1 included, sets in DR6; None (an injected event)
+    leaves the registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of a repeated
     string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM entry: the
     value pushed for RF is that of the guest-state area, and INT n ignores IOPL in virtual-8086 mode.
     Spec: SDM Vol. 3, "Vectored-Event Injection".

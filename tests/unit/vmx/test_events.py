@@ -72,6 +72,12 @@ def test_debug_exception__reports_its_causes_and_leaves_dr6() -> None:
     assert vmcs[f.GUEST_RFLAGS] == 2  # a trap leaves RF alone
 
 
+def test_int1__reports_the_data_breakpoints_held_back_until_it() -> None:
+    processor, vmx, vmcs = launch(fields={f.EXCEPTION_BITMAP: 2})
+    assert vmx.intercept_event(Event(1, EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, instruction_length=1, debug=5), None)
+    assert (vmcs[f.EXIT_QUALIFICATION], processor.state.dr6) == (5, 0xFFFF_0FF0)
+
+
 def test_page_fault__reports_its_address_and_leaves_cr2() -> None:
     processor, vmx, vmcs = launch(fields={f.EXCEPTION_BITMAP: 1 << 14})
     fault = Fault(Vector.PF, 6, 0xFFFF_8000_1234_5678)

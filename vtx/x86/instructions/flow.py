@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
-from vtx.x86.event import Event, EventKind
+from vtx.x86.event import BREAKPOINTS, Event, EventKind
 from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.iret import iret
 from vtx.x86.msr_table import (
@@ -49,8 +49,10 @@ def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 def debug_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """INT1."""
-    cpu.raise_software(Event(Vector.DB, EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, instruction_length=instruction.length))
+    """INT1. Data breakpoints that MOV SS holds back are reported by its debug exception: there is one, not two."""
+    kind, held_back = EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, cpu.state.pending_debug & BREAKPOINTS
+    cpu.state.pending_debug = 0
+    cpu.raise_software(Event(Vector.DB, kind, instruction_length=instruction.length, debug=held_back))
 
 
 def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
