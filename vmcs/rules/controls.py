@@ -364,7 +364,7 @@ _SOFTWARE_EVENT = s.either(
 def _other_event_vector() -> Demand:
     fred = 1 << 32
     plain = s.slice_in(_INFORMATION, 0xFF, lambda context: (0, 1, 2) if context.vmcs[f.GUEST_CR4] & fred else (0,))
-    return Demand((*plain.reads, (f.GUEST_CR4, fred)), plain.holds, plain.repair, plain.faulty)
+    return Demand((*plain.reads, (f.GUEST_CR4, fred)), plain.holds, plain.repair, plain.faulty, legal=plain.legal)
 
 
 def _instruction_lengths(context: EntryContext) -> Collection[int]:

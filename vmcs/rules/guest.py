@@ -66,7 +66,7 @@ def _cr0_must_be_1(context: EntryContext) -> int:
 
 def _cr0_demand() -> Demand:
     plain = s.fixed_bits(f.GUEST_CR0, _cr0_must_be_1, lambda context: context.capabilities.cr0_may_be_1)
-    return Demand((f.GUEST_CR0, *UNRESTRICTED.reads), plain.holds, plain.repair, plain.faulty)
+    return Demand((f.GUEST_CR0, *UNRESTRICTED.reads), plain.holds, plain.repair, plain.faulty, legal=plain.legal)
 
 
 # ---- IA32_BNDCFGS

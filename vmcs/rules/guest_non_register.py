@@ -89,7 +89,7 @@ def _privilege_to_halt() -> Demand:
         # The privilege level is tied to several other fields; the activity state is not.
         context.vmcs[f.GUEST_ACTIVITY_STATE] = ACTIVE
 
-    return Demand(plain.reads, plain.holds, repair, plain.faulty)
+    return Demand(plain.reads, plain.holds, repair, plain.faulty, legal=plain.legal)
 
 
 _DB, _MC = 1, 18
@@ -318,7 +318,7 @@ def _link_rule(name: str, sentence: str, demand: Demand, when: Condition = _LINK
 
 def _link_address() -> Demand:
     plain = s.structure_address(f.VMCS_LINK_POINTER)
-    return Demand(plain.reads, plain.holds, _unlink, plain.faulty)
+    return Demand(plain.reads, plain.holds, _unlink, plain.faulty, legal=plain.legal)
 
 
 _LINK_POINTER_RULES: Final[tuple[Rule, ...]] = (

@@ -129,7 +129,7 @@ def _cs_types(context: EntryContext) -> Collection[int]:
 
 def _cs_type() -> Demand:
     plain = s.slice_in(_CS.rights, _TYPE, _cs_types)
-    return Demand((*plain.reads, *UNRESTRICTED.reads), plain.holds, plain.repair, plain.faulty)
+    return Demand((*plain.reads, *UNRESTRICTED.reads), plain.holds, plain.repair, plain.faulty, legal=plain.legal)
 
 
 def _code_privilege(*, conforming: bool) -> Demand:
@@ -165,7 +165,7 @@ def _fred_privilege() -> Demand:
         for register in (_SS, _CS):
             context.vmcs[register.selector] = context.vmcs[register.selector] & ~_RPL
 
-    return Demand(plain.reads, plain.holds, repair, plain.faulty)
+    return Demand(plain.reads, plain.holds, repair, plain.faulty, legal=plain.legal)
 
 
 def _stack_selector_matches_code() -> Demand:
@@ -403,7 +403,7 @@ def _tss_types(context: EntryContext) -> Collection[int]:
 
 def _tss_type() -> Demand:
     plain = s.slice_in(_TR.rights, _TYPE, _tss_types)
-    return Demand((*plain.reads, *IA32E_GUEST.reads), plain.holds, plain.repair, plain.faulty)
+    return Demand((*plain.reads, *IA32E_GUEST.reads), plain.holds, plain.repair, plain.faulty, legal=plain.legal)
 
 
 def _system_rules(register: _Register, when: Condition) -> tuple[Rule, ...]:

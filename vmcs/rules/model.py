@@ -124,7 +124,8 @@ class Demand:
     """What a rule demands of the fields it reads.
 
     ``faulty`` names the bits at fault when it does not hold. ``repair`` changes the VMCS such that it does, or such
-    that the rule no longer applies; what else that breaks is for the other rules to say.
+    that the rule no longer applies; what else that breaks is for the other rules to say. ``legal`` says what this
+    processor accepts, where the rule's sentence leaves that open.
     """
 
     reads: Reads = field(converter=_reads)
@@ -132,6 +133,7 @@ class Demand:
     repair: Callable[[EntryContext], None]
     faulty: Callable[[EntryContext], FaultyBits] = lambda context: ()
     volatile: bool = False
+    legal: Callable[[EntryContext], str] = lambda context: ""
 
 
 @frozen

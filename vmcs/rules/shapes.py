@@ -11,9 +11,10 @@ from typing import Final
 
 from vmcs import fields as f
 from vmcs import layouts
-from vmcs.bits import bit_range, canonicalize, is_canonical, mask
-from vmcs.controls import GATES, Control, ControlWord
+from vmcs.bits import bit_range, canonicalize, describe_bits, is_canonical, mask
+from vmcs.controls import GATES, Control, ControlWord, describe_controls
 from vmcs.fields import CONTROL_FIELDS, Field
+from vmcs.rules import legal
 from vmcs.rules.model import Condition, Demand, EntryContext, FaultyBits, Test
 
 Bits = int | Callable[[EntryContext], int]
@@ -143,7 +144,7 @@ def bits_clear(field: Field, bits: Bits) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = context.values[encoding] & ~mask_of(context)
 
-    return Demand((field,), holds, repair, faulty)
+    return Demand((field,), holds, repair, faulty, legal=lambda context: legal.zeros(field, mask_of(context)))
 
 
 def _constant_bits_clear(field: Field, bits: int) -> Demand:
@@ -157,6 +158,7 @@ def _constant_bits_clear(field: Field, bits: int) -> Demand:
         lambda context: not context.values[encoding] & bits,
         repair,
         lambda context: ((field, context.values[encoding] & bits),),
+        legal=lambda context: legal.zeros(field, bits),
     )
 
 
@@ -172,6 +174,7 @@ def bits_required(field: Field, bits: int) -> Demand:
         lambda context: context.values[encoding] & bits == bits,
         repair,
         lambda context: ((field, bits & ~context.values[encoding]),),
+        legal=lambda context: legal.ones(field, bits),
     )
 
 
@@ -187,7 +190,13 @@ def fixed_bits(field: Field, must_be_1: Bits, may_be_1: Bits) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = (context.values[encoding] | ones(context)) & allowed(context)
 
-    return Demand((field,), lambda context: not wrong(context), repair, lambda context: ((field, wrong(context)),))
+    return Demand(
+        (field,),
+        lambda context: not wrong(context),
+        repair,
+        lambda context: ((field, wrong(context)),),
+        legal=lambda context: legal.fixed(field, ones(context), allowed(context)),
+    )
 
 
 def structure_address(field: Field, alignment: int = PAGE) -> Demand:
@@ -211,6 +220,7 @@ def canonical(field: Field) -> Demand:
         lambda context: is_canonical(context.values[encoding], context.linear_address_width),
         repair,
         faulty,
+        legal=lambda context: legal.canonical(field, context.linear_address_width),
     )
 
 
@@ -227,7 +237,13 @@ def high_bits_identical(field: Field) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = canonicalize(context.values[encoding], context.linear_address_width)
 
-    return Demand((field,), holds, repair, lambda context: ((field, ones(context)),))
+    return Demand(
+        (field,),
+        holds,
+        repair,
+        lambda context: ((field, ones(context)),),
+        legal=lambda context: f"{describe_bits(ones(context))} of {field.name} are all 0 or all 1",
+    )
 
 
 def slice_in(field: Field, bits: int, allowed: Collection[int] | Callable[[EntryContext], Collection[int]]) -> Demand:
@@ -244,6 +260,7 @@ def slice_in(field: Field, bits: int, allowed: Collection[int] | Callable[[Entry
         lambda context: context.values[encoding] & bits in values_of(context),
         repair,
         lambda context: ((field, bits),),
+        legal=lambda context: legal.one_of(field, bits, values_of(context)),
     )
 
 
@@ -253,7 +270,12 @@ def not_zero(field: Field) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = 1
 
-    return Demand((field,), lambda context: bool(context.vmcs[field]), repair)
+    return Demand(
+        (field,),
+        lambda context: bool(context.vmcs[field]),
+        repair,
+        legal=lambda context: f"{field.name} is 1 to {field.mask:#x}",
+    )
 
 
 def page_attribute_table(field: Field) -> Demand:
@@ -268,7 +290,13 @@ def page_attribute_table(field: Field) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = context.values[encoding] & ~wrong(context)
 
-    return Demand((field,), lambda context: not wrong(context), repair, lambda context: ((field, wrong(context)),))
+    return Demand(
+        (field,),
+        lambda context: not wrong(context),
+        repair,
+        lambda context: ((field, wrong(context)),),
+        legal=lambda context: f"each byte of {field.name} is 0, 1, 4, 5, 6 or 7",
+    )
 
 
 # ---- demands on controls
@@ -285,7 +313,19 @@ def allowed_word(word: ControlWord) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = context.capabilities.allowed[word].repair(context.values[encoding])
 
-    return Demand((field,), lambda context: not wrong(context), repair, lambda context: ((field, wrong(context)),))
+    def allowed(context: EntryContext) -> str:
+        settings = context.capabilities.allowed[word]
+        text = legal.fixed(field, settings.must_be_1, settings.may_be_1)
+        missing = context.values[encoding] & ~settings.may_be_1
+        return text + (f"; this processor lacks {describe_controls(word, missing)}" if missing else "")
+
+    return Demand(
+        (field,),
+        lambda context: not wrong(context),
+        repair,
+        lambda context: ((field, wrong(context)),),
+        legal=allowed,
+    )
 
 
 def _set_control(context: EntryContext, control: Control, value: bool) -> None:
@@ -312,7 +352,18 @@ def control_on(control: Control, because: Control) -> Demand:
         else:
             _set_control(context, because, False)
 
-    return Demand(on(control).reads, test, repair, lambda context: ((field, control.mask & ~context.vmcs[field]),))
+    def possible(context: EntryContext) -> str:
+        if context.capabilities.allows(control):
+            return f"{control} is 1" if control is because else f"{control} is 1, or {because} is 0"
+        return f"{because} is 0: this processor does not allow {control}"
+
+    return Demand(
+        on(control).reads,
+        test,
+        repair,
+        lambda context: ((field, control.mask & ~context.vmcs[field]),),
+        legal=possible,
+    )
 
 
 def control_off(control: Control) -> Demand:
