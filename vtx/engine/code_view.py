@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind
+from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.x86.memory import PhysicalMemory
@@ -24,11 +24,13 @@ SWITCHES_TASKS: Final = 1
 _MOST_REMEMBERED: Final = 1 << 16
 
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
-# asks whether the access is allowed. The returns do not look whether the target is canonical.
+# asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
+# of null selectors, and nothing tells their interrupt shadow from that of STI.
 _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
         *(Mnemonic.SYSRET, Mnemonic.SYSRETQ, Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ),
+        Mnemonic.LSS,
     )
 )
 
@@ -43,6 +45,8 @@ _FAR: Final = frozenset(
 def _must_not_run(instruction: Instruction, kind: int) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
     if instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT:
+        return True
+    if instruction.op0_register == Register.SS and instruction.mnemonic in (Mnemonic.MOV, Mnemonic.POP):
         return True
     return bool(kind & SWITCHES_TASKS) and instruction.code in _FAR
 

@@ -41,7 +41,7 @@ from vtx.x86.memory import MmioWindow, PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK64, CpuState, Rflags, Shadow
+from vtx.x86.state import CpuState, Rflags, Shadow
 
 # Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
 PRIVATE: Final = 1 << 45
@@ -61,7 +61,6 @@ _KINDS: Final = {
     native.MEM_FETCH: AccessKind.EXECUTE,
 }
 _TF: Final = int(Rflags.TF)
-_STI_OPCODE: Final = 0xFB
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 
 
@@ -286,11 +285,6 @@ class UnicornEngine:
 
     # Running.
 
-    def _shadow(self) -> Shadow:
-        """Which instruction cast the shadow: the engine does not say, but the byte before RIP does (STI is FB)."""
-        before = self._code.read((self._context.linear_rip() - 1) & MASK64, 1)
-        return Shadow.STI if before and before[0] == _STI_OPCODE else Shadow.MOV_SS
-
     def run(
         self,
         state: CpuState,
@@ -352,7 +346,7 @@ class UnicornEngine:
         event = self._event(status)
         before, shadow = state.gpr[1], state.shadow
         if self._context.store(state, hide_trap_flag=arranged_tf):
-            state.shadow = self._shadow()
+            state.shadow = Shadow.STI
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             event = Stepped()
         # In a shadow, the engine ends a repeated instruction as it does in a step.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from vtx.x86 import access
 from vtx.x86.execution import ExceptionTrap, RefusedFill
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.state import CpuState, Cr0, Cr4, Rflags
+from vtx.x86.state import CpuState, Cr0, Cr4, Rflags, Shadow
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -57,7 +57,7 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
     The breakpoints are bits 3:0 as in DR6. Raises `InstructionAborted` if the instruction cannot be fetched.
     """
     state = processor.state
-    if not state.rflags & _RF:
+    if not state.rflags & _RF and not state.shadow & Shadow.MOV_SS:
         hit = 0
         for number, _, address, _ in _breakpoints(state, (_EXECUTE,)):
             hit |= (address == state.linear_rip) << number

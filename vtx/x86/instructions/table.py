@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
-from vtx.x86.instructions import control, descriptor_tables, flow, identification, missing, msr, port_io, system, tasks
+from vtx.x86.instructions import (
+    control,
+    descriptor_tables,
+    flow,
+    identification,
+    missing,
+    msr,
+    port_io,
+    stack_segment,
+    system,
+    tasks,
+)
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -17,7 +28,10 @@ Handler = Callable[["LogicalProcessor", Instruction], None]
 
 HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
-    for module in (system, identification, msr, control, descriptor_tables, flow, tasks, port_io, missing)
+    for module in (
+        *(system, identification, msr, control, stack_segment, descriptor_tables, flow, tasks),
+        *(port_io, missing),
+    )
     for mnemonic, handler in module.HANDLERS.items()
 }
 """Handler by iced mnemonic number."""
