@@ -89,8 +89,12 @@ def _blocked_by_mov_ss(state: CpuState) -> bool:
 
 
 def _nmi_is_blocked(view: ControlView, state: CpuState) -> bool:
-    """Virtual NMIs leave NMIs themselves unblocked: blocking by NMI is then the guest's own."""
-    return _blocked_by_mov_ss(state) or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
+    """Virtual NMIs leave NMIs themselves unblocked: blocking by NMI is then the guest's own.
+
+    Blocking by STI holds NMIs back too, as outside VMX operation: processors may, for one instruction.
+    Spec: SDM Vol. 2, "STI—Set Interrupt Flag".
+    """
+    return state.shadow is not Shadow.NONE or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
 
 
 def wants_boundary(operation: VmxOperation) -> bool:

@@ -65,9 +65,9 @@ class Event:
     ``error_code`` is None unless delivery pushes one. ``instruction_length`` is that of the INT n, INT1, INT3 or INTO
     instruction that RIP still points to; other kinds ignore it. ``address`` is what delivery of a page fault writes to
     CR2 and ``debug`` the bits that delivery of a debug exception, INT1 included, sets in DR6; None (an injected event)
-    leaves the registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of a repeated
-    string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM entry: the
-    value pushed for RF is that of the guest-state area, and INT n ignores IOPL in virtual-8086 mode.
+    leaves the registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of
+    a repeated string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM
+    entry: the value pushed for RF is that of the guest-state area, and INT n ignores IOPL in virtual-8086 mode.
     Spec: SDM Vol. 3, "Vectored-Event Injection".
     """
 

@@ -310,12 +310,17 @@ class LogicalProcessor:
     def run(self, until: int | None = None) -> None:
         """Run until tick ``until`` or the instruction limit, or until ``halt`` or ``stop_requested`` is set."""
         self._gives_way = False
-        while not self.stop_requested and self.halt is None and not self._gives_way:
-            if until is not None and self.now() >= until:
+        while not self.stop_requested and self.halt is None:
+            if (self._gives_way or (until is not None and self.now() >= until)) and not self._takes_nmi_next():
                 return
             if self.at_instruction_limit:
                 return
             self.run_once(until)
+
+    def _takes_nmi_next(self) -> bool:
+        """Whether an NMI is taken at this very boundary: one that comes during another's turn would merge with it."""
+        state = self.state
+        return self._nmi and not state.nmi_blocked and not state.shadow and state.activity in _WAKEABLE
 
     # Among other processors (`vtx.scheduler.Scheduled`).
 
@@ -408,7 +413,7 @@ class LogicalProcessor:
 
     def _accept_interrupt(self) -> bool:
         state = self.state
-        if self._nmi and not state.nmi_blocked and not state.shadow & Shadow.MOV_SS:
+        if self._nmi and not state.nmi_blocked and not state.shadow:
             self._nmi = False
             self.deliver(Event(Vector.NMI, EventKind.NMI))
             return True

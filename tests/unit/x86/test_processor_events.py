@@ -189,15 +189,38 @@ class TestNmi:
         event = bench.event()
         assert (event.vector, bench.state.rip) == (Vector.NMI, CODE)
 
-    def test_waits_for_the_shadow_of_mov_ss(self) -> None:
-        bench = ProcessorBench("8ed09090f4")
+    @pytest.mark.parametrize(("code", "length", "shadow"), [("8ed0", 2, Shadow.MOV_SS), ("fb", 1, Shadow.STI)])
+    def test_waits_for_the_end_of_the_shadow(self, code: str, length: int, shadow: Shadow) -> None:
+        bench = ProcessorBench(code + "9090f4")
         bench.state.gpr[0] = 0x10
         bench.processor.step_next = True
         bench.processor.run_once()
-        assert bench.state.shadow is Shadow.MOV_SS
+        assert bench.state.shadow is shadow
         bench.processor.nmi()
         bench.event()
-        assert bench.state.rip == CODE + 3
+        assert bench.state.rip == CODE + length + 1
+
+    @pytest.mark.parametrize("blocked", [False, True])
+    def test_at_the_end_of_a_turn__is_taken_before_it_ends(self, blocked: bool) -> None:
+        """Otherwise an NMI that another processor sends meanwhile would be lost in it."""
+        bench = self.bench("90f4")
+        bench.state.nmi_blocked = blocked
+        bench.processor.nmi()
+        bench.processor.run(until=bench.processor.now())
+        assert bench.state.rip == (CODE if blocked else 0x2000)
+        assert bench.processor.nmi_pending() == blocked
+
+    def test_for_a_processor_that_gives_way__is_taken_first(self) -> None:
+        bench = self.bench("e64290f4")  # OUT 42H
+        bench.put(0x2000, "f4")
+
+        def write(port: int, size: int, value: int) -> None:
+            bench.processor.nmi()
+            bench.processor.give_way()
+
+        bench.platform.port_write = write  # type: ignore[method-assign]
+        bench.processor.run(until=10_000)
+        assert (bench.state.rip, bench.processor.nmi_pending()) == (0x2000, False)
 
 
 class TestSingleStep:
