@@ -29,6 +29,7 @@ from vtx.pc_map import (
 from vtx.x86.memory import PhysicalMemory
 
 RSDP_ADDRESS = 0xE_0000
+RSDP_SIGNATURE = b"RSD PTR "
 TABLES_ADDRESS = RSDP_ADDRESS + 0x40
 TABLES_END = 0xF_0000
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"VTX   ", b"VTXPC   ", b"VTX "
@@ -68,6 +69,11 @@ def install(memory: PhysicalMemory, cpus: int) -> int | None:
     return RSDP_ADDRESS
 
 
+def rsdp_address(memory: PhysicalMemory) -> int | None:
+    """Physical address of the RSDP that `install` wrote; None if there is none."""
+    return RSDP_ADDRESS if memory.read(RSDP_ADDRESS, len(RSDP_SIGNATURE)) == RSDP_SIGNATURE else None
+
+
 class _Writer:
     """Places tables one after the other."""
 
@@ -97,7 +103,7 @@ def _with_checksum(table: bytes, offset: int) -> bytes:
 
 
 def _rsdp(rsdt: int, xsdt: int) -> bytes:
-    first = _with_checksum(struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 2, rsdt), 8)
+    first = _with_checksum(struct.pack("<8sB6sBI", RSDP_SIGNATURE, 0, OEM_ID, 2, rsdt), 8)
     return _with_checksum(first + struct.pack("<IQB3x", 36, xsdt, 0), 32)
 
 

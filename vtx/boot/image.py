@@ -20,6 +20,9 @@ class ImageFormat(enum.Enum):
 
     MULTIBOOT1 = "multiboot1"
     MULTIBOOT2 = "multiboot2"
+    BZIMAGE = "bzimage"
+    PVH = "pvh"
+    VMLINUX = "vmlinux"
     ELF32 = "elf32"
     ELF64 = "elf64"
     FLAT = "flat"

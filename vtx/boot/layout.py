@@ -63,6 +63,10 @@ def lower_and_upper_kib(memory: PhysicalMemory) -> tuple[int, int]:
     return min(low, CONVENTIONAL_END) // KIB, max(low - MIB, 0) // KIB
 
 
+def _no_room(what: str, size: int) -> BootError:
+    return BootError(f"no room in memory for {what} ({size:#x} bytes)")
+
+
 class Layout:
     """The memory in use, as it fills up; refuses what does not fit with a `BootError`."""
 
@@ -83,21 +87,44 @@ class Layout:
 
     def allocate_low(self, size: int, what: str, alignment: int = 16) -> int:
         """Address of ``size`` zeroed bytes, high in conventional memory if possible, else the lowest that is free."""
-        for gap_start, gap_end in reversed(self._gaps(LOWEST_ALLOCATION, CONVENTIONAL_END)):
+        start = self._highest(LOWEST_ALLOCATION, CONVENTIONAL_END, size, alignment)
+        if start is None:
+            return self.allocate_from(LOWEST_ALLOCATION, size, what, alignment)
+        self.place(start, b"", size, what)
+        return start
+
+    def allocate_high(self, low: int, high: int, size: int, what: str, alignment: int = PAGE) -> int:
+        """Address of ``size`` zeroed bytes, the last free between ``low`` and ``high``, both at most 4 GiB."""
+        start = self._highest(low, min(high, HIGH_RAM_START), size, alignment)
+        if start is None:
+            raise _no_room(what, size)
+        self.place(start, b"", size, what)
+        return start
+
+    def _highest(self, low: int, high: int, size: int, alignment: int) -> int | None:
+        for gap_start, gap_end in reversed(self._gaps(low, high)):
             start = (gap_end - size) & -alignment
             if start >= gap_start:
-                self.place(start, b"", size, what)
                 return start
-        return self.allocate_from(LOWEST_ALLOCATION, size, what, alignment)
+        return None
 
     def allocate_from(self, low: int, size: int, what: str, alignment: int = PAGE) -> int:
         """Address of ``size`` zeroed bytes, the first free from ``low`` up to 4 GiB."""
+        start = self.find_free(low, size, what, alignment)
+        self.place(start, b"", size, what)
+        return start
+
+    def find_free(self, low: int, size: int, what: str, alignment: int = PAGE) -> int:
+        """The first address from ``low`` up to 4 GiB at which ``size`` bytes are free; they stay free."""
         for gap_start, gap_end in self._gaps(low, HIGH_RAM_START):
-            start = (gap_start + alignment - 1) & -alignment
+            start = -(-gap_start // alignment) * alignment
             if start + size <= gap_end:
-                self.place(start, b"", size, what)
                 return start
-        raise BootError(f"no room in memory for {what} ({size:#x} bytes)")
+        raise _no_room(what, size)
+
+    def is_free(self, start: int, size: int) -> bool:
+        """Whether all of ``size`` bytes at ``start`` are available and not in use."""
+        return any(low <= start and start + size <= high for low, high in self._gaps(start, start + size))
 
     def image_end(self) -> int:
         """The first address beyond everything placed below 4 GiB."""

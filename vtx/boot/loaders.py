@@ -1,7 +1,8 @@
 """Load an image of any supported format, told apart by content.
 
-In order: Multiboot 1 header, Multiboot 2 header, ELF file, boot sector (the signature 55H AAH at offset 510). Other
-flat binaries carry no mark, so they need the format chosen; anything else is refused rather than run.
+In order: Multiboot 1 header, Multiboot 2 header, ELF file, Linux bzImage, boot sector (the signature 55H AAH at offset
+510). Of the ELF files, one with a note that gives a PVH entry point is entered there, and one with notes of Linux is a
+vmlinux. Other flat binaries carry no mark, so they need the format chosen; anything else is refused rather than run.
 
 A plain ELF32 file is entered in 32-bit protected mode as by Multiboot but with zero in EAX and EBX, a plain ELF64
 file in 64-bit mode with memory mapped one to one, and a flat binary in real-address mode with all of the file, not
@@ -13,7 +14,7 @@ memory written is bounded by the machine's RAM; all that can go wrong is a `Boot
 
 from __future__ import annotations
 
-from vtx.boot import multiboot1, multiboot2
+from vtx.boot import linux, multiboot1, multiboot2, pvh
 from vtx.boot.elf import ElfImage, is_elf, parse_elf
 from vtx.boot.entry import enter_64_bit_mode, enter_protected_mode, enter_real_mode
 from vtx.boot.image import BootError, BootOptions, ImageFormat, LoadedImage
@@ -23,8 +24,6 @@ from vtx.x86.state import CpuState
 
 SIGNATURE_OFFSET = 510
 SIGNATURE = b"\x55\xaa"
-LINUX_HEADER_OFFSET = 0x202
-LINUX_HEADER = b"HdrS"
 
 
 def load(
@@ -50,6 +49,14 @@ def load(
             if second is None:
                 raise BootError("image has no Multiboot2 header in its first 32 KiB")
             return multiboot2.load_multiboot2(image, second, layout, options, cpu)
+        case ImageFormat.BZIMAGE:
+            if not linux.is_bzimage(image):
+                raise BootError("image is not a Linux bzImage")
+            return linux.load_bzimage(image, layout, options, cpu)
+        case ImageFormat.PVH:
+            return pvh.load_pvh(_parse(image), image, layout, options, cpu)
+        case ImageFormat.VMLINUX:
+            return linux.load_vmlinux(_parse(image), image, layout, options, cpu)
         case ImageFormat.ELF32 | ImageFormat.ELF64:
             return _load_elf(chosen, _parse_as(chosen, image), image, layout, cpu)
         case ImageFormat.FLAT:
@@ -65,18 +72,32 @@ def detect(image: bytes) -> ImageFormat:
     if multiboot2.find_header(image) is not None:
         return ImageFormat.MULTIBOOT2
     if is_elf(image):
-        return ImageFormat.ELF32 if parse_elf(image).bits == 32 else ImageFormat.ELF64
-    if image[LINUX_HEADER_OFFSET : LINUX_HEADER_OFFSET + 4] == LINUX_HEADER:
-        raise BootError("image is a Linux bzImage, which is not supported")
+        return _detect_elf(parse_elf(image))
+    if linux.is_bzimage(image):
+        return ImageFormat.BZIMAGE
     if image[SIGNATURE_OFFSET : SIGNATURE_OFFSET + 2] == SIGNATURE:
         return ImageFormat.FLAT
-    raise BootError("image is not Multiboot, ELF or a boot sector (a flat binary needs its format chosen)")
+    raise BootError(
+        "image is not Multiboot, ELF, a Linux bzImage or a boot sector (a flat binary needs its format chosen)"
+    )
+
+
+def _detect_elf(elf: ElfImage) -> ImageFormat:
+    if pvh.entry_of(elf) is not None:
+        return ImageFormat.PVH
+    if any(note.owner == linux.NOTE_OWNER for note in elf.notes):
+        return ImageFormat.VMLINUX
+    return ImageFormat.ELF32 if elf.bits == 32 else ImageFormat.ELF64
+
+
+def _parse(image: bytes) -> ElfImage:
+    if not is_elf(image):
+        raise BootError("image is not an ELF file")
+    return parse_elf(image)
 
 
 def _parse_as(chosen: ImageFormat, image: bytes) -> ElfImage:
-    if not is_elf(image):
-        raise BootError("image is not an ELF file")
-    elf = parse_elf(image)
+    elf = _parse(image)
     if (elf.bits == 32) != (chosen is ImageFormat.ELF32):
         raise BootError(f"image is a {elf.bits}-bit ELF file, not {chosen.value}")
     return elf

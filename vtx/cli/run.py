@@ -29,7 +29,13 @@ _DEFAULT_PROFILE = "skylake-server"
 @click.option("--profile", default=_DEFAULT_PROFILE, show_default=True, metavar="NAME", help="Processor to be.")
 @click.option("--memory", default="128M", show_default=True, callback=memory_size, help="RAM: 64M (or 64), 2G.")
 @click.option("--smp", "cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="Processors.")
-@click.option("--initrd", "initrds", multiple=True, metavar="FILE", help="A Multiboot module; may be repeated.")
+@click.option(
+    "--initrd",
+    "initrds",
+    multiple=True,
+    metavar="FILE",
+    help="A Multiboot module or Linux initial RAM disk; may be repeated.",
+)
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what happens as JSON lines.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Stop after N guest instructions.")
 @click.option("--timeout", type=float, callback=wall_time, metavar="SECONDS", help="Stop after this much wall time.")
@@ -56,9 +62,9 @@ def run(
 ) -> int:
     """Boot IMAGE and run it until it writes to the debug-exit port 0xF4.
 
-    IMAGE is a bundled guest (see `vtx guests`) or a file: Multiboot 1 or 2, ELF, or a boot sector. GUEST ARGS are its
-    command line; write -- before arguments that begin with a dash. The serial port COM1 is standard input and output,
-    a summary goes to standard error.
+    IMAGE is a bundled guest (see `vtx guests`) or a file: Multiboot 1 or 2, a Linux bzImage or vmlinux, a kernel with a
+    PVH entry point, ELF, or a boot sector. GUEST ARGS are its command line; write -- before arguments that begin with a
+    dash. The serial port COM1 is standard input and output, a summary goes to standard error.
 
     \b
     Exit status:

@@ -5,13 +5,14 @@ import struct
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from images import CODE, MIB, boot, elf, multiboot1_elf, multiboot1_header, multiboot2_elf
+from images import CODE, MIB, boot, bzimage, elf, multiboot1_elf, multiboot1_header, multiboot2_elf
 
 from vtx.boot.image import BootError, BootOptions, ImageFormat, Module
 from vtx.boot.loaders import load
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.state import CpuState, Gpr
 
+NOT_AN_IMAGE = "image is not Multiboot, ELF, a Linux bzImage or a boot sector (a flat binary needs its format chosen)"
 BOOT_SECTOR = CODE.ljust(510, b"\0") + b"\x55\xaa"
 
 
@@ -161,7 +162,7 @@ def test_chosen_format_that_does_not_fit(chosen: ImageFormat, message: str) -> N
     ("image", "message"),
     [
         (b"", "image is empty"),
-        (b"hello\n" * 300, "image is not Multiboot, ELF or a boot sector (a flat binary needs its format chosen)"),
+        (b"hello\n" * 300, NOT_AN_IMAGE),
         (b"\x7fELF", "truncated ELF file: no header"),
         (elf()[:40], "truncated ELF file: incomplete header"),
         (elf()[:60], "truncated ELF file: incomplete program headers"),
@@ -198,7 +199,7 @@ def test_chosen_format_that_does_not_fit(chosen: ImageFormat, message: str) -> N
             elf(entry=0x9_F000, segments=((0x9_F000, 0x9_F000, CODE, 0x1000),)),
             "ELF segment 0 overlaps the reserved memory 0x9fc00-0xfffff",
         ),
-        (BOOT_SECTOR[:0x202].ljust(0x202, b"\0") + b"HdrS", "image is a Linux bzImage, which is not supported"),
+        (BOOT_SECTOR[:0x202].ljust(0x202, b"\0") + b"HdrS", "truncated bzImage: incomplete setup header"),
     ],
 )
 def test_bad_images(image: bytes, message: str) -> None:
@@ -263,7 +264,14 @@ def resident() -> int:
 
 # --- Fuzzing: any bytes load or are refused with one line ---
 
-SEEDS = (multiboot1_elf(), multiboot2_elf((3, 0, struct.pack("<I", 0x10_0003))), elf(32), elf(64), BOOT_SECTOR)
+SEEDS = (
+    multiboot1_elf(),
+    multiboot2_elf((3, 0, struct.pack("<I", 0x10_0003))),
+    elf(32),
+    elf(64),
+    BOOT_SECTOR,
+    bzimage(CODE, bits=32),
+)
 EDGES = st.sampled_from((0, 1, 7, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFF, (1 << 64) - 1, 1 << 63))
 FORMATS = st.sampled_from((None, *ImageFormat))
 
