@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 from attrs import frozen
 
 from vtx import pc_map
+from vtx.addresses import PAGE_SHIFT
 from vtx.devices import test_storage
 from vtx.devices.acpi_pm import AcpiPm
 from vtx.devices.apic_bus import InterruptBus
@@ -85,6 +86,7 @@ class Board:
     ) -> None:
         self.sockets: list[Socket] = []
         self.running: Socket
+        self._memory = memory
         self._ports: dict[int, PortEntry] = {}
         self._clock = clock
         self.due_changed = due_changed
@@ -109,7 +111,7 @@ class Board:
         memory.add_window(pc_map.TEST_MEMORY_ADDRESS, test_storage.MEMORY_SIZE, self._test_memory)
         memory.add_window(pc_map.IO_APIC_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.io_apic))
         memory.add_window(pc_map.HPET_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.hpet))
-        memory.add_window(pc_map.LOCAL_APIC_ADDRESS, WINDOW_SIZE, _LocalApicWindow(self))
+        memory.own_device = _LocalApicWindow(self)
 
     def _add_interrupt_controllers(self) -> None:
         self.bus = InterruptBus(self.due_changed, self._requests_dropped)
@@ -160,6 +162,16 @@ class Board:
             self.timed_write(entry.device.port_write, entry.offset, size, value)
         else:
             entry.device.port_write(entry.offset, size, value)
+
+    def select(self, socket: Socket) -> None:
+        """The processor in ``socket`` runs from now on, and sees its local APIC where it has put it."""
+        self.running = socket
+        self.local_apic_moved()
+
+    def local_apic_moved(self) -> None:
+        """The running processor may have put its local APIC elsewhere."""
+        address = self.running.apic.page_address
+        self._memory.own_page = None if address is None else address >> PAGE_SHIFT
 
     def port_device(self, port: int) -> str:
         """Name of the device at an I/O port, ``none`` where nothing answers."""
@@ -298,7 +310,7 @@ class Socket:
         self.board.sockets.append(self)
         if index == 0:
             self.apic.set_virtual_wire_mode()
-            self.board.running = self
+            self.board.select(self)
 
     def port_read(self, port: int, size: int) -> int:
         """Value of ``size`` bytes at an I/O port."""

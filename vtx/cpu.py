@@ -53,6 +53,11 @@ class Cpu(LogicalProcessor):
         """A system-management interrupt."""
         raise NotModelled("system-management mode")
 
+    def local_apic_moved(self) -> None:
+        """The page of the local APIC is elsewhere, or hidden."""
+        self.socket.board.local_apic_moved()
+        self.mmu.flush_engine(None)
+
     def init(self) -> None:
         """An INIT signal: latched, and taken at the next boundary at which it is not blocked."""
         self._init_pending = True

@@ -122,7 +122,7 @@ class Machine:
 
     def _switch(self, index: int) -> None:
         self._running = self.cpus[index]
-        self.board.running = self._running.socket
+        self.board.select(self._running.socket)
 
     def due_changed(self) -> None:
         """A device or another processor did something that the current run was not planned for."""

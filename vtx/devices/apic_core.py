@@ -59,6 +59,10 @@ class ProcessorPins(Protocol):
         """A system-management interrupt becomes pending."""
         ...
 
+    def local_apic_moved(self) -> None:
+        """The local APIC's page is at another address than before, or hidden or seen again."""
+        ...
+
     def init(self) -> None:
         """An INIT signal becomes pending; the processor calls `LocalApic.init_reset` when it takes it."""
         ...

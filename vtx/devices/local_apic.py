@@ -120,14 +120,20 @@ class LocalApic(ApicCore):
             self.state.xapic_id = self.profile.apic_id & 0xFF
         elif new_mode != old_mode and new_mode == X2APIC:
             self.state.registers[Register.ICR_HIGH] = 0
-        self.state.apic_base = value
+        self._move(value)
         return True
+
+    def _move(self, base: int) -> None:
+        before = self.page_address
+        self.state.apic_base = base
+        if self.page_address != before:
+            self._pins.local_apic_moved()
 
     def reset(self) -> None:
         """Power-up and RESET: everything, IA32_APIC_BASE and the ID included."""
         base = DEFAULT_BASE | ApicBase.EN | (ApicBase.BSP if self.profile.bootstrap else 0)
         self._clear()
-        self.state.apic_base = base
+        self._move(base)
         self.state.xapic_id = self.profile.apic_id & 0xFF
 
     def init_reset(self) -> None:

@@ -50,6 +50,7 @@ PERMISSION_MAP: Final = PRIVATE + 0x1000
 PERMISSION_MAP_SIZE: Final = 0x3000
 VOID_CODE: Final = PRIVATE + 0x4000  # what is fetched where there is no RAM: all ones
 VOID_DATA: Final = PRIVATE + 0x5000  # what is read there: all ones; writes vanish
+OWN_PAGE: Final = PRIVATE + 0x6000  # the processor's own device, wherever the processor has put it
 _VMCB_MSRPM_BASE: Final = 0x48
 
 PROBE: Final = 1 << 62
@@ -141,6 +142,8 @@ class UnicornEngine:
         native.check(self._library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
         self._write_private(VMCB_FRAME + _VMCB_MSRPM_BASE, struct.pack("<Q", PERMISSION_MAP))
         self._write_private(PERMISSION_MAP, b"\xff" * (PERMISSION_MAP_SIZE + PAGE_SIZE))  # VOID_CODE included
+        own = self._memory.own_device
+        self._map_mmio(OWN_PAGE, PAGE_SIZE, own.mmio_read, own.mmio_write)
         self._map_mmio(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
 
     def _write_private(self, address: int, data: bytes) -> None:
@@ -218,7 +221,8 @@ class UnicornEngine:
             self._refused = (address, kind, grant)
             return False
         frame, permissions = grant
-        if self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
+        own = frame == self._memory.own_page
+        if not own and self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
             entry.paddr = frame << PAGE_SHIFT
         elif kind is AccessKind.EXECUTE:
@@ -226,7 +230,8 @@ class UnicornEngine:
             entry.paddr = VOID_CODE
         else:
             permissions &= ~AccessKind.EXECUTE
-            entry.paddr = frame << PAGE_SHIFT if self._memory.window_at(frame << PAGE_SHIFT) else VOID_DATA
+            window = self._memory.window_at(frame << PAGE_SHIFT)
+            entry.paddr = OWN_PAGE if own else frame << PAGE_SHIFT if window else VOID_DATA
         if permissions & AccessKind.EXECUTE:
             self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
         entry.perms = permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4

@@ -1,5 +1,8 @@
 """Physical memory: RAM shared with the engine, device windows, and nothing.
 
+One page is each processor's own, with its local APIC behind it: a processor finds it where it has put it, even over
+RAM, and no other processor sees it there.
+
 RAM is one anonymous mapping, so the model and the engine see the same bytes without copies. As on a PC, RAM above
 3 GiB continues at 4 GiB. An address that is neither RAM nor a device reads as ones and ignores writes.
 """
@@ -13,7 +16,7 @@ from typing import Protocol
 
 from attrs import frozen
 
-from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 
 LOW_RAM_END = 0xC000_0000
 HIGH_RAM_START = 0x1_0000_0000
@@ -49,11 +52,22 @@ class MmioWindow:
     device: MmioDevice
 
 
+class _Nothing:
+    """What answers where there is nothing."""
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        return (1 << 8 * size) - 1
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        pass
+
+
 class PhysicalMemory:
     """The physical address space of a machine.
 
     ``size`` is the RAM size in bytes, a multiple of the page size. ``code_written`` is called with the page number
     whenever the model writes to a page listed in ``code_pages`` (pages the engine has translated code from).
+    ``own_page`` is the number of the page at which the running processor finds ``own_device``, None if it is hidden.
     """
 
     def __init__(self, size: int) -> None:
@@ -71,6 +85,8 @@ class PhysicalMemory:
         self._low_end = low
         self._high_end = HIGH_RAM_START + (size - low)
         self.windows: list[MmioWindow] = []
+        self.own_page: int | None = None
+        self.own_device: MmioDevice = _Nothing()
         self.code_pages: set[int] = set()
         self.code_written: Callable[[int], None] = lambda page: None
 
@@ -80,6 +96,8 @@ class PhysicalMemory:
 
     def window_at(self, address: int) -> MmioWindow | None:
         """The device window that holds ``address``, if any."""
+        if address >> PAGE_SHIFT == self.own_page:
+            return MmioWindow(address & ~PAGE_OFFSET_MASK, PAGE_SIZE, self.own_device)
         for window in self.windows:
             if window.start <= address < window.start + window.size:
                 return window

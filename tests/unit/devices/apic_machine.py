@@ -20,6 +20,7 @@ class RecordingPins:
 
     def __init__(self) -> None:
         self.events: list[object] = []
+        self.moves = 0
 
     def nmi(self) -> None:
         self.events.append("nmi")
@@ -29,6 +30,9 @@ class RecordingPins:
 
     def init(self) -> None:
         self.events.append("init")
+
+    def local_apic_moved(self) -> None:
+        self.moves += 1
 
     def start_up(self, vector: int) -> None:
         self.events.append(("start-up", vector))

@@ -315,6 +315,18 @@ def test_relocation(machine: Machine, address: int) -> None:
     assert machine.apic.apic_base_write(address | EN)
     assert machine.apic.page_address == address
     assert machine.read(VERSION) == 0x0106_0015
+    assert machine.pins[0].moves == 1
+
+
+def test_moves_are_told(machine: Machine) -> None:
+    """Of the page: its address, and whether it answers at all."""
+    for value, moves in ((BASE | EN, 0), (BASE | EN | EXTD, 1), (BASE, 1), (0x1000, 1), (0x1000 | EN, 2)):
+        assert machine.apic.apic_base_write(value)
+        assert machine.pins[0].moves == moves
+    machine.apic.init_reset()
+    assert machine.pins[0].moves == 2
+    machine.apic.reset()
+    assert machine.pins[0].moves == 3
 
 
 @pytest.mark.parametrize("via_x2apic", [False, True])

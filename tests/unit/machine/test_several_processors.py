@@ -1,48 +1,10 @@
-"""Several processors: start-up, turns, wake-ups. The guests are written as bytes, instruction by instruction."""
+"""Several processors: start-up, turns, wake-ups."""
 
 import pytest
+from flat_guest import COUNTER, EXIT_0, ICR, INIT_OTHERS, START, START_OTHERS_AT_8000, machine_with, store, wait_for
 
-from vtx.machine import Machine, StopReason
-from vtx.x86.state import Activity, Segment
-
-ICR = 0xFEE0_0300
-INIT_OTHERS, START_OTHERS_AT_8000 = 0x000C_4500, 0x000C_4608
-COUNTER = 0x9000
-
-
-def store(address: int, value: int) -> bytes:
-    """MOV DWORD [address], value in 32-bit code."""
-    return b"\xc7\x05" + address.to_bytes(4, "little") + value.to_bytes(4, "little")
-
-
-SOFTWARE_ENABLE = store(0xFEE0_00F0, 0x1FF)
-EXIT_0 = bytes.fromhex("31c0 baf4000000 ef f4")  # XOR EAX, EAX; MOV EDX, 0F4H; OUT DX, EAX; HLT
-
-
-def wait_for(count: int) -> bytes:
-    """PAUSE; CMP WORD [COUNTER], count; JNE to the PAUSE."""
-    return bytes.fromhex("f390 66813d") + COUNTER.to_bytes(4, "little") + count.to_bytes(2, "little") + b"\x75\xf3"
-
-
-COUNT_AND_HALT = bytes.fromhex("31c0 8ed8 f0ff060090 f4 ebfd")  # 16-bit: XOR AX, AX; MOV DS, AX; LOCK INC [9000H]; HLT
-
-
-def machine_with(cpus: int, code: bytes, start_up_code: bytes = COUNT_AND_HALT) -> Machine:
-    """Processor 0 is about to execute ``code`` in flat 32-bit protected mode; the others find theirs at 8000H."""
-    machine = Machine(cpus=cpus, memory=1 << 20)
-    machine.memory.write(0x1000, code)
-    machine.memory.write(0x8000, start_up_code)
-    state = machine.cpu.state
-    state.cr0 = 0x11
-    state.segments = [Segment(0x10, 0, 0xFFFF_FFFF, 0xC093) for _ in range(6)]
-    state.segments[1] = Segment(8, 0, 0xFFFF_FFFF, 0xC09B)
-    state.rip = 0x1000
-    state.gpr[4] = 0x7000
-    machine.cpu.load_control_state()
-    return machine
-
-
-START = SOFTWARE_ENABLE + store(ICR, INIT_OTHERS) + store(ICR, START_OTHERS_AT_8000)
+from vtx.machine import StopReason
+from vtx.x86.state import Activity
 
 
 def test_others_wait_for_a_start_up_ipi():
