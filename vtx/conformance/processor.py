@@ -70,10 +70,20 @@ _FLAG_NAMES: Final = {
     "cx16": "CMPXCHG16B",
     "fxsr": "FXSR",
     "invtsc": "INVARIANT-TSC",
+    "decodeassists": "DecodeAssists",
+    "flushbyasid": "FlushByAsid",
     "lahf-lm": "LAHF64",
+    "lbrv": "LbrVirt",
+    "mmxext": "MmxExt",
+    "npt": "NP",
+    "nrip-save": "NRIPS",
     "pdpe1gb": "PAGE1GB",
+    "pfthreshold": "PauseFilterThreshold",
     "pni": "SSE3",
+    "svm-lock": "SVML",
     "tsc-adjust": "IA32_TSC_ADJUST",
+    "tsc-scale": "TscRateMsr",
+    "v-vmsave-vmload": "VmsaveVirt",
 }
 
 # Flags of QEMU for VMX controls, and the keys and names the control has in a profile.

@@ -3,6 +3,8 @@
 A profile names its features and states its parts; what a leaf returns is computed from them, so that leaves which must
 agree (feature flags and XSAVE sizes, cache and topology leaves, address widths) cannot disagree.
 
+What AMD processors have otherwise is in `vtx.x86.cpuid_amd`.
+
 Spec: SDM Vol. 2A, "CPUID—CPU Identification".
 """
 
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
+from vtx.x86 import cpuid_amd
 from vtx.x86.cpuid_features import LEGACY_AND_HEADER_SIZE, STATE_COMPONENTS
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
 
@@ -86,8 +89,13 @@ def cpuid(profile: Profile, leaf: int, subleaf: int, dynamic: Dynamic) -> Regist
 
     Spec: SDM Vol. 2A, "CPUID—CPU Identification".
     """
-    leaf = _resolve(profile, leaf, dynamic)
-    compute = _LEAVES.get(leaf)
+    if profile.is_amd:
+        if not _in_range(profile, leaf, dynamic):
+            return ZERO
+        compute = cpuid_amd.LEAVES.get(leaf) or _LEAVES.get(leaf)
+    else:
+        leaf = _resolve(profile, leaf, dynamic)
+        compute = _LEAVES.get(leaf)
     if compute is not None:
         return compute(profile, subleaf, dynamic)
     return profile.feature_words.get((leaf, 0), ZERO)
@@ -101,10 +109,11 @@ def _highest_basic_leaf(profile: Profile, dynamic: Dynamic) -> int:
 
 def _resolve(profile: Profile, leaf: int, dynamic: Dynamic) -> int:
     """The leaf that answers for ``leaf``: beyond the basic or extended range it is the highest basic one."""
-    highest = _highest_basic_leaf(profile, dynamic)
-    if leaf <= highest or 0x8000_0000 <= leaf <= profile.highest_extended_leaf:
-        return leaf
-    return highest
+    return leaf if _in_range(profile, leaf, dynamic) else _highest_basic_leaf(profile, dynamic)
+
+
+def _in_range(profile: Profile, leaf: int, dynamic: Dynamic) -> bool:
+    return leaf <= _highest_basic_leaf(profile, dynamic) or 0x8000_0000 <= leaf <= profile.highest_extended_leaf
 
 
 def _with_flags(profile: Profile, leaf: int, subleaf: int, values: Registers) -> Registers:
@@ -207,6 +216,9 @@ def _frequencies(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
 
 
 def _highest_extended(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
+    if profile.is_amd:
+        first, second, third = _text(profile.vendor)
+        return profile.highest_extended_leaf, first, third, second
     return profile.highest_extended_leaf, 0, 0, 0
 
 

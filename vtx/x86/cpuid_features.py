@@ -1,7 +1,7 @@
 """CPUID features by name: where each is reported, and which control-register bits and save areas come with it.
 
 Spec: SDM Vol. 2A, "CPUID—CPU Identification"; Vol. 3A, "Control Registers"; Vol. 1, "Managing State Using the XSAVE
-Feature Set".
+Feature Set"; APM Vol. 3, "Obtaining Processor Information Via the CPUID Instruction".
 """
 
 from __future__ import annotations
@@ -157,9 +157,33 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
         | {29: "ARCH_CAPABILITIES", 31: "SSBD"},
     ),
     (0xD, 1, EAX, {0: "XSAVEOPT", 1: "XSAVEC", 2: "XGETBV_1", 3: "XSAVES"}),
-    (0x8000_0001, 0, ECX, {0: "LAHF64", 5: "LZCNT", 8: "PREFETCHW"}),
-    (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),
+    (0x8000_0001, 0, ECX, {0: "LAHF64", 2: "SVM", 4: "AltMovCr8", 5: "LZCNT", 8: "PREFETCHW", 12: "SKINIT"}),
+    (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 22: "MmxExt", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),
     (0x8000_0007, 0, EDX, {8: "INVARIANT-TSC"}),
+    (0x8000_0008, 0, EBX, {0: "CLZERO", 4: "RDPRU", 20: "EferLmsleUnsupported"}),
+    (
+        0x8000_000A,
+        0,
+        EDX,
+        {
+            0: "NP",
+            1: "LbrVirt",
+            2: "SVML",
+            3: "NRIPS",
+            4: "TscRateMsr",
+            5: "VmcbClean",
+            6: "FlushByAsid",
+            7: "DecodeAssists",
+            10: "PauseFilter",
+            12: "PauseFilterThreshold",
+            13: "AVIC",
+            15: "VmsaveVirt",
+            16: "VGIF",
+            17: "GMET",
+            18: "x2AVIC",
+            25: "VNMI",
+        },
+    ),
 )
 
 FEATURES: Final[Mapping[str, FeatureBit]] = MappingProxyType(

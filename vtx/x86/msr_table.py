@@ -1,6 +1,7 @@
 """The architectural MSRs as data: which exist on a profile, what they hold at reset, what software may write.
 
-Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3A, "Memory Type Range Registers (MTRRs)", "Machine-Check MSRs".
+Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3A, "Memory Type Range Registers (MTRRs)", "Machine-Check MSRs"; APM
+Vol. 2, "Model-Specific Registers (MSRs)".
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ IA32_FS_BASE: Final = 0xC000_0100
 IA32_GS_BASE: Final = 0xC000_0101
 IA32_KERNEL_GS_BASE: Final = 0xC000_0102
 IA32_TSC_AUX: Final = 0xC000_0103
+TSC_RATIO: Final = 0xC000_0104
+PERF_EVENT_SELECT_0: Final = 0xC001_0000
+PERF_COUNTER_0: Final = 0xC001_0004
+VM_CR: Final = 0xC001_0114
+VM_HSAVE_PA: Final = 0xC001_0117
 
 APIC_BASE_BSP: Final = 1 << 8
 APIC_BASE_EXTD: Final = 1 << 10
@@ -49,6 +55,13 @@ APIC_BASE_EN: Final = 1 << 11
 FEATURE_CONTROL_LOCK: Final = 1 << 0
 FEATURE_CONTROL_VMX_IN_SMX: Final = 1 << 1
 FEATURE_CONTROL_VMX_OUTSIDE_SMX: Final = 1 << 2
+
+TSC_RATIO_RESET: Final = 1 << 32
+"""A ratio of 1: 8 integer bits and 32 bits of fraction."""
+PERF_COUNTERS: Final = 4
+VM_CR_R_INIT: Final = 1 << 1
+VM_CR_LOCK: Final = 1 << 3
+VM_CR_SVMDIS: Final = 1 << 4
 
 Check = Callable[["Profile", int, int], bool]
 """Whether WRMSR may change an MSR of a profile from an old to a new value; both passed the reserved-bit masks."""
@@ -61,7 +74,7 @@ class Msr:
     ``writable`` are the bits software changes, ``ignored`` those whose writes have no effect; setting any other bit
     faults. ``writable_with`` adds writable bits that come with a CPUID feature. ``address`` makes bits 12 up to the
     physical-address width writable. ``features``: CPUID features of which one makes the MSR exist (none: it always
-    exists). ``check`` is a condition beyond masks.
+    exists). ``check`` is a condition beyond masks. ``intel_only``: AMD processors do not have it.
     """
 
     index: int
@@ -74,6 +87,7 @@ class Msr:
     read_only: bool = False
     features: tuple[str, ...] = ()
     check: Check | None = None
+    intel_only: bool = False
 
 
 def _canonical(profile: Profile, old: int, new: int) -> bool:
@@ -122,13 +136,18 @@ def _apic_mode_transition(profile: Profile, old: int, new: int) -> bool:
     return new & _APIC_MODES in _APIC_TRANSITIONS[old & _APIC_MODES]
 
 
+def _vm_cr(profile: Profile, old: int, new: int) -> bool:
+    """LOCK makes itself and SVMDIS read-only. Spec: APM Vol. 2, "VM_CR MSR (C001_0114h)"."""
+    return not old & VM_CR_LOCK or not (old ^ new) & (VM_CR_LOCK | VM_CR_SVMDIS)
+
+
 # Fast strings on; branch trace storage and PEBS reported as unavailable; MONITOR/MWAIT on.
 _MISC_ENABLE_RESET: Final = 1 << 0 | 1 << 11 | 1 << 12 | MISC_ENABLE_MONITOR
 _PAT_RESET: Final = 0x0007_0406_0007_0406
 
 _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_TIME_STAMP_COUNTER, "IA32_TIME_STAMP_COUNTER", features=("TSC",)),
-    Msr(0x17, "IA32_PLATFORM_ID", read_only=True),
+    Msr(0x17, "IA32_PLATFORM_ID", read_only=True, intel_only=True),
     Msr(
         IA32_APIC_BASE,
         "IA32_APIC_BASE",
@@ -170,7 +189,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_SYSENTER_EIP, "IA32_SYSENTER_EIP", features=("SEP",), check=_canonical),
     Msr(IA32_MCG_CAP, "IA32_MCG_CAP", read_only=True, features=("MCA",)),
     Msr(0x17A, "IA32_MCG_STATUS", writable=0b111, features=("MCA",)),
-    Msr(0x198, "IA32_PERF_STATUS", read_only=True),
+    Msr(0x198, "IA32_PERF_STATUS", read_only=True, intel_only=True),
     Msr(0x199, "IA32_PERF_CTL", writable=0xFFFF | 1 << 32, features=("EIST",)),
     Msr(
         IA32_MISC_ENABLE,
@@ -179,6 +198,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
         writable=1 | MISC_ENABLE_LIMIT_CPUID,
         ignored=1 << 7 | 1 << 11 | 1 << 12,  # read-only: performance monitoring, BTS and PEBS
         writable_with=(("MONITOR", MISC_ENABLE_MONITOR), ("EIST", 1 << 16)),
+        intel_only=True,
     ),
     # LBR and BTF. Branches are not recorded: the record below stays zero.
     Msr(IA32_DEBUGCTL, "IA32_DEBUGCTL", writable=0b11, writable_with=(("BUS_LOCK_DETECT", 1 << 2),)),
@@ -196,7 +216,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
         "IA32_EFER",
         writable=0,
         ignored=Efer.LMA,
-        writable_with=(("SYSCALL", Efer.SCE), ("LM", Efer.LME), ("NX", Efer.NXE)),
+        writable_with=(("SYSCALL", Efer.SCE), ("LM", Efer.LME), ("NX", Efer.NXE), ("SVM", Efer.SVME)),
         features=("LM", "NX", "SYSCALL"),
     ),
     Msr(IA32_STAR, "IA32_STAR", features=("SYSCALL",)),
@@ -209,7 +229,38 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_TSC_AUX, "IA32_TSC_AUX", writable=MASK32, features=("RDTSCP", "RDPID")),
 )
 
-ARCHITECTURAL_MSRS: Final[Mapping[str, Msr]] = MappingProxyType({msr.name: msr for msr in _TABLE})
+# What AMD processors have besides, or have otherwise. No debug facility, cache or memory controller is behind these.
+_AMD_TABLE: Final[tuple[Msr, ...]] = (
+    Msr(0x8B, "PATCH_LEVEL", read_only=True),
+    Msr(IA32_SYSENTER_ESP, "SYSENTER_ESP_MSR", features=("SEP",)),
+    Msr(IA32_SYSENTER_EIP, "SYSENTER_EIP_MSR", features=("SEP",)),
+    Msr(IA32_DEBUGCTL, "DebugCtlMSR", writable=0b11_1111),
+    Msr(
+        TSC_RATIO,
+        "TSC_RATIO",
+        reset=TSC_RATIO_RESET,
+        writable=(1 << 40) - 1,
+        features=("TscRateMsr",),
+    ),
+    # Four counters, as every AMD processor has them. No event ever happens: they hold what software writes.
+    *(Msr(PERF_EVENT_SELECT_0 + n, f"PerfEvtSel{n}", writable=0x0003_FFDF_FFFF) for n in range(PERF_COUNTERS)),
+    *(Msr(PERF_COUNTER_0 + n, f"PerfCtr{n}", writable=(1 << 48) - 1) for n in range(PERF_COUNTERS)),
+    Msr(0xC001_0010, "SYSCFG", writable=0b111_1100 << 16),
+    Msr(0xC001_0015, "HWCR", reset=1 << 24, writable=1 << 3 | 1 << 4 | 1 << 8 | 1 << 18 | 1 << 25, ignored=1 << 24),
+    *(Msr(0xC001_0016 + 2 * n, f"IORR_BASE{n}", writable=0b1_1000, address=True) for n in range(2)),
+    *(Msr(0xC001_0017 + 2 * n, f"IORR_MASK{n}", writable=1 << 11, address=True) for n in range(2)),
+    Msr(0xC001_001A, "TOP_MEM", writable=0, address=True),
+    Msr(0xC001_001D, "TOP_MEM2", writable=0, address=True),
+    Msr(0xC001_0111, "SMM_BASE", reset=0x3_0000, writable=MASK32),
+    Msr(0xC001_0112, "SMM_ADDR", writable=0, address=True),
+    Msr(0xC001_0113, "SMM_MASK", writable=0b11, address=True),
+    Msr(VM_CR, "VM_CR", writable=0b1_1111, features=("SVM",), check=_vm_cr),
+    Msr(VM_HSAVE_PA, "VM_HSAVE_PA", writable=0, address=True, features=("SVM",)),
+    Msr(0xC001_0140, "OSVW_ID_Length", writable=0xFFFF),
+    Msr(0xC001_0141, "OSVW_Status"),
+)
+
+ARCHITECTURAL_MSRS: Final[Mapping[str, Msr]] = MappingProxyType({msr.name: msr for msr in (*_TABLE, *_AMD_TABLE)})
 
 _MTRR_FIXED: Final[tuple[tuple[int, str], ...]] = (
     (0x250, "IA32_MTRR_FIX64K_00000"),
@@ -244,10 +295,13 @@ MTRRCAP_WRITE_COMBINING: Final = 1 << 10
 def msrs_of(profile: Profile) -> dict[int, Msr]:
     """The MSRs that exist on ``profile``, by index, with its masks and reset values worked in."""
     rows = [*_TABLE, *_mtrrs(profile.variable_mtrrs), *_machine_check_banks(profile.machine_check_banks)]
+    if profile.is_amd:
+        rows = [*(row for row in rows if not row.intel_only), *_AMD_TABLE]
     resets = {
         "IA32_MTRRCAP": profile.variable_mtrrs | MTRRCAP_FIXED | MTRRCAP_WRITE_COMBINING,
         "IA32_MCG_CAP": profile.machine_check_banks,
         "IA32_BIOS_SIGN_ID": profile.microcode_revision << 32,
+        "PATCH_LEVEL": profile.microcode_revision,
     }
     by_index = {row.index: evolve(row, reset=resets.get(row.name, row.reset)) for row in rows}
     by_index.update((row.index, row) for row in profile.msrs)

@@ -25,6 +25,9 @@ from vtx.x86.vmx_profile import capability_msrs
 
 DEFAULT_PROFILE: Final = "skylake-server"
 
+_AMD_VENDORS: Final = ("AuthenticAMD", "HygonGenuine")
+_LARGEST_ASIDS: Final = 0x1_0000
+
 CACHE_TYPES: Final = {"data": 1, "instruction": 2, "unified": 3}
 
 
@@ -58,7 +61,8 @@ class Profile:
 
     ``features`` are keys of `vtx.x86.cpuid_features.FEATURES`. Widths are in bits, frequencies in Hz. ``msrs`` are
     further MSRs, and architectural ones that this model defines otherwise. ``vmx_capabilities`` maps the index of each
-    VMX capability MSR to its value; empty without VMX. The derived parts follow from the rest.
+    VMX capability MSR to its value; empty without VMX. ``asids`` is the number of address-space identifiers, 0 without
+    SVM. The derived parts follow from the rest.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Profile:
     machine_check_banks: int
     msrs: tuple[Msr, ...]
     vmx_capabilities: Mapping[int, int]
+    asids: int = 0
     signature: int = field(init=False)
     feature_words: Mapping[tuple[int, int], Registers] = field(init=False, repr=False)
     cr4_supported: int = field(init=False)
@@ -99,6 +104,11 @@ class Profile:
         """Whether CPUID reports ``feature``; KeyError for a name that `vtx.x86.cpuid_features.FEATURES` lacks."""
         FEATURES[feature]
         return feature in self.features
+
+    @property
+    def is_amd(self) -> bool:
+        """Whether instructions, MSRs and CPUID leaves are those of AMD processors where the vendors differ."""
+        return self.vendor in _AMD_VENDORS
 
     @property
     def tsc_crystal_ratio(self) -> tuple[int, int]:
@@ -177,6 +187,9 @@ def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
     vmx = top.optional_section("vmx")
     if (vmx is not None) != ("VMX" in features):
         raise top.fail("vmx", "a [vmx] table if and only if cpuid.features has VMX")
+    svm = top.optional_section("svm")
+    if (svm is not None) != ("SVM" in features):
+        raise top.fail("svm", "an [svm] table if and only if cpuid.features has SVM")
     profile = Profile(
         name=top.text("name", 64),
         description=top.text("description", 200),
@@ -200,8 +213,9 @@ def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
         machine_check_banks=implementation.integer("machine_check_banks", 0, 32),
         msrs=_msrs(top),
         vmx_capabilities=MappingProxyType(capability_msrs(vmx, features) if vmx else {}),
+        asids=svm.integer("asids", 2, _LARGEST_ASIDS) if svm else 0,
     )
-    for section in (identity, implementation, cpuid, top):
+    for section in filter(None, (identity, implementation, cpuid, svm, top)):
         section.finish()
     return _checked(top, profile)
 
@@ -273,6 +287,9 @@ def _msr(name: str, row: Section) -> Msr:
 
 def _checked(top: Section, profile: Profile) -> Profile:
     """``profile``, unless parts of it that are right by themselves contradict each other."""
+    for feature, is_amd in (("VMX", False), ("SVM", True)):
+        if feature in profile.features and profile.is_amd is not is_amd:
+            raise top.fail("cpuid.features", f"no {feature} with the vendor {profile.vendor}")
     extended = [name for name in profile.features if FEATURES[name].leaf > profile.highest_extended_leaf]
     basic = [name for name in profile.features if profile.highest_basic_leaf < FEATURES[name].leaf < 0x8000_0000]
     for key, beyond in (("cpuid.highest_extended_leaf", extended), ("cpuid.highest_basic_leaf", basic)):

@@ -19,6 +19,8 @@ from vtx.x86.state import MASK32, MASK64, CpuState, Efer, Gpr, Rflags, Segment, 
 _FLAT_CODE_32: Final = 0xC09B  # G, D, present, code, readable, accessed
 _FLAT_CODE_64: Final = 0xA09B  # G, L
 _FLAT_STACK: Final = 0xC093  # G, B, present, writable, accessed
+_DPL_3: Final = 3 << 5
+_IF: Final = Rflags.IF.value
 _RF: Final = Rflags.RF.value
 _FIXED_1: Final = Rflags.FIXED_1.value
 _CLEARED_IN_LEGACY_MODE: Final = int(Rflags.IF | Rflags.VM)
@@ -76,23 +78,33 @@ def syscall(state: CpuState, msrs: SyscallMsrs, instruction_length: int, *, amd:
     _load_flat(state, cs, cs + 8, 0, long=state.long_mode)
 
 
-def sysret(state: CpuState, msrs: SyscallMsrs, operand_size: int) -> None:
-    """SYSRET to privilege level 3, 64-bit mode if ``operand_size`` is 64, else compatibility mode (Intel).
+def sysret(state: CpuState, msrs: SyscallMsrs, operand_size: int, *, amd: bool = False) -> None:
+    """SYSRET to privilege level 3, 64-bit mode if ``operand_size`` is 64, else compatibility mode.
 
-    Raises #UD outside 64-bit mode or without EFER.SCE; #GP(0) above privilege level 0 or for a non-canonical RCX.
+    Raises #UD outside 64-bit mode or without EFER.SCE; #GP(0) above privilege level 0 or for a non-canonical RCX. With
+    ``amd``, other modes have it too, a non-canonical target faults when it is fetched, and SS gets nothing but a
+    selector and the new privilege level.
     """
-    if not state.in_64_bit_mode or not state.efer & Efer.SCE:
+    if not state.efer & Efer.SCE or not state.protected or not (amd or state.in_64_bit_mode):
         raise ud()
     if state.cpl:
         raise gp(0)
     target = state.gpr[Gpr.RCX]
-    if operand_size == 64 and not is_canonical(target, linear_address_width(state)):
+    if not amd and operand_size == 64 and not is_canonical(target, linear_address_width(state)):
         raise gp(0)
     base = msrs.star >> 48
     state.rip = target if operand_size == 64 else target & MASK32
-    state.rflags = state.gpr[Gpr.R11] & _SYSRET_RFLAGS | _FIXED_1
+    if state.long_mode:
+        state.rflags = state.gpr[Gpr.R11] & _SYSRET_RFLAGS | _FIXED_1
+    else:
+        state.rflags |= _IF
     cs = base + 16 if operand_size == 64 else base
-    _load_flat(state, cs | 3, (base + 8) | 3, 3, long=operand_size == 64)
+    if amd:
+        stack = state.segments[SegmentRegister.SS]
+        stack.selector, stack.access_rights = base + 8 & 0xFFFF, stack.access_rights | _DPL_3
+        state.segments[SegmentRegister.CS] = _flat(cs, _FLAT_CODE_64 if operand_size == 64 else _FLAT_CODE_32, 3)
+    else:
+        _load_flat(state, cs | 3, (base + 8) | 3, 3, long=operand_size == 64)
 
 
 def sysenter(state: CpuState, msrs: SysenterMsrs, *, amd: bool = False) -> None:
@@ -112,12 +124,14 @@ def sysenter(state: CpuState, msrs: SysenterMsrs, *, amd: bool = False) -> None:
     _load_flat(state, cs, cs + 8, 0, long=state.long_mode)
 
 
-def sysexit(state: CpuState, msrs: SysenterMsrs, operand_size: int) -> None:
+def sysexit(state: CpuState, msrs: SysenterMsrs, operand_size: int, *, amd: bool = False) -> None:
     """SYSEXIT to privilege level 3 at RDX with stack RCX, 64-bit mode if ``operand_size`` is 64.
 
-    Raises #GP(0) in real-address mode, above privilege level 0, with a null IA32_SYSENTER_CS, and for a non-canonical
-    target or stack.
+    Raises #UD in long mode with ``amd``; #GP(0) in real-address mode, above privilege level 0, with a null
+    IA32_SYSENTER_CS, and for a non-canonical target or stack.
     """
+    if amd and state.long_mode:
+        raise ud()
     if not state.protected or state.cpl or not msrs.cs & 0xFFFC:
         raise gp(0)
     target, stack = state.gpr[Gpr.RDX], state.gpr[Gpr.RCX]

@@ -95,30 +95,37 @@ def _sysenter_msrs(cpu: LogicalProcessor) -> SysenterMsrs:
     return SysenterMsrs(values[IA32_SYSENTER_CS], values[IA32_SYSENTER_ESP], values[IA32_SYSENTER_EIP])
 
 
+def _trap_flag(cpu: LogicalProcessor) -> bool:
+    """Whether SYSCALL or SYSRET traps: the flag that counts is the one it leaves behind."""
+    return bool(cpu.state.rflags & Rflags.TF)
+
+
 def fast_call(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSCALL."""
-    syscall(cpu.state, _syscall_msrs(cpu), instruction.length)
+    syscall(cpu.state, _syscall_msrs(cpu), instruction.length, amd=cpu.profile.is_amd)
     cpu.changed_system_state()
-    cpu.completed(single_step=False)
+    cpu.completed(single_step=_trap_flag(cpu))
 
 
 def fast_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSRET where the engine does not execute it."""
-    sysret(cpu.state, _syscall_msrs(cpu), 64 if instruction.mnemonic == Mnemonic.SYSRETQ else 32)
+    size = 64 if instruction.mnemonic == Mnemonic.SYSRETQ else 32
+    sysret(cpu.state, _syscall_msrs(cpu), size, amd=cpu.profile.is_amd)
     cpu.changed_system_state()
-    cpu.completed(single_step=False)
+    cpu.completed(single_step=_trap_flag(cpu))
 
 
 def fast_enter(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSENTER."""
-    sysenter(cpu.state, _sysenter_msrs(cpu))
+    sysenter(cpu.state, _sysenter_msrs(cpu), amd=cpu.profile.is_amd)
     cpu.changed_system_state()
     cpu.completed(single_step=False)
 
 
 def fast_exit(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSEXIT where the engine does not execute it."""
-    sysexit(cpu.state, _sysenter_msrs(cpu), 64 if instruction.mnemonic == Mnemonic.SYSEXITQ else 32)
+    size = 64 if instruction.mnemonic == Mnemonic.SYSEXITQ else 32
+    sysexit(cpu.state, _sysenter_msrs(cpu), size, amd=cpu.profile.is_amd)
     cpu.changed_system_state()
     cpu.completed(single_step=False)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
-from vtx.x86.cpuid import Dynamic, cpuid
+from vtx.x86.cpuid import MISC_ENABLE_MONITOR, Dynamic, cpuid
 from vtx.x86.decode import Instruction
 from vtx.x86.msr_table import IA32_MISC_ENABLE
 from vtx.x86.operations import Plain, Simple
@@ -21,7 +21,7 @@ def execute_cpuid(cpu: LogicalProcessor, instruction: Instruction) -> None:
     if cpu.intercepts(Simple(Plain.CPUID), instruction):
         return
     gpr = cpu.state.gpr
-    misc_enable = cpu.msrs.values.get(IA32_MISC_ENABLE, 0)
+    misc_enable = cpu.msrs.values.get(IA32_MISC_ENABLE, MISC_ENABLE_MONITOR)
     dynamic = Dynamic.of(cpu.state, cpu.index, cpu.count, cpu.platform.apic_enabled, misc_enable)
     leaf, subleaf = gpr[Gpr.RAX] & MASK32, gpr[Gpr.RCX] & MASK32
     gpr[Gpr.RAX], gpr[Gpr.RBX], gpr[Gpr.RCX], gpr[Gpr.RDX] = cpuid(cpu.profile, leaf, subleaf, dynamic)

@@ -11,7 +11,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import read_linear, require_feature, require_ring_0
-from vtx.x86.msr_table import IA32_TSC_AUX
+from vtx.x86.msr_table import IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import Plain, Simple
 from vtx.x86.outcome import gp, ud
 from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
@@ -137,11 +137,18 @@ def rdpid(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 def rdpmc(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """RDPMC: the profiles have no performance counters, so every index is invalid."""
+    """RDPMC: only profiles of AMD processors have performance counters; elsewhere every index is invalid."""
     if cpu.state.cpl and cpu.state.protected and not cpu.state.cr4 & Cr4.PCE:
         raise gp(0)
-    if not cpu.intercepts(Simple(Plain.RDPMC), instruction):
+    if cpu.intercepts(Simple(Plain.RDPMC), instruction):
+        return
+    gpr = cpu.state.gpr
+    number = gpr[Gpr.RCX] & MASK32
+    value = cpu.msrs.read(PERF_COUNTER_0 + number) if cpu.profile.is_amd and number < PERF_COUNTERS else None
+    if value is None:
         raise gp(0)
+    gpr[Gpr.RAX], gpr[Gpr.RDX] = value & MASK32, value >> 32
+    cpu.retire(instruction)
 
 
 def _require_osxsave(cpu: LogicalProcessor) -> None:
