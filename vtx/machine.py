@@ -22,6 +22,7 @@ from vtx.engine.coherence import Coherence
 from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
 from vtx.scheduler import Scheduler
+from vtx.vmx.explanations import Explain
 from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import NotModelled
@@ -62,7 +63,8 @@ class Machine:
     """A PC with ``cpus`` processors, of which the first boots.
 
     ``profile`` names a CPU profile or is one; ``memory`` is the RAM size in bytes. ``serial`` receives what the guest
-    writes to COM1, ``tracer`` every event. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the
+    writes to COM1, ``tracer`` every event, ``explain`` what is wrong when a VM entry or a VMX instruction fails or an
+    EPT entry is misconfigured. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the
     engine from using its compiled helper (the results are the same).
     """
 
@@ -74,6 +76,7 @@ class Machine:
         cpus: int = 1,
         serial: Callable[[bytes], None] | None = None,
         tracer: Tracer | None = None,
+        explain: Explain | None = None,
         compiled: bool = True,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
@@ -93,6 +96,7 @@ class Machine:
         )
         self.uart = self.board.uart
         self.tracer = tracer
+        self._explain = explain
         self._compiled = compiled
         self._coherence = Coherence()
         self._latest = 0
@@ -110,7 +114,7 @@ class Machine:
         if not index:
             self._running = cpu
         cpu.attach(self, socket)
-        cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer)
+        cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer, self._explain)
         if self.tracer is not None:
             cpu.tracing = ProcessorTracing(cpu, self.tracer)
         return cpu

@@ -19,6 +19,7 @@ _COMMANDS: Final = {
     "run": "vtx.cli.run",
     "guests": "vtx.cli.listings",
     "profiles": "vtx.cli.listings",
+    "explain": "vtx.cli.explain",
     "bench": "vtx.cli.bench",
     "conformance": "vtx.cli.conformance",
 }

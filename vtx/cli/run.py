@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vtx.cli.console import SerialOutput, whole_input
+from vtx.cli.failures import Failures
 from vtx.cli.images import Image, Unusable, find_image, read_file
 from vtx.cli.options import memory_size, wall_time
 from vtx.cli.status import GUEST_DIED, LIMIT_REACHED, ExitConvention, guest_status
@@ -79,8 +80,9 @@ def run(
     found = find_image(image)
     modules = [(name, read_file(name)) for name in initrds]
     output = SerialOutput(sys.stdout.buffer)
+    failures = Failures(None if as_json else _complain)
     with _trace_to(trace_file) as tracer:
-        machine = _boot(found, modules, " ".join(guest_args), profile, memory, cpus, output, tracer)
+        machine = _boot(found, modules, " ".join(guest_args), profile, memory, cpus, output, tracer, failures)
         session = Session(machine, output)
         given = whole_input()
         if given is None:
@@ -88,7 +90,11 @@ def run(
         elif given:
             machine.feed(given)
         ended = session.run(max_instructions=max_instructions, timeout=timeout)
-    return _conclude(machine, ended, ExitConvention(exit_convention), timeout, as_json=as_json)
+    return _conclude(machine, ended, failures, ExitConvention(exit_convention), timeout, as_json=as_json)
+
+
+def _complain(explanation: str) -> None:
+    print(f"vtx: {explanation}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -115,13 +121,16 @@ def _boot(
     cpus: int,
     output: SerialOutput,
     tracer: JsonLinesTracer | None,
+    failures: Failures,
 ) -> Machine:
     from vtx.boot.image import BootError, Module  # noqa: PLC0415 - see `run`
     from vtx.machine import Machine  # noqa: PLC0415
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
     try:
-        machine = Machine(profile=profile, memory=memory, cpus=cpus, serial=output.write, tracer=tracer)
+        machine = Machine(
+            profile=profile, memory=memory, cpus=cpus, serial=output.write, tracer=tracer, explain=failures.take
+        )
         machine.load(
             image.data,
             name=image.name,
@@ -138,7 +147,13 @@ def _boot(
 
 
 def _conclude(
-    machine: Machine, ended: Ended, convention: ExitConvention, timeout: float | None, *, as_json: bool
+    machine: Machine,
+    ended: Ended,
+    failures: Failures,
+    convention: ExitConvention,
+    timeout: float | None,
+    *,
+    as_json: bool,
 ) -> int:
     from vtx.cli.session import Cause  # noqa: PLC0415 - see `run`
     from vtx.cli.summary import summarize  # noqa: PLC0415
@@ -159,6 +174,6 @@ def _conclude(
         status = guest_status(result.exit_value, convention)
     else:
         status = LIMIT_REACHED if result.reason is StopReason.INSTRUCTION_LIMIT else GUEST_DIED
-    summary = summarize(machine, ended, message, status, guest_is_well=result.exit_value == 0)
+    summary = summarize(machine, ended, failures, message, status, guest_is_well=result.exit_value == 0)
     print(summary.to_json() if as_json else summary.to_text(), file=sys.stderr)  # noqa: T201
     return status

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import field, frozen
 
+from vtx.cli.failures import Failures
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -22,7 +24,8 @@ _FIGURE_WIDTH: Final = 16
 class Summary:
     """The figures of one run. Times are in seconds; ``vm_exits`` are counts by basic exit reason, most frequent first.
 
-    ``entry_failure`` is why the last failing VM entry failed, told only when the guest ended badly.
+    ``entry_failure`` is why the last failing VM entry failed, told only when the guest ended badly. ``failures`` are
+    the failing VM entries and VMX instructions, by the rule they broke.
     """
 
     reason: str
@@ -35,6 +38,7 @@ class Summary:
     wall_time: float
     vm_exits: Mapping[str, int] = field(factory=dict)
     entry_failure: str | None = None
+    failures: Failures = field(factory=Failures)
 
     def to_json(self) -> str:
         """One JSON object on one line."""
@@ -50,6 +54,7 @@ class Summary:
                 "wall_time": round(self.wall_time, 6),
                 "vm_exits": dict(self.vm_exits),
                 "entry_failure": self.entry_failure,
+                "failures": self.failures.to_json(),
             }
         )
 
@@ -61,17 +66,26 @@ class Summary:
             _row("  wall time", _duration(self.wall_time)),
             _row("  VM exits", f"{sum(self.vm_exits.values()):,}"),
         ]
-        rows = list(self.vm_exits.items())
-        shown = rows if len(rows) <= _LONGEST_TABLE else rows[: _LONGEST_TABLE - 1]
-        lines += [_row(f"    {name}", f"{count:,}") for name, count in shown]
-        if len(shown) < len(rows):
-            rest = sum(count for _, count in rows[len(shown) :])
-            lines.append(_row(f"    {len(rows) - len(shown)} more reasons", f"{rest:,}"))
+        lines += _counts(self.vm_exits, "reasons")
+        if self.failures.counts:
+            lines.append(_row("  failures of VMX", f"{self.failures.counts.total():,}"))
+            lines += _counts(dict(self.failures.counts.most_common()), "rules")
         if self.entry_failure is not None:
             lines.append("last failing VM entry:")
             lines += [f"  {line}" for line in self.entry_failure.splitlines()]
         lines.append(f"vtx: {self.message}")
         return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int], what: str) -> list[str]:
+    """The first rows of a table, and what the others come to."""
+    rows = list(counts.items())
+    shown = rows if len(rows) <= _LONGEST_TABLE else rows[: _LONGEST_TABLE - 1]
+    lines = [_row(f"    {name}", f"{count:,}") for name, count in shown]
+    if len(shown) < len(rows):
+        rest = sum(count for _, count in rows[len(shown) :])
+        lines.append(_row(f"    {len(rows) - len(shown)} more {what}", f"{rest:,}"))
+    return lines
 
 
 def _row(label: str, figure: str) -> str:
@@ -84,7 +98,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3f} us"
 
 
-def summarize(machine: Machine, ended: Ended, message: str, status: int, *, guest_is_well: bool) -> Summary:
+def summarize(
+    machine: Machine, ended: Ended, failures: Failures, message: str, status: int, *, guest_is_well: bool
+) -> Summary:
     """The summary of a run that ended with ``status`` and for the reason ``message``."""
     result = ended.result
     counts = sorted(machine.exit_counts.items(), key=lambda item: (-item[1], item[0]))
@@ -99,6 +115,7 @@ def summarize(machine: Machine, ended: Ended, message: str, status: int, *, gues
         ended.wall,
         dict(counts),
         None if guest_is_well else entry_failure(machine),
+        failures,
     )
 
 

@@ -17,7 +17,7 @@ from vmcs import layouts
 from vmcs.exits import Reason
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import RULES, EntryContext, EntryFails, FailInvalid, Stage, Violation
-from vmcs.rules.msr_load import Area
+from vmcs.rules.msr_load import Area, MsrViolation
 from vtx.addresses import PhysicalAddress
 from vtx.vmx.exit import perform_entry_failure
 from vtx.vmx.guest_state import guest_pdptes, guest_uses_pae_paging, load_guest
@@ -77,7 +77,8 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
         failing = load_msrs(operation.processor, context, Area.ENTRY_LOAD)
         if failing is not None:
             operation.processor.state.nmi_blocked = operation.host_nmi_blocked
-            return _fail(operation, Reason.ENTRY_FAILURE_MSR_LOADING, failing.entry.number, (), failing.render())
+            number = failing.entry.number
+            return _fail(operation, Reason.ENTRY_FAILURE_MSR_LOADING, number, (), failing.render(), failing)
     if launching:
         vmcs.launch_state = LaunchState.LAUNCHED
     _start_guest(operation, active, view)
@@ -126,7 +127,7 @@ def _refuse(operation: VmxOperation, violation: Violation) -> Outcome:
         outcome: Outcome = FAIL_INVALID
     else:
         assert not isinstance(violation.outcome, EntryFails)
-        outcome = operation.fail(violation.outcome.error)
+        outcome = operation.fail_entry(violation.outcome.error)
     return _remember(operation, outcome, (violation,))
 
 
@@ -136,14 +137,19 @@ def _fail(
     qualification: int,
     violations: tuple[Violation, ...],
     detail: str = "",
+    msr: MsrViolation | None = None,
 ) -> Outcome:
-    return _remember(operation, perform_entry_failure(operation, reason, qualification), violations, detail)
+    return _remember(operation, perform_entry_failure(operation, reason, qualification), violations, detail, msr)
 
 
 def _remember(
-    operation: VmxOperation, outcome: Outcome, violations: tuple[Violation, ...], detail: str = ""
+    operation: VmxOperation,
+    outcome: Outcome,
+    violations: tuple[Violation, ...],
+    detail: str = "",
+    msr: MsrViolation | None = None,
 ) -> Outcome:
-    operation.last_failure = EntryFailure(outcome, violations, detail)
+    operation.last_failure = EntryFailure(outcome, violations, detail, msr)
     if operation.observer is not None:
         operation.observer.vm_entry_failed(operation.last_failure)
     return outcome

@@ -60,7 +60,14 @@ class EptViolation(SecondLevelFault):
 
 @frozen
 class EptMisconfiguration(SecondLevelFault):
-    """VM exit with reason 49; it has no qualification and no guest-linear address."""
+    """VM exit with reason 49; it has no qualification and no guest-linear address.
+
+    ``level`` names the misconfigured entry, found at physical ``entry_address`` with value ``entry``.
+    """
+
+    level: Level | None = field(default=None, eq=False)
+    entry_address: int = field(default=0, eq=False)
+    entry: int = field(default=0, eq=False)
 
 
 @frozen
@@ -246,13 +253,13 @@ class ExtendedPageTables:
             if not present:
                 return self._violation(address, access, 0, linear, detail, entry)
             if present in self._illegal:
-                return EptMisconfiguration(address, linear)
+                return self._misconfiguration(address, linear, shift, entry_address, entry)
             if entry & maps_page == maps_page:
                 if entry & reserved_page or entry >> 3 & 7 in RESERVED_MEMORY_TYPES:
-                    return EptMisconfiguration(address, linear)
+                    return self._misconfiguration(address, linear, shift, entry_address, entry)
                 break
             if entry & reserved_table:
-                return EptMisconfiguration(address, linear)
+                return self._misconfiguration(address, linear, shift, entry_address, entry)
             if not entry & ACCESSED:
                 unaccessed = [*(unaccessed or ()), entry_address]
             table = entry & frame_mask
@@ -268,6 +275,12 @@ class ExtendedPageTables:
                 dirty = dirty or bool(wanted & DIRTY)
         offset_mask = (1 << shift) - 1
         return _Mapping(entry & frame_mask & ~offset_mask | address & offset_mask, permissions, 1 << shift, dirty)
+
+    def _misconfiguration(
+        self, address: GuestPhysicalAddress, linear: LinearAddress | None, shift: int, entry_address: int, entry: int
+    ) -> EptMisconfiguration:
+        level = next(level for level in self._levels if level.shift == shift)
+        return EptMisconfiguration(address, linear, level, entry_address, entry)
 
     def _violation(
         self,

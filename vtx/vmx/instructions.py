@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Final
 
 from vmcs import controls as c
-from vmcs.exits import InstructionError, Reason
+from vmcs import instruction_rules as r
+from vmcs.exits import Reason
 from vmcs.region import SHADOW_INDICATOR, LaunchState
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.intercepts import vmx_instruction_exit
 from vtx.vmx.operation import NO_VMCS, VmxOperation
-from vtx.vmx.outcome import FAIL_INVALID, SUCCEED, Outcome, VmSucceed
+from vtx.vmx.outcome import SUCCEED, Outcome, VmFailInvalid, VmSucceed
 from vtx.vmx.record import VmExit
 from vtx.vmx.shadowing import accessed_vmcs, is_shadowed
 from vtx.x86.decode import Instruction, is_canonical
@@ -35,15 +36,10 @@ _VM: Final = int(Rflags.VM)
 _LMA: Final = int(Efer.LMA)
 _LONG: Final = int(AccessRights.LONG)
 _LAUNCH_STATE_OFFSET: Final = 8  # in the region's image
+_POINTER: Final = "VMCS pointer"
+_ENCODING: Final = "field encoding"
 
-# The kinds of INVEPT and INVVPID with the name of the capability bit of each.
-_INVEPT_KINDS: Final = {1: "single-context INVEPT", 2: "all-context INVEPT"}
-_INVVPID_KINDS: Final = {
-    0: "individual-address INVVPID",
-    1: "single-context INVVPID",
-    2: "all-context INVVPID",
-    3: "single-context-retaining-globals INVVPID",
-}
+_ALL_CONTEXTS: Final = 2  # INVVPID type
 
 
 # What comes before an instruction's operands
@@ -105,7 +101,7 @@ def admit_vmxon(operation: VmxOperation, reason: Reason, instruction: Instructio
     if state.cpl:
         return _GP
     if operation.vmxon_pointer is not None:
-        return operation.fail(InstructionError.VMXON_IN_VMX_ROOT_OPERATION)
+        return operation.fail(r.VMXON_TWICE)
     if not operation.fixed_bits_ok(0, state.cr0) or not operation.fixed_bits_ok(4, state.cr4):
         return _GP
     needed = FEATURE_CONTROL_LOCK | FEATURE_CONTROL_VMX_OUTSIDE_SMX
@@ -128,11 +124,12 @@ def admit_invvpid(operation: VmxOperation, reason: Reason, instruction: Instruct
 
 def vmxon(operation: VmxOperation, address: int) -> Outcome:
     """Enter VMX root operation with the VMXON region at physical ``address``."""
-    if not operation.address_is_valid(address):
-        return FAIL_INVALID
+    if faults := operation.address_faults(address):
+        return VmFailInvalid(r.VMXON_ADDRESS, (("VMXON pointer", address, faults),))
+    word, revision = operation.processor.memory.read_u32(address), operation.capabilities.revision_identifier
     # A set bit 31 can never match: the identifier has 31 bits.
-    if operation.processor.memory.read_u32(address) != operation.capabilities.revision_identifier:
-        return FAIL_INVALID
+    if word != revision:
+        return VmFailInvalid(r.VMXON_REVISION, (("first word of the VMXON region", word, word ^ revision),))
     operation.vmxon_pointer = address
     operation.current = None
     return SUCCEED
@@ -150,7 +147,7 @@ def vmxoff(operation: VmxOperation) -> Outcome:
 
 def vmcall(operation: VmxOperation) -> Outcome:
     """VMCALL in root operation: there is no dual-monitor treatment to call."""
-    return operation.fail(InstructionError.VMCALL_IN_VMX_ROOT_OPERATION)
+    return operation.fail(r.VMCALL_ROOT)
 
 
 # VMCSs
@@ -158,10 +155,10 @@ def vmcall(operation: VmxOperation) -> Outcome:
 
 def vmclear(operation: VmxOperation, address: int) -> Outcome:
     """Make the VMCS at physical ``address`` inactive and clear, with all its data in memory."""
-    if not operation.address_is_valid(address):
-        return operation.fail(InstructionError.VMCLEAR_WITH_INVALID_PHYSICAL_ADDRESS)
+    if faults := operation.address_faults(address):
+        return operation.fail(r.VMCLEAR_ADDRESS, (_POINTER, address, faults))
     if address == operation.vmxon_pointer:
-        return operation.fail(InstructionError.VMCLEAR_WITH_VMXON_POINTER)
+        return operation.fail(r.VMCLEAR_VMXON_POINTER, (_POINTER, address, 0))
     active = operation.active.pop(address, None)
     if active is None:
         operation.processor.memory.write_u32(address + _LAUNCH_STATE_OFFSET, LaunchState.CLEAR)
@@ -175,16 +172,17 @@ def vmclear(operation: VmxOperation, address: int) -> Outcome:
 
 def vmptrld(operation: VmxOperation, address: int) -> Outcome:
     """Make the VMCS at physical ``address`` active and current."""
-    if not operation.address_is_valid(address):
-        return operation.fail(InstructionError.VMPTRLD_WITH_INVALID_PHYSICAL_ADDRESS)
+    if faults := operation.address_faults(address):
+        return operation.fail(r.VMPTRLD_ADDRESS, (_POINTER, address, faults))
     if address == operation.vmxon_pointer:
-        return operation.fail(InstructionError.VMPTRLD_WITH_VMXON_POINTER)
+        return operation.fail(r.VMPTRLD_VMXON_POINTER, (_POINTER, address, 0))
     capabilities = operation.capabilities
     word = operation.processor.memory.read_u32(address)
+    wrong = word ^ capabilities.revision_identifier
     if capabilities.allows(c.VMCS_SHADOWING):
-        word &= ~SHADOW_INDICATOR
-    if word != capabilities.revision_identifier:
-        return operation.fail(InstructionError.VMPTRLD_WITH_INCORRECT_VMCS_REVISION_IDENTIFIER)
+        wrong &= ~SHADOW_INDICATOR
+    if wrong:
+        return operation.fail(r.VMPTRLD_REVISION, ("first word of the VMCS region", word, wrong))
     operation.current = operation.activate(address)
     return SUCCEED
 
@@ -198,10 +196,10 @@ def vmread(operation: VmxOperation, encoding: int) -> Outcome:
     """The value of the field, or of bits 63:32 of it, that ``encoding`` names; a guest reads the shadow VMCS."""
     vmcs = accessed_vmcs(operation)
     if vmcs is None:
-        return FAIL_INVALID
+        return VmFailInvalid(r.LINKED_VMCS if operation.non_root else r.CURRENT_VMCS)
     value = vmcs.read(encoding)
     if value is None:
-        return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
+        return operation.fail(r.FIELD_EXISTS, (_ENCODING, encoding, 0))
     return VmSucceed(value)
 
 
@@ -212,12 +210,12 @@ def vmwrite(operation: VmxOperation, encoding: int, source: Callable[[], int]) -
     """
     vmcs = accessed_vmcs(operation)
     if vmcs is None:
-        return FAIL_INVALID
+        return VmFailInvalid(r.LINKED_VMCS if operation.non_root else r.CURRENT_VMCS)
     field = operation.capabilities.fields.get(encoding)
     if field is None:
-        return operation.fail(InstructionError.VMREAD_OR_VMWRITE_OF_UNSUPPORTED_COMPONENT)
+        return operation.fail(r.FIELD_EXISTS, (_ENCODING, encoding, 0))
     if field.read_only and not operation.capabilities.vmwrite_any_field:
-        return operation.fail(InstructionError.VMWRITE_TO_READ_ONLY_COMPONENT)
+        return operation.fail(r.FIELD_WRITABLE, (_ENCODING, encoding, 0))
     vmcs.write(encoding, source())
     return SUCCEED
 
@@ -227,28 +225,29 @@ def vmwrite(operation: VmxOperation, encoding: int, source: Callable[[], int]) -
 
 def invept(operation: VmxOperation, kind: int, source: Callable[[], int]) -> Outcome:
     """Invalidate mappings derived from EPT: of one EPT pointer (``kind`` 1) or all (2)."""
-    name = _INVEPT_KINDS.get(kind)
+    name = r.INVEPT_KINDS.get(kind)
     if name is None or not operation.capabilities.supports(name):
-        return operation.fail(InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID)
+        return operation.fail(r.INVEPT_TYPE, ("INVEPT type", kind, 0))
     eptp = source() & (1 << 64) - 1
     if kind == 1 and not operation.eptp_is_valid(eptp):
-        return operation.fail(InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID)
+        return operation.fail(r.INVEPT_EPTP, ("EPTP", eptp, 0))
     operation.processor.mmu.invept(kind, eptp)
     return SUCCEED
 
 
 def invvpid(operation: VmxOperation, kind: int, source: Callable[[], int]) -> Outcome:
     """Invalidate mappings by VPID: one address (``kind`` 0), one VPID (1), all (2), one without globals (3)."""
-    error = InstructionError.INVALID_OPERAND_TO_INVEPT_OR_INVVPID
-    name = _INVVPID_KINDS.get(kind)
+    name = r.INVVPID_KINDS.get(kind)
     if name is None or not operation.capabilities.supports(name):
-        return operation.fail(error)
+        return operation.fail(r.INVVPID_TYPE, ("INVVPID type", kind, 0))
     descriptor = source()
     low, linear = descriptor & (1 << 64) - 1, descriptor >> 64
     vpid = low & 0xFFFF
-    if low != vpid or (kind != 2 and not vpid):
-        return operation.fail(error)
+    if low != vpid:
+        return operation.fail(r.INVVPID_RESERVED, ("low 64 bits of the INVVPID descriptor", low, low ^ vpid))
+    if kind != _ALL_CONTEXTS and not vpid:
+        return operation.fail(r.INVVPID_VPID, ("VPID", vpid, 0))
     if kind == 0 and not is_canonical(linear, operation.processor.profile.linear_address_width):
-        return operation.fail(error)
+        return operation.fail(r.INVVPID_ADDRESS, ("linear address", linear, 0))
     operation.processor.mmu.invvpid(kind, vpid, linear)
     return SUCCEED

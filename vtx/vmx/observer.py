@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vmcs.region import Vmcs
+    from vtx.vmx.ept import EptMisconfiguration
     from vtx.vmx.operation import EntryFailure
     from vtx.vmx.outcome import Outcome
     from vtx.vmx.record import VmExit
@@ -28,4 +29,8 @@ class Observer(Protocol):
 
     def vm_exit(self, vmcs: Vmcs, record: VmExit) -> None:
         """A VM exit was performed: ``vmcs`` holds the saved guest, the processor has the host state."""
+        ...
+
+    def ept_misconfiguration(self, fault: EptMisconfiguration) -> None:
+        """An access of the guest met a misconfigured EPT paging-structure entry; the VM exit is next."""
         ...

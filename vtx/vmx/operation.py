@@ -15,22 +15,23 @@ from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.capabilities import Capabilities
 from vmcs.exits import InstructionError
+from vmcs.instruction_rules import InstructionRule
 from vmcs.region import Vmcs
 from vmcs.rules import RULES, EntryContext, Stage, Violation
+from vmcs.rules.msr_load import MsrViolation
 from vtx.vmx.observer import Observer
-from vtx.vmx.outcome import FAIL_INVALID, Outcome, VmFailValid
+from vtx.vmx.outcome import Outcome, VmFailInvalid, VmFailValid
 from vtx.vmx.record import VmExit
+from vtx.vmx.rule_context import rule_context
 from vtx.vmx.view import ControlView
 from vtx.vmx.virtual_apic import VirtualApic
-from vtx.x86 import msr_table as m
 from vtx.x86.second_level import SecondLevel
 from vtx.x86.state import MASK64, Cr0
 from vtx.x86.virtualization import Processor
 
 NO_VMCS: Final = MASK64  # the current-VMCS pointer while there is no current VMCS
-_PERF_GLOBAL_CTRL: Final = 0x38F
 _PE_AND_PG: Final = int(Cr0.PE | Cr0.PG)
-_EPTP_RULES: Final = tuple(
+EPTP_RULES: Final = tuple(
     rule for rule in RULES[Stage.CONTROLS] if any(each is f.EPT_POINTER for each, _ in rule.demand.reads)
 )
 _ERROR_FIELD: Final = f.VM_INSTRUCTION_ERROR.encoding
@@ -62,13 +63,14 @@ class ActiveVmcs:
 class EntryFailure:
     """Why the last failing VM entry failed.
 
-    ``outcome`` is what software saw. ``violations`` are the broken rules in order; ``detail`` explains a failure that
-    no rule stands for: an MSR that cannot be loaded, invalid PDPTEs in memory, no current VMCS.
+    ``outcome`` is what software saw. ``violations`` are the broken rules in order, ``msr`` an MSR that cannot be
+    loaded; ``detail`` explains in words what is none of these: invalid PDPTEs in memory, no current VMCS.
     """
 
     outcome: Outcome
     violations: tuple[Violation, ...] = ()
     detail: str = ""
+    msr: MsrViolation | None = None
 
     def __str__(self) -> str:
         return "\n".join([*(violation.render() for violation in self.violations), *filter(None, (self.detail,))])
@@ -131,28 +133,19 @@ class VmxOperation:
 
     def new_context(self, active: ActiveVmcs) -> EntryContext:
         """What the rules of VM entry may know about this processor beside the VMCS."""
-        profile, msrs, memory = self.processor.profile, self.processor.msrs, self.processor.memory
-
-        def reserved(index: int) -> int:
-            msr = msrs.table.get(index)
-            return MASK64 if msr is None else MASK64 & ~(msr.writable | msr.ignored)
-
-        return EntryContext(
+        processor = self.processor
+        return rule_context(
             active.vmcs,
-            self.capabilities,
-            physical_address_width=profile.physical_address_width,
-            linear_address_width=profile.linear_address_width,
-            vmcs_address=active.pointer,
-            read_physical=lambda address, size: int.from_bytes(memory.read(address, size), "little"),
-            efer_reserved=reserved(m.IA32_EFER),
-            debugctl_reserved=reserved(m.IA32_DEBUGCTL),
-            perf_global_ctrl_reserved=reserved(_PERF_GLOBAL_CTRL),
+            processor.profile,
+            processor.msrs.table,
+            active.pointer,
+            lambda address, size: int.from_bytes(processor.memory.read(address, size), "little"),
         )
 
-    def address_is_valid(self, address: int) -> bool:
-        """Whether a VMXON or VMCS region may be at ``address``: page-aligned and within the supported width."""
+    def address_faults(self, address: int) -> int:
+        """The bits that keep a VMXON or VMCS region from being at ``address``: not page-aligned, or too wide."""
         width = 32 if self.capabilities.addresses_limited_to_32_bits else self.processor.profile.physical_address_width
-        return not address & 0xFFF and not address >> width
+        return address & (0xFFF | MASK64 >> width << width)
 
     def fixed_bits_ok(self, number: int, value: int) -> bool:
         """Whether VMX operation supports ``value`` in CR0 or CR4; outside VMX operation: whether VMXON would accept it.
@@ -168,20 +161,29 @@ class VmxOperation:
             must, may = capabilities.cr4_must_be_1, capabilities.cr4_may_be_1
         return value & must == must and not value & ~may
 
-    def eptp_is_valid(self, eptp: int) -> bool:
-        """Whether VM entry would accept ``eptp``."""
+    def eptp_context(self, eptp: int) -> EntryContext:
+        """What `EPTP_RULES` look at if ``eptp`` is the EPT pointer."""
         vmcs = Vmcs(self.capabilities)
         vmcs[f.PRIMARY_PROCESSOR_BASED_CONTROLS] = c.ACTIVATE_SECONDARY_CONTROLS.mask
         vmcs[f.SECONDARY_PROCESSOR_BASED_CONTROLS] = c.ENABLE_EPT.mask
         vmcs[f.EPT_POINTER] = eptp
-        context = self.new_context(ActiveVmcs(0, vmcs))
-        return all(rule.holds(context) for rule in _EPTP_RULES)
+        return self.new_context(ActiveVmcs(0, vmcs))
 
-    def fail(self, error: InstructionError) -> Outcome:
-        """VMfail: VMfailValid with ``error`` if there is a current VMCS, else VMfailInvalid."""
-        if self.current is None:
-            return FAIL_INVALID
-        self.current.vmcs.values[_ERROR_FIELD] = error
+    def eptp_is_valid(self, eptp: int) -> bool:
+        """Whether VM entry would accept ``eptp``."""
+        context = self.eptp_context(eptp)
+        return all(rule.holds(context) for rule in EPTP_RULES)
+
+    def fail(self, rule: InstructionRule, *operands: tuple[str, int, int]) -> Outcome:
+        """VMfail: ``rule`` does not hold of ``operands``. VMfailValid if there is a VMCS to hold its error number."""
+        if self.current is None or rule.error is None:
+            return VmFailInvalid(rule, operands)
+        self.current.vmcs.values[_ERROR_FIELD] = rule.error
+        return VmFailValid(rule.error, rule, operands)
+
+    def fail_entry(self, error: InstructionError) -> Outcome:
+        """VMfailValid of a VM entry with ``error``."""
+        self.current_vmcs.values[_ERROR_FIELD] = error
         return VmFailValid(error)
 
     def write_out(self, active: ActiveVmcs) -> None:

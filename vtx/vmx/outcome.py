@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from vmcs.exits import AbortIndicator, InstructionError
+from vmcs.instruction_rules import InstructionRule
 from vtx.x86.outcome import Fault
 
 
@@ -25,16 +26,31 @@ class Completed:
     """The instruction completed without reporting in RFLAGS: VMFUNC."""
 
 
+Operands = tuple[tuple[str, int, int], ...]
+"""Values that an instruction looked at: what they are, the values, and the bits at fault (0 if they are not known)."""
+
+
 @frozen
 class VmFailInvalid:
-    """VMfailInvalid: the instruction failed and there is no current VMCS to hold an error number."""
+    """VMfailInvalid: the instruction failed and there is no VMCS to hold an error number.
+
+    ``rule`` is what the instruction demanded in vain, ``operands`` of what; VM entry tells of its own rules elsewhere.
+    """
+
+    rule: InstructionRule | None = field(default=None, eq=False, repr=False)
+    operands: Operands = field(default=(), eq=False, repr=False)
 
 
 @frozen
 class VmFailValid:
-    """VMfailValid: the instruction failed; ``error`` is in the current VMCS's VM-instruction error field."""
+    """VMfailValid: the instruction failed; ``error`` is in the current VMCS's VM-instruction error field.
+
+    ``rule`` and ``operands`` are those of `VmFailInvalid`.
+    """
 
     error: InstructionError
+    rule: InstructionRule | None = field(default=None, eq=False, repr=False)
+    operands: Operands = field(default=(), eq=False, repr=False)
 
 
 @frozen

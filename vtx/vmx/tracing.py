@@ -13,6 +13,15 @@ from vmcs.layouts import EVENT_TYPES
 from vmcs.region import Vmcs
 from vmcs.rules import RULES, Violation
 from vtx import events as e
+from vtx.vmx.ept import EptMisconfiguration, ExtendedPageTables
+from vtx.vmx.explanations import (
+    MISCONFIGURATION,
+    Explain,
+    broken_rule,
+    explain_entry_failure,
+    explain_instruction,
+    explain_misconfiguration,
+)
 from vtx.vmx.operation import EntryFailure
 from vtx.vmx.outcome import (
     Completed,
@@ -46,16 +55,30 @@ class TracedProcessor(Protocol):
 
 
 class VmxTracing:
-    """An `Observer` that adds VM exits to ``exit_counts``, by name, and reports to ``tracer`` if there is one."""
+    """An `Observer` that adds VM exits to ``exit_counts``, by name, and reports to ``tracer`` if there is one.
 
-    def __init__(self, processor: TracedProcessor, exit_counts: Counter[str], tracer: e.Tracer | None) -> None:
+    ``explain`` is told of every failing VM entry and VMX instruction and of EPT misconfigurations.
+    """
+
+    def __init__(
+        self,
+        processor: TracedProcessor,
+        exit_counts: Counter[str],
+        tracer: e.Tracer | None,
+        explain: Explain | None = None,
+    ) -> None:
         self.processor = processor
+        self.explain = explain
         self.operation = processor.vmx.operation
         self.exit_counts = exit_counts
         self.tracer = tracer
 
     def vm_instruction(self, name: str, outcome: Outcome) -> None:
         """See `Observer.vm_instruction`."""
+        if self.explain is not None and isinstance(outcome, VmFailInvalid | VmFailValid):
+            rule, failed = outcome.rule, outcome  # a VM entry has rules of its own
+            if rule is not None:
+                self.explain(rule.id, lambda: explain_instruction(self.operation, rule, failed))
         if self.tracer is not None:
             self.tracer.emit(e.VmInstruction(self.processor.index, self.processor.now(), name, describe(outcome)))
 
@@ -82,6 +105,8 @@ class VmxTracing:
 
     def vm_entry_failed(self, failure: EntryFailure) -> None:
         """See `Observer.vm_entry_failed`."""
+        if self.explain is not None:
+            self.explain(broken_rule(failure), lambda: explain_entry_failure(self.operation, failure))
         if self.tracer is None:
             return
         self.tracer.emit(
@@ -121,6 +146,13 @@ class VmxTracing:
                 record.guest_physical,
             )
         )
+
+    def ept_misconfiguration(self, fault: EptMisconfiguration) -> None:
+        """See `Observer.ept_misconfiguration`."""
+        active = self.operation.current
+        if self.explain is not None and active is not None and isinstance(active.second_level, ExtendedPageTables):
+            config = active.second_level.config
+            self.explain(MISCONFIGURATION, lambda: explain_misconfiguration(config, fault))
 
 
 def describe(outcome: Outcome) -> str:

@@ -22,6 +22,7 @@ from vmcs.rules import Violation, explain
 from vtx.vmx import apic_access, apic_instructions, events, instructions, pause_loop, virtualization_exception
 from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
+from vtx.vmx.ept import EptMisconfiguration
 from vtx.vmx.execution import execute_directly, execute_instruction
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.guest_state import always_saved_msrs
@@ -234,6 +235,8 @@ class Vmx:
                 return True
             self.operation.processor.deliver(event)
             return False
+        if isinstance(fault, EptMisconfiguration) and self.operation.observer is not None:
+            self.operation.observer.ept_misconfiguration(fault)
         return self._exit_if(events.second_level_exit(self.operation, fault, delivering), delivering)
 
     def virtualize_access(self, refused: RefusedInstruction) -> None:

@@ -61,4 +61,5 @@ def test_json__holds_everything_on_one_line() -> None:
         "wall_time": 1.5,
         "vm_exits": {"CPUID": 1000, "HLT": 1},
         "entry_failure": "guest.rflags-fixed: bit 1 of RFLAGS is 1\n  outcome: VM exit",
+        "failures": [],
     }
