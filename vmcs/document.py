@@ -9,9 +9,11 @@ An object with these members, all optional:
 ``instruction``
     ``VMLAUNCH`` or ``VMRESUME``; if left out, the one that fits the launch state.
 ``VMCS address``, ``shadow VMCS``
-    where the region is, and whether it is a shadow VMCS.
+    where the region is (if left out, where no pointer of the VMCS points), and whether it is a shadow VMCS.
 ``IA-32e mode``, ``blocking by MOV SS``
     of the processor that executes the instruction: true and false if left out.
+``about``
+    words for the reader.
 ``memory``
     physical addresses with 64-bit values: all that is known of memory.
 
@@ -50,7 +52,7 @@ class VmcsDocument:
 
     vmcs: Vmcs
     launching: bool = True
-    vmcs_address: int = 0
+    vmcs_address: int = MASK64
     ia32e_mode: bool = True
     blocking_by_mov_ss: bool = False
     memory: Mapping[int, int] = attribute(factory=dict)
@@ -79,6 +81,7 @@ def parse(text: bytes | str, capabilities: Capabilities) -> VmcsDocument:
         vmcs[field] = _number(name, value, field.mask)
     vmcs.launch_state = _take(members, "launch state", _one_of(_LAUNCH_STATES), LaunchState.CLEAR)
     vmcs.shadow = _take(members, "shadow VMCS", _flag, False)
+    _take(members, "about", _words, "")
     memory: dict[int, int] = {}
     for address, value in _object("memory", members.get("memory", {})).items():
         start = _number("address in memory", address, MASK64)
@@ -92,7 +95,7 @@ def parse(text: bytes | str, capabilities: Capabilities) -> VmcsDocument:
             _one_of({"VMLAUNCH": True, "VMRESUME": False}),
             vmcs.launch_state is LaunchState.CLEAR,
         ),
-        _take(members, "VMCS address", lambda name, value: _number(name, value, MASK64), 0),
+        _take(members, "VMCS address", lambda name, value: _number(name, value, MASK64), MASK64),
         _take(members, "IA-32e mode", _flag, True),
         _take(members, "blocking by MOV SS", _flag, False),
         memory,
@@ -157,6 +160,12 @@ def _flag(name: str, value: object) -> bool:
     return value
 
 
+def _words(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DocumentError(f"{name}: expected a string")
+    return value
+
+
 def _object(name: str, value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise DocumentError(f"{name}: expected an object")
@@ -194,5 +203,6 @@ _MEMBERS: Final[Mapping[str, None]] = dict.fromkeys(
         "IA-32e mode",
         "blocking by MOV SS",
         "memory",
+        "about",
     )
 )

@@ -110,6 +110,7 @@ def _efer_lme_matches_lma() -> Demand:
         ),
         repair,
         lambda context: ((f.GUEST_IA32_EFER, state.EFER_LME),),
+        legal=lambda context: f"bits 10 and 8 of {f.GUEST_IA32_EFER.name} are equal",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from vmcs.bits import bit_range, canonicalize, is_canonical
 from vmcs.controls import Control
 from vmcs.fields import Field
+from vmcs.rules import legal
 from vmcs.rules import shapes as s
 from vmcs.rules.model import Demand, EntryContext
 
@@ -45,6 +46,7 @@ def efer_matches(field: Field, control: Control, bits: int) -> Demand:
         lambda context: context.vmcs[field] & bits == wanted(context),
         repair,
         lambda context: ((field, (context.vmcs[field] ^ wanted(context)) & bits),),
+        legal=lambda context: legal.ones(field, bits) if wanted(context) else legal.zeros(field, bits),
     )
 
 
@@ -56,7 +58,11 @@ def suppress_excludes_tracker(field: Field) -> Demand:
         context.vmcs[field] = context.vmcs[field] & ~_SUPPRESS
 
     return Demand(
-        (field,), lambda context: context.vmcs[field] & both != both, repair, lambda context: ((field, both),)
+        (field,),
+        lambda context: context.vmcs[field] & both != both,
+        repair,
+        lambda context: ((field, both),),
+        legal=lambda context: f"bit 10 or bit 11 of {field.name} is 0",
     )
 
 
@@ -66,7 +72,9 @@ def selector_not_null(field: Field) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = 8
 
-    return Demand((field,), lambda context: context.vmcs[field] != 0, repair)
+    return Demand(
+        (field,), lambda context: context.vmcs[field] != 0, repair, legal=lambda context: f"{field.name} is not 0"
+    )
 
 
 def aligned_canonical(field: Field, alignment: int) -> Demand:
@@ -82,7 +90,15 @@ def aligned_canonical(field: Field, alignment: int) -> Demand:
     def repair(context: EntryContext) -> None:
         context.vmcs[field] = fixed(context)
 
-    return Demand((field,), holds, repair, lambda context: ((field, context.vmcs[field] ^ fixed(context)),))
+    return Demand(
+        (field,),
+        holds,
+        repair,
+        lambda context: ((field, context.vmcs[field] ^ fixed(context)),),
+        legal=lambda context: (
+            f"{legal.canonical(field, context.linear_address_width)}; {legal.zeros(field, alignment - 1)}"
+        ),
+    )
 
 
 def fred_demands(
