@@ -35,9 +35,11 @@ HTT = 1 << 28  # leaf 1, EDX
 APIC_ON_CHIP = 1 << 9  # leaf 1, EDX
 OSPKE = 1 << 4  # leaf 7, ECX
 SYSCALL = 1 << 11  # leaf 8000_0001H, EDX
+NX = 1 << 20  # leaf 8000_0001H, EDX
 
 MISC_ENABLE_MONITOR = 1 << 18
 MISC_ENABLE_LIMIT_CPUID = 1 << 22
+MISC_ENABLE_XD_DISABLE = 1 << 34
 
 
 def reserved_cr0_bits(profile: Profile) -> int:
@@ -224,8 +226,11 @@ def _highest_extended(profile: Profile, subleaf: int, dynamic: Dynamic) -> Regis
 
 def _extended_features(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
     eax, ebx, ecx, edx = profile.feature_words.get((0x8000_0001, 0), ZERO)
-    # Intel processors have SYSCALL in 64-bit mode alone and report it there alone.
-    return eax, ebx, ecx, edx if dynamic.in_64_bit_mode else edx & ~SYSCALL
+    if not dynamic.in_64_bit_mode:
+        edx &= ~SYSCALL  # Intel processors have it in 64-bit mode alone and report it there alone
+    if dynamic.misc_enable & MISC_ENABLE_XD_DISABLE:
+        edx &= ~NX
+    return eax, ebx, ecx, edx
 
 
 def _brand_part(part: int) -> Callable[[Profile, int, Dynamic], Registers]:

@@ -14,7 +14,7 @@ from attrs import evolve, field, frozen
 
 from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
-from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR
+from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR, MISC_ENABLE_XD_DISABLE
 from vtx.x86.state import MASK32, MASK64, Efer
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Msr:
 
     ``writable`` are the bits software changes, ``ignored`` those whose writes have no effect; setting any other bit
     faults. ``writable_with`` adds writable bits that come with a CPUID feature. ``address`` makes bits 12 up to the
-    physical-address width writable. ``features``: CPUID features of which one makes the MSR exist (none: it always
-    exists). ``check`` is a condition beyond masks. ``intel_only``: AMD processors do not have it.
+    physical-address width writable. Reading a ``write_only`` MSR, a command, faults. ``features``: CPUID features of
+    which one makes the MSR exist (none: it always exists). ``check`` is a condition beyond masks.
     """
 
     index: int
@@ -85,6 +85,7 @@ class Msr:
     writable_with: tuple[tuple[str, int], ...] = ()
     address: bool = False
     read_only: bool = False
+    write_only: bool = False
     features: tuple[str, ...] = ()
     check: Check | None = None
     intel_only: bool = False
@@ -116,6 +117,14 @@ def _mtrr_type(profile: Profile, old: int, new: int) -> bool:
 
 def _mtrr_types(profile: Profile, old: int, new: int) -> bool:
     return all(byte in MTRR_TYPES for byte in new.to_bytes(8, "little"))
+
+
+def _all_or_none(profile: Profile, old: int, new: int) -> bool:
+    """Error reporting of a bank is switched as a whole, as on the P6 family.
+
+    Spec: SDM Vol. 3B, "Machine-Check MSRs".
+    """
+    return new in (0, MASK64)
 
 
 def _unlocked(profile: Profile, old: int, new: int) -> bool:
@@ -178,12 +187,15 @@ _TABLE: Final[tuple[Msr, ...]] = (
         writable_with=(("SPEC_CTRL", 1), ("STIBP", 2), ("SSBD", 4)),
         features=("SPEC_CTRL", "STIBP", "SSBD"),
     ),
+    # Nothing is predicted or cached here: the barriers are accepted and have nothing to do.
+    Msr(0x49, "IA32_PRED_CMD", writable=1, write_only=True, features=("SPEC_CTRL",)),
     # Software clears it and executes CPUID to read the microcode revision; the model always shows the revision.
     Msr(0x8B, "IA32_BIOS_SIGN_ID", writable=0, ignored=MASK64),
     Msr(0xE7, "IA32_MPERF", features=("APERFMPERF",)),
     Msr(0xE8, "IA32_APERF", features=("APERFMPERF",)),
     Msr(IA32_MTRRCAP, "IA32_MTRRCAP", read_only=True, features=("MTRR",)),
     Msr(0x10A, "IA32_ARCH_CAPABILITIES", read_only=True, features=("ARCH_CAPABILITIES",)),
+    Msr(0x10B, "IA32_FLUSH_CMD", writable=1, write_only=True, features=("L1D_FLUSH",)),
     Msr(IA32_SYSENTER_CS, "IA32_SYSENTER_CS", writable=MASK32, ignored=MASK32 << 32, features=("SEP",)),
     Msr(IA32_SYSENTER_ESP, "IA32_SYSENTER_ESP", features=("SEP",), check=_canonical),
     Msr(IA32_SYSENTER_EIP, "IA32_SYSENTER_EIP", features=("SEP",), check=_canonical),
@@ -197,7 +209,13 @@ _TABLE: Final[tuple[Msr, ...]] = (
         reset=_MISC_ENABLE_RESET,
         writable=1 | MISC_ENABLE_LIMIT_CPUID,
         ignored=1 << 7 | 1 << 11 | 1 << 12,  # read-only: performance monitoring, BTS and PEBS
-        writable_with=(("MONITOR", MISC_ENABLE_MONITOR), ("EIST", 1 << 16)),
+        writable_with=(
+            ("TM", 1 << 3),
+            ("EIST", 1 << 16),
+            ("MONITOR", MISC_ENABLE_MONITOR),
+            ("xTPR", 1 << 23),
+            ("NX", MISC_ENABLE_XD_DISABLE),
+        ),
         intel_only=True,
     ),
     # LBR and BTF. Branches are not recorded: the record below stays zero.
@@ -280,12 +298,12 @@ def _mtrrs(variable: int) -> Iterable[Msr]:
 
 
 def _machine_check_banks(count: int) -> Iterable[Msr]:
-    # No error ever happens: what hardware would fill in reads zero, and only zero may be written there.
+    # No error ever happens: the registers hold what software writes. It may only clear the status.
     for n in range(count):
-        yield Msr(0x400 + 4 * n, f"IA32_MC{n}_CTL", features=("MCA",))
+        yield Msr(0x400 + 4 * n, f"IA32_MC{n}_CTL", features=("MCA",), check=_all_or_none)
         yield Msr(0x401 + 4 * n, f"IA32_MC{n}_STATUS", writable=0, features=("MCA",))
-        yield Msr(0x402 + 4 * n, f"IA32_MC{n}_ADDR", writable=0, features=("MCA",))
-        yield Msr(0x403 + 4 * n, f"IA32_MC{n}_MISC", writable=0, features=("MCA",))
+        yield Msr(0x402 + 4 * n, f"IA32_MC{n}_ADDR", features=("MCA",))
+        yield Msr(0x403 + 4 * n, f"IA32_MC{n}_MISC", features=("MCA",))
 
 
 MTRRCAP_FIXED: Final = 1 << 8

@@ -14,6 +14,7 @@ from typing import Final
 
 from attrs import frozen
 
+from vtx.x86.cpuid import MISC_ENABLE_XD_DISABLE
 from vtx.x86.msr_table import (
     APIC_BASE_BSP,
     APIC_BASE_EXTD,
@@ -22,6 +23,7 @@ from vtx.x86.msr_table import (
     IA32_FS_BASE,
     IA32_GS_BASE,
     IA32_KERNEL_GS_BASE,
+    IA32_MISC_ENABLE,
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
     X2APIC_MSRS,
@@ -88,7 +90,9 @@ class MsrFile:
         if not self.exists(index):
             return None
         binding = self._bindings.get(index)
-        return binding.reader(index) if binding else self.values[index]
+        if binding:
+            return binding.reader(index)
+        return None if self.table[index].write_only else self.values[index]
 
     def write(self, index: int, value: int) -> bool:
         """Execute WRMSR of a 64-bit ``value`` to ``index``; False if it faults with #GP(0), with nothing changed.
@@ -129,12 +133,16 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
 
     ``changed`` is called after one of the first three was written.
 
+    While IA32_MISC_ENABLE disables execute-disable pages, IA32_EFER.NXE is reserved.
+
     Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3A, "Initializing IA-32e Mode" (IA32_EFER.LME with paging enabled).
     """
 
     def write_efer(index: int, value: int) -> bool:
         current = state()
         if (value ^ current.efer) & Efer.LME and current.cr0 & Cr0.PG:
+            return False
+        if value & Efer.NXE and msrs.values[IA32_MISC_ENABLE] & MISC_ENABLE_XD_DISABLE:
             return False
         current.efer = value
         changed()

@@ -26,8 +26,8 @@ def leaf(number, subleaf=0, dynamic=POWER_UP, profile=SKYLAKE):
         (SKYLAKE, 0, 0, 2, 0x6C65_746E),  # "ntel"
         (SKYLAKE, 1, 0, 0, 0x0005_0654),
         (NEHALEM, 1, 0, 0, 0x0001_06A5),
-        (SKYLAKE, 1, 0, 2, 0x47FA_222B),
-        (SKYLAKE, 1, 0, 3, 0x0F8B_FBFF),
+        (SKYLAKE, 1, 0, 2, 0x47FA_62AB),
+        (SKYLAKE, 1, 0, 3, 0x2F8B_FBFF),
         (SKYLAKE, 2, 0, 0, 0x7603_6301),
         (SKYLAKE, 4, 0, 1, 0x01C0_003F),  # 32 KiB: 8 ways, 64-byte lines ...
         (SKYLAKE, 4, 0, 2, 0x0000_003F),  # ... 64 sets

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtx.x86.cpuid import Dynamic, cpuid
 from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
-from vtx.x86.profile import load_profile
+from vtx.x86.profile import build_profile, load_profile, profile_document
 from vtx.x86.state import CpuState, SegmentRegister
 
 SKYLAKE = load_profile("skylake-server")
@@ -31,7 +32,8 @@ TABLE = {
     "IA32_SYSENTER_EIP": (0x176, 0, [0, TOP], [HOLE]),
     "IA32_MCG_CAP": (0x179, 4, [], [4]),
     "IA32_MCG_STATUS": (0x17A, 0, [0, 4, 7], [8]),
-    "IA32_MISC_ENABLE": (0x1A0, 0x4_1801, [0x4_1801, 0x1801, 0x40_1801, 0x4_1800], [1 << 34, 1 << 16]),
+    "IA32_MISC_ENABLE": (0x1A0, 0x4_1801, [0x4_1801, 0x1801, 0x40_1801, 0x4_1800], [2, 1 << 13, 1 << 38]),
+    "IA32_MISC_ENABLE-all": (0x1A0, 0x4_1801, [0x4_00C5_1809], [0x4_00C5_180B]),
     "IA32_DEBUGCTL": (0x1D9, 0, [0, 1, 2, 3], [4, 0x40, 1 << 15, M64]),
     "MSR_LASTBRANCHFROMIP": (0x1DB, 0, [], [0]),
     "IA32_PAT": (0x277, 0x0007_0406_0007_0406, [0, 0x0607_0504_0100_0106], [2, 3, 8, 0x0300_0000_0000_0000, M64]),
@@ -40,8 +42,11 @@ TABLE = {
     "IA32_MTRR_FIX64K": (0x250, 0, [0, 0x0606_0505_0404_0100], [2, 7 << 56]),
     "IA32_MTRR_FIX4K_F8000": (0x26F, 0, [0, 0x0606_0606_0606_0606], [3]),
     "IA32_MTRR_DEF_TYPE": (0x2FF, 0, [0, 0xC06, 0x800], [2, 0x100, 0x1000]),
-    "IA32_MC3_CTL": (0x40C, 0, [0, M64], []),
+    "IA32_PERF_CTL": (0x199, 0, [0, 0x1_0000_FFFF], [1 << 16]),
+    "IA32_MC3_CTL": (0x40C, 0, [0, M64], [1, M64 - 1]),
     "IA32_MC3_STATUS": (0x40D, 0, [0], [1, M64]),
+    "IA32_MC3_ADDR": (0x40E, 0, [0, M64], []),
+    "IA32_MC3_MISC": (0x40F, 0, [0, M64], []),
     "IA32_VMX_BASIC": (0x480, 0x00D8_1000_5654_5801, [], [0, 0x00D8_1000_5654_5801]),
     "IA32_TSC_DEADLINE": (0x6E0, 0, [0, M64], []),
     "IA32_EFER": (0xC000_0080, 0, [0, 1, 0x100, 0x800, 0x901], [2, 8, 0x1000, 0x4000, 1 << 63]),
@@ -91,6 +96,37 @@ def test_upper_half_of_sysenter_cs_is_not_stored(msrs):
 def test_microcode_revision_survives_the_write_that_asks_for_it(msrs):
     assert msrs.write(0x8B, 0)
     assert msrs.read(0x8B) == SKYLAKE.microcode_revision << 32
+
+
+@pytest.mark.parametrize(("index", "feature"), [(0x49, "SPEC_CTRL"), (0x10B, "L1D_FLUSH")])
+def test_commands_can_only_be_written(index, feature):
+    document = profile_document("skylake-server")
+    document["cpuid"]["features"].append(feature)
+    msrs = MsrFile(build_profile("test", document))
+    assert msrs.write(index, 1)
+    assert not msrs.write(index, 2)
+    assert msrs.read(index) is None
+
+
+@pytest.mark.parametrize(("bit", "feature"), [(3, "TM"), (16, "EIST"), (18, "MONITOR"), (23, "xTPR"), (34, "NX")])
+def test_bits_of_misc_enable_come_with_features(bit, feature):
+    document = profile_document("skylake-server")
+    document["cpuid"]["features"].remove(feature)
+    msrs = MsrFile(build_profile("test", document))
+    assert not msrs.write(0x1A0, 1 << bit)
+
+
+def test_xd_disable__hides_nx_and_reserves_efer_nxe(msrs):
+    state = CpuState()
+    bind_registers(msrs, lambda: state, lambda: None)
+    xd_disable, nxe = 1 << 34, 1 << 11
+    assert msrs.write(0x1A0, xd_disable)
+    assert not msrs.write(0xC000_0080, nxe)
+    assert msrs.write(0xC000_0080, 1)
+    assert not cpuid(SKYLAKE, 0x8000_0001, 0, Dynamic(misc_enable=xd_disable))[3] & 1 << 20
+    assert msrs.write(0x1A0, 0)
+    assert msrs.write(0xC000_0080, nxe)
+    assert cpuid(SKYLAKE, 0x8000_0001, 0, Dynamic(misc_enable=0))[3] & 1 << 20
 
 
 def test_read_only_bits_of_misc_enable_stay(msrs):
