@@ -9,8 +9,12 @@ from vmcs import controls as c
 from vmcs import fields as f
 from vmcs import rules
 from vmcs.exits import InstructionError
+from vmcs.fields import FIELDS
 from vmcs.rules import BY_ID, CONSISTENCY, RULES, EntryFails, FailValid, Stage
+from vmcs.rules.advice import explain_violation
+from vmcs.rules.model import violation_of
 
+BY_NAME = {field.name: field for field in FIELDS}
 CASES = (*CONTROL_CASES, *STATE_CASES)
 
 # Rules whose demand cannot be broken without breaking another rule of the stage, and so need a test of their own.
@@ -62,6 +66,18 @@ def test_repair__makes_the_rule_hold(case: Case, changes: Changes) -> None:
     rule = BY_ID[case.id]
     rule.repair(context)
     assert rule.holds(context)
+
+
+@pytest.mark.parametrize(("case", "changes"), REJECTS)
+def test_explanation__gives_an_example_that_is_legal(case: Case, changes: Changes) -> None:
+    context = build(case.setup, changes, capabilities=case.capabilities)
+    rule = BY_ID[case.id]
+    explanation = explain_violation(violation_of(rule, context), context)
+    assert explanation.example
+    for name, value in explanation.example:
+        context.vmcs[BY_NAME[name]] = value
+    assert rule.holds(context)
+    assert explanation.citation == str(rule.ref)
 
 
 @pytest.mark.parametrize(("case", "changes"), REJECTS)
