@@ -74,7 +74,8 @@ class Msr:
     ``writable`` are the bits software changes, ``ignored`` those whose writes have no effect; setting any other bit
     faults. ``writable_with`` adds writable bits that come with a CPUID feature. ``address`` makes bits 12 up to the
     physical-address width writable. Reading a ``write_only`` MSR, a command, faults. ``features``: CPUID features of
-    which one makes the MSR exist (none: it always exists). ``check`` is a condition beyond masks.
+    which one makes the MSR exist (none: it always exists). ``check`` is a condition beyond masks. ``intel_only``: AMD
+    processors do not have it.
     """
 
     index: int
