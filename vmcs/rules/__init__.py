@@ -98,10 +98,17 @@ class RuleSet:
                     numbers |= rules
         selected = self._selected.get(numbers)
         if selected is None:
-            selected = _group(rule for number, rule in enumerate(self.rules) if numbers >> number & 1)
+            selected = _group(self._members(numbers))
             if len(self._selected) < 1024:  # a guest cannot make this grow without bound
                 self._selected[numbers] = selected
         return selected
+
+    def _members(self, numbers: int) -> Iterator[Rule]:
+        """The rules of a set, in order."""
+        while numbers:
+            lowest = numbers & -numbers
+            yield self.rules[lowest.bit_length() - 1]
+            numbers ^= lowest
 
     def check(self, context: EntryContext, changed: Mapping[int, int] | None = None) -> Violation | None:
         """The first violation, or None.

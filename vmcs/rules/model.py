@@ -184,16 +184,17 @@ class Rule:
     ref: Reference = field(repr=False)
     outcome: Outcome = field(repr=False)
     when: Condition = field(default=ALWAYS, repr=False)
+    reads: Reads = field(init=False, repr=False)
+    """Every field the rule depends on, with the bits that matter; the condition's fields first."""
+
+    @reads.default
+    def _reads_of_both(self) -> Reads:
+        return _reads(self.when.reads + self.demand.reads)
 
     @property
     def stage(self) -> Stage:
         """The stage that evaluates the rule."""
         return _STAGES[self.id.partition(".")[0]]
-
-    @property
-    def reads(self) -> Reads:
-        """Every field the rule depends on, with the bits that matter; the condition's fields first."""
-        return _reads(self.when.reads + self.demand.reads)
 
     @property
     def volatile(self) -> bool:

@@ -20,6 +20,7 @@ _PATIENCE_SECONDS: Final = 120.0
 _COMPUTE_PASSES: Final = 4_000_000
 _TRAPS: Final = 20_000
 _EXITS: Final = 4_000
+_STATES: Final = 20_000
 _START_RUNS: Final = 5
 _TOUCHED_MIB: Final = 64
 _PAGES_PER_MIB: Final = 256
@@ -70,6 +71,7 @@ def measurements() -> Iterator[Measurement]:
     yield from start_to_exit()
     yield trap_and_skip()
     yield exit_and_entry()
+    yield rule_evaluation()
     yield resident_memory()
 
 
@@ -125,6 +127,14 @@ def exit_and_entry() -> Measurement:
     # The difference leaves out what happens once: VMLAUNCH with all its rules, translation of the code.
     cost = (run_time(_EXITS) - run_time(_EXITS // 10)) / (_EXITS - _EXITS // 10)
     return Measurement("VM exit and VM entry, CPUID loop", "us", cost * 1e6, Target(100.0))
+
+
+def rule_evaluation() -> Measurement:
+    """VMCSs near a valid one, judged by the rules of VM entry; in thousands per second of processor time."""
+    from vtx.bench.rules import states_per_second  # noqa: PLC0415 - the rules, for this one alone
+
+    speed = states_per_second(_STATES) / 1000
+    return Measurement("VMCS states judged", "k/s", speed, Target(20.0, at_least=True))
 
 
 def start_to_exit() -> tuple[Measurement, Measurement]:
