@@ -1,4 +1,4 @@
-"""The rules outside the three big stages: basic checks and MSR areas. Each accepts, rejects, and can be switched off."""
+"""The rules outside the three big stages, basic checks and MSR areas: each accepts, rejects, can be switched off."""
 
 from __future__ import annotations
 
