@@ -1,8 +1,8 @@
 """Citations of the manuals: volume, chapter title and section title, resolved against one pinned table of contents.
 
-Section *numbers* move with every edition of Intel's Software Developer's Manual, titles hardly ever do; so a citation
-never holds a number. `sdm` refuses a title that the table does not have, so that a misspelt citation cannot be
-imported, let alone published.
+Section *numbers* move with every edition of a manual, titles hardly ever do; so a citation never holds a number. `sdm`
+and `apm` refuse a title that their table does not have, so that a misspelt citation cannot be imported, let alone
+published.
 """
 
 from __future__ import annotations
@@ -179,6 +179,31 @@ SDM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "Field Encoding in VMCS": ("3", ("16-Bit Fields", "64-Bit Fields", "32-Bit Fields", "Natural-Width Fields")),
     "VMX Basic Exit Reasons": ("3", ("Basic Exit Reasons",)),
 }
+
+
+APM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "Secure Virtual Machine": (
+        "2",
+        (
+            "VMRUN Instruction",
+            "Canonicalization and Consistency Checks",
+            "Intercept Operation",
+            "Instruction Intercepts",
+            "Event Injection",
+            "Interrupt and Local APIC Support",
+            "NMI Virtualization",
+            "Nested Paging",
+        ),
+    ),
+}
+
+
+def apm(chapter: str, section: str) -> Reference:
+    """A section of AMD's manual by chapter and section title; KeyError for a title the pinned table lacks."""
+    volume, sections = APM_CONTENTS[chapter]
+    if section not in sections:
+        raise KeyError(f"{chapter!r} has no section {section!r}")
+    return Reference("APM", volume, chapter, section)
 
 
 def sdm(chapter: str, section: str) -> Reference:
