@@ -45,8 +45,9 @@ class Cpu(LogicalProcessor):
     # Pins.
 
     def nmi(self) -> None:
-        """A non-maskable interrupt."""
+        """A non-maskable interrupt, perhaps by a store of the running code: no run was planned for it."""
         super().nmi()
+        self.engine.request_stop()
         self.machine.due_changed()
 
     def smi(self) -> None:

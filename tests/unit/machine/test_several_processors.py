@@ -1,7 +1,18 @@
 """Several processors: start-up, turns, wake-ups."""
 
 import pytest
-from flat_guest import COUNTER, EXIT_0, ICR, INIT_OTHERS, START, START_OTHERS_AT_8000, machine_with, store, wait_for
+from flat_guest import (
+    COUNTER,
+    EXIT_0,
+    ICR,
+    INIT_OTHERS,
+    SOFTWARE_ENABLE,
+    START,
+    START_OTHERS_AT_8000,
+    machine_with,
+    store,
+    wait_for,
+)
 
 from vtx.machine import StopReason
 from vtx.x86.state import Activity
@@ -59,3 +70,14 @@ def test_code_written_by_one_processor__is_executed_by_another():
 def test_all_halted__is_the_end():
     machine = machine_with(2, START + wait_for(1) + b"\xfa\xf4")  # CLI; HLT
     assert machine.run(max_instructions=1_000_000).reason is StopReason.HALTED
+
+
+def test_nmi_to_itself__is_taken_before_what_follows():
+    # There is no IDT: the NMI is a shutdown, and the branch after it ends the code that one run may still complete.
+    store_itself_nmi = store(0xFEE0_0310, 0) + store(ICR, 0x0000_4400)
+    machine = machine_with(
+        1, SOFTWARE_ENABLE + store_itself_nmi + b"\xeb\x00" + b"\xc6\x05\x00\x90\x00\x00\x01" + EXIT_0
+    )
+    machine.cpu.state.idtr.limit = 0
+    assert machine.run(max_instructions=1_000).reason is StopReason.SHUTDOWN
+    assert machine.memory.read_u8(COUNTER) == 0
