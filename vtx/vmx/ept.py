@@ -159,6 +159,8 @@ class ExtendedPageTables:
     Page").
     """
 
+    walks_pdptes = False
+
     def __init__(
         self,
         config: EptConfig,

@@ -165,6 +165,7 @@ class Mmu:
             self.pkru,
             self.pkrs,
             self.page1gb,
+            self.second_level.walks_pdptes,
         )
         self._permissions = context.permissions
         self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
@@ -213,6 +214,8 @@ class Mmu:
 
         Raises `InstructionAborted` with #GP(0) for reserved bits, or with the second level's fault.
         """
+        if self.second_level.walks_pdptes:
+            return 0, 0, 0, 0
         result = load_pdptrs(cr3, self.physical_address_width, self.memory, self.second_level)
         if isinstance(result, InvalidPdpte):
             raise InstructionAborted(Fault(Vector.GP, 0))
@@ -255,6 +258,22 @@ class Mmu:
             self.tlb.invalidate_root(eptp)
         else:
             self.tlb.invalidate_roots()
+        self._flush_engine_all()
+
+    def invlpga(self, asid: int, linear: int) -> None:
+        """INVLPGA."""
+        self.tlb.invalidate_asid_page(asid, (linear & self._linear_mask) >> PAGE_SHIFT)
+        self._flush_engine_all()
+
+    def flush_asid(self, asid: int | None, *, keep_global: bool = False) -> None:
+        """TLB_CONTROL: forget what is tagged with ``asid``, or everything (None).
+
+        Spec: APM Vol. 2, "TLB Flush".
+        """
+        if asid is None:
+            self.tlb.clear()
+        else:
+            self.tlb.flush_asid(asid, keep_global=keep_global)
         self._flush_engine_all()
 
     def _flush_engine_all(self) -> None:

@@ -161,7 +161,8 @@ def paging_mode(cr0: int, cr4: int, efer: int) -> PagingMode:
 class PagingContext:
     """Everything but memory that a translation depends on.
 
-    ``pdptrs`` are the four PDPTE registers of PAE paging. ``physical_address_width`` is MAXPHYADDR, in bits.
+    ``pdptrs`` are the four PDPTE registers of PAE paging, unless ``pdptes_in_memory``: then each walk reads its PDPTE,
+    as in nested paging (APM Vol. 2, "Legacy PAE Mode"). ``physical_address_width`` is MAXPHYADDR, in bits.
     The attributes below the blank line are derived.
 
     Spec: SDM Vol. 3, "Paging Modes and Control Bits".
@@ -176,6 +177,7 @@ class PagingContext:
     pkru: int = 0
     pkrs: int = 0
     page1gb: bool = True
+    pdptes_in_memory: bool = False
 
     mode: PagingMode = field(init=False, eq=False)
     geometry: Geometry = field(init=False, eq=False)
@@ -368,8 +370,15 @@ def _descend(
     table = context.root
     if mode is PagingMode.PAE:
         pdpte = context.pdptrs[used >> 30]
+        if context.pdptes_in_memory:
+            found = _pdpte_in_memory(context, linear, memory, second_level, steps)
+            if isinstance(found, SecondLevelFault):
+                return found
+            pdpte = found
         if not pdpte & PRESENT:
             return _NOT_PRESENT
+        if context.pdptes_in_memory and pdpte & _reserved_in_pdpte(context.physical_address_width):
+            return _RESERVED
         table = pdpte & frame_mask
     read = memory.read_u64 if entry_shift == 3 else memory.read_u32
     locate = second_level.paging_structure
@@ -401,6 +410,23 @@ def _descend(
     if mode is PagingMode.LEVEL_4 or mode is PagingMode.LEVEL_5:
         attributes |= (entry >> PROTECTION_KEY_SHIFT & 0xF) << KEY_SHIFT
     return _Leaf(address, entry, shift, attributes, unset)
+
+
+def _pdpte_in_memory(
+    context: PagingContext,
+    linear: LinearAddress,
+    memory: PagedMemory,
+    second_level: SecondLevel,
+    steps: list[WalkStep] | None,
+) -> int | SecondLevelFault:
+    address = GuestPhysicalAddress((context.cr3 & _bits(31, 5)) + 8 * (linear >> 30 & 3))
+    physical = second_level.paging_structure(address, False, linear)
+    if isinstance(physical, SecondLevelFault):
+        return physical
+    entry = memory.read_u64(physical)
+    if steps is not None:
+        steps.append(WalkStep("PDPTE", address, entry))
+    return entry
 
 
 def walk(
@@ -490,6 +516,10 @@ def _set_flags(
     return None
 
 
+def _reserved_in_pdpte(physical_address_width: int) -> int:
+    return _bits(63, physical_address_width) | _bits(8, 5) | _bits(2, 1)
+
+
 def load_pdptrs(
     cr3: int, physical_address_width: int, memory: PagedMemory, second_level: SecondLevel
 ) -> tuple[int, int, int, int] | InvalidPdpte | SecondLevelFault:
@@ -497,7 +527,7 @@ def load_pdptrs(
 
     Spec: SDM Vol. 3, "PDPTE Registers".
     """
-    reserved = _bits(63, physical_address_width) | _bits(8, 5) | _bits(2, 1)
+    reserved = _reserved_in_pdpte(physical_address_width)
     table = cr3 & _bits(31, 5)
     entries = []
     for index in range(4):

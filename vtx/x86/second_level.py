@@ -71,6 +71,9 @@ class SecondLevel(Protocol):
     Bits 51:12 of a tag are the physical address of the root; the other bits distinguish configurations.
     """
 
+    walks_pdptes: bool
+    """Whether walks under PAE paging read the PDPTEs from memory, instead of registers that MOV to CR3 loads."""
+
     @property
     def tag(self) -> int | None:
         """Identity of this translation, for TLB tags."""
@@ -97,6 +100,8 @@ class SecondLevel(Protocol):
 
 class IdentitySecondLevel:
     """No second level: guest-physical addresses are physical addresses."""
+
+    walks_pdptes = False
 
     @property
     def tag(self) -> int | None:

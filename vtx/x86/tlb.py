@@ -159,6 +159,10 @@ class Tlb:
     def clear(self) -> None:
         """Drop everything."""
         self._drop(lambda tag: True)
+    def flush_asid(self, asid: int, *, keep_global: bool = False) -> None:
+        """TLB_CONTROL of VMRUN: all of one ASID, mappings made with paging disabled included."""
+        self._drop(lambda tag: tag.asid == asid and not (keep_global and tag.pcid == GLOBAL))
+
 
     def __len__(self) -> int:
         """Number of pages cached, over all tags."""
