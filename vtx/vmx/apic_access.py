@@ -146,9 +146,9 @@ def _not_virtualized(apic: VirtualApic, hits: list[_Hit]) -> _Hit | None:
     return others[0] if others else None
 
 
-def virtualize(operation: VmxOperation, refused: RefusedInstruction) -> None:
+def virtualize(operation: VmxOperation, refused: RefusedInstruction, access: ReservedPageAccess) -> None:
     """An instruction that the engine executes met the APIC-access page: virtualize its access, or exit."""
-    access, apic = refused.access, operation.virtual_apic
+    apic = operation.virtual_apic
     hits = [] if access.kind is AccessKind.EXECUTE else _hits(operation, refused)
     if hits:
         exiting = hits[0] if apic is None else _not_virtualized(apic, hits)

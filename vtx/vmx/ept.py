@@ -9,12 +9,13 @@ import functools
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+from vtx.vmx.sub_page_tables import SubPageEvent, SubPageTables
 from vtx.x86.page_rights import EXECUTE_DISABLE, USER, WRITABLE
 from vtx.x86.paging import NEVER, Level, PagedMemory
-from vtx.x86.second_level import AccessKind, ReservedPageAccess, SecondLevelFault, SecondLevelPage
+from vtx.x86.second_level import AccessKind, ReservedPageAccess, SecondLevelFault, SecondLevelPage, SubPageWrite
 
 # EPT paging-structure entries (SDM Vol. 3, "EPT Translation Mechanism", the tables of entry formats).
 READ: Final = 1 << 0
@@ -26,6 +27,7 @@ ACCESSED: Final = 1 << 8
 DIRTY: Final = 1 << 9
 EXECUTE_USER: Final = 1 << 10
 """With mode-based execute control: execute access for user-mode linear addresses."""
+SUB_PAGE_PERMISSIONS: Final = 1 << 61
 SUPPRESS_VE: Final = 1 << 63
 RESERVED_MEMORY_TYPES: Final = frozenset((2, 3, 7))
 
@@ -157,6 +159,9 @@ class ExtendedPageTables:
     logging); it returns False when the log is full. None: no logging. Guest paging structures on
     ``apic_access_page`` are refused with `ReservedPageAccess` (SDM Vol. 3, "Guest-Physical Accesses to the APIC-Access
     Page").
+
+    ``sub_pages`` are the tables of sub-page write permissions; None without the control. Writes to the guest-physical
+    pages ``writable_sub_pages`` are taken for decided and allowed.
     """
 
     walks_pdptes = False
@@ -168,6 +173,7 @@ class ExtendedPageTables:
         log_dirty: Callable[[GuestPhysicalAddress], bool] | None = None,
         *,
         apic_access_page: int | None = None,
+        sub_pages: SubPageTables | None = None,
     ) -> None:
         if not 4 <= config.walk_length <= 5:
             raise ValueError(f"EPT page-walk length {config.walk_length} is not one VM entry accepts")
@@ -175,6 +181,8 @@ class ExtendedPageTables:
         self.memory = memory
         self.log_dirty = log_dirty
         self.apic_access_page = apic_access_page
+        self.sub_pages = sub_pages
+        self.writable_sub_pages: frozenset[int] = frozenset()
         self._levels = _levels(config)
         self._illegal = _illegal_permissions(config)
         self._permission_mask = READ | WRITE | EXECUTE | (EXECUTE_USER if config.mode_based_execute else 0)
@@ -233,7 +241,7 @@ class ExtendedPageTables:
 
     def _walk(
         self, address: GuestPhysicalAddress, access: int, needed: int, linear: LinearAddress | None, detail: int
-    ) -> _Mapping | EptFault:
+    ) -> _Mapping | EptFault | SubPageWrite:
         """Walk the tables. ``access`` is bits 2:0 of the qualification, ``needed`` the permission bits required.
 
         Misconfigurations and absent entries are found from the root down; permissions are those of the whole walk.
@@ -267,7 +275,13 @@ class ExtendedPageTables:
             table = entry & frame_mask
 
         if needed & ~permissions:
-            return self._violation(address, access, permissions, linear, detail, entry)
+            violation = self._violation(address, access, permissions, linear, detail, entry)
+            # Paging structures are never written without being read, and so never eligible.
+            if access != QUALIFICATION_WRITE or not self._has_sub_pages(shift, entry, permissions):
+                return violation
+            if address & ~PAGE_OFFSET_MASK not in self.writable_sub_pages:
+                return self._sub_page_write(violation, unaccessed or [], entry_address, entry)
+            permissions |= WRITE
         dirty = bool(entry & DIRTY)
         if self._accessed_dirty:
             wanted = ACCESSED | DIRTY if access & QUALIFICATION_WRITE else ACCESSED
@@ -303,6 +317,36 @@ class ExtendedPageTables:
         if linear is not None:
             qualification |= QUALIFICATION_LINEAR_VALID | detail
         return EptViolation(address, linear, qualification, bool(entry & SUPPRESS_VE))
+
+    def _has_sub_pages(self, shift: int, entry: int, permissions: int) -> bool:
+        """Whether a write that EPT refuses is eligible for sub-page write permissions."""
+        return bool(
+            self.sub_pages is not None and shift == PAGE_SHIFT and entry & SUB_PAGE_PERMISSIONS and permissions & READ
+        )
+
+    def _sub_page_write(
+        self, violation: EptViolation, unaccessed: list[int], entry_address: int, entry: int
+    ) -> SubPageWrite:
+        """Leave it to the exact bytes of a write whether it is ``violation`` or allowed after all."""
+        address, linear = violation.guest_physical, violation.linear
+
+        def decide(size: int) -> PhysicalAddress | SecondLevelFault:
+            assert self.sub_pages is not None
+            allowed = self.sub_pages.allows(address, size)
+            if isinstance(allowed, SubPageEvent):
+                return evolve(allowed, linear=linear)
+            if not allowed:
+                return violation
+            physical = PhysicalAddress(entry & self._frame_mask | address & PAGE_OFFSET_MASK)
+            if self._accessed_dirty and not self._set_flags(
+                address, unaccessed, entry_address, ACCESSED | DIRTY, bool(entry & DIRTY)
+            ):
+                return PageModificationLogFull(address, linear)
+            if physical & ~PAGE_OFFSET_MASK == self.apic_access_page:
+                return ReservedPageAccess(address, linear, AccessKind.WRITE)
+            return physical
+
+        return SubPageWrite(address, linear, decide)
 
     def _set_flags(
         self, address: GuestPhysicalAddress, unaccessed: list[int], leaf: int, wanted: int, was_dirty: bool

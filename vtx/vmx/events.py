@@ -6,6 +6,8 @@ Event Delivery".
 
 from __future__ import annotations
 
+from typing import Final
+
 from vmcs import controls as c
 from vmcs.exits import Reason
 from vtx.vmx.apic_access import access_exit
@@ -13,10 +15,16 @@ from vtx.vmx.ept import EptMisconfiguration, EptViolation, PageModificationLogFu
 from vtx.vmx.intercepts import exception_exit, resume_flag
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import NMI_UNBLOCKING, VmExit, interruption_word
+from vtx.vmx.sub_page_tables import SubPageEvent
 from vtx.vmx.view import ControlView
 from vtx.x86.event import Event
 from vtx.x86.outcome import Fault, NotModelled, Vector
 from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
+
+_SUB_PAGE_MISS: Final = 1 << 11
+_QUALIFICATION_TELLS_OF_NMIS: Final = frozenset(
+    (Reason.EPT_VIOLATION, Reason.PAGE_MODIFICATION_LOG_FULL, Reason.SPP_RELATED_EVENT)
+)
 
 
 def _word(event: Event) -> int:
@@ -68,6 +76,10 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
             record = VmExit(Reason.EPT_MISCONFIGURATION, guest_physical=fault.guest_physical)
         case PageModificationLogFull():
             record = VmExit(Reason.PAGE_MODIFICATION_LOG_FULL)
+        case SubPageEvent():
+            qualification = _SUB_PAGE_MISS if fault.miss else 0
+            record = VmExit(Reason.SPP_RELATED_EVENT, qualification, guest_physical=fault.guest_physical)
+            record.guest_linear = fault.linear
         case ReservedPageAccess():
             record = access_exit(operation, fault, delivering)
         case _:
@@ -86,7 +98,7 @@ def note_nmi_unblocking(view: ControlView, record: VmExit) -> None:
     """
     if view.pin & c.NMI_EXITING.mask and not view.pin & c.VIRTUAL_NMIS.mask:
         return
-    if record.reason in (Reason.EPT_VIOLATION, Reason.PAGE_MODIFICATION_LOG_FULL):
+    if record.reason in _QUALIFICATION_TELLS_OF_NMIS:
         record.qualification |= NMI_UNBLOCKING
     elif record.interruption and record.interruption & 0xFF != Vector.DF:
         record.interruption |= NMI_UNBLOCKING

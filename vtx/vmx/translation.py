@@ -14,11 +14,13 @@ from vtx.addresses import GuestPhysicalAddress
 from vtx.vmx.ept import EptConfig, ExtendedPageTables
 from vtx.vmx.host_state import NO_SECOND_LEVEL
 from vtx.vmx.operation import VmxOperation
+from vtx.vmx.sub_page_tables import SubPageTables
 from vtx.vmx.view import ControlView
 from vtx.x86.second_level import SecondLevel
 
 _PML_INDEX: Final = f.PML_INDEX.encoding
 _PML_ADDRESS: Final = f.PML_ADDRESS.encoding
+_SPPTP: Final = f.SUB_PAGE_PERMISSION_TABLE_POINTER.encoding
 _PML_LAST: Final = 511
 
 
@@ -36,8 +38,11 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         mode_based_execute=bool(view.secondary & c.MODE_BASED_EXECUTE_CONTROL_FOR_EPT.mask),
         advanced_information=capabilities.supports("advanced VM-exit information for EPT violations"),
     )
+    sub_pages = None
+    if view.secondary & c.SUB_PAGE_WRITE_PERMISSIONS_FOR_EPT.mask:
+        sub_pages = SubPageTables(vmcs.values[_SPPTP], config.physical_address_width, processor.memory)
     if not view.secondary & c.ENABLE_PML.mask:
-        return ExtendedPageTables(config, processor.memory, apic_access_page=view.apic_access_page)
+        return ExtendedPageTables(config, processor.memory, apic_access_page=view.apic_access_page, sub_pages=sub_pages)
 
     def log_dirty(page: GuestPhysicalAddress) -> bool:
         """Spec: SDM Vol. 3, "Page-Modification Logging"."""
@@ -48,4 +53,6 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         vmcs[f.PML_INDEX] = index - 1
         return True
 
-    return ExtendedPageTables(config, processor.memory, log_dirty, apic_access_page=view.apic_access_page)
+    return ExtendedPageTables(
+        config, processor.memory, log_dirty, apic_access_page=view.apic_access_page, sub_pages=sub_pages
+    )

@@ -19,7 +19,7 @@ from vmcs.capabilities import Capabilities
 from vmcs.fields import Field
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import Violation, explain
-from vtx.vmx import apic_access, apic_instructions, events, instructions, pause_loop, virtualization_exception
+from vtx.vmx import apic_access, apic_instructions, events, instructions, pause_loop, sub_page, virtualization_exception
 from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.ept import EptMisconfiguration
@@ -37,7 +37,7 @@ from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
 from vtx.x86.operations import Operation, TaskSwitch
 from vtx.x86.outcome import Fault, Vector
-from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.second_level import SecondLevelFault, SubPageWrite
 from vtx.x86.state import MASK64
 from vtx.x86.virtualization import Processor, RefusedInstruction
 
@@ -239,9 +239,13 @@ class Vmx:
             self.operation.observer.ept_misconfiguration(fault)
         return self._exit_if(events.second_level_exit(self.operation, fault, delivering), delivering)
 
-    def virtualize_access(self, refused: RefusedInstruction) -> None:
+    def virtualize_access(self, refused: RefusedInstruction) -> SecondLevelFault | None:
         """See `Virtualization.virtualize_access`."""
-        apic_access.virtualize(self.operation, refused)
+        access = refused.access
+        if isinstance(access, SubPageWrite):
+            return sub_page.virtualize(self.operation, refused, access)
+        apic_access.virtualize(self.operation, refused, access)
+        return None
 
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""

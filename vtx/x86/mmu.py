@@ -43,7 +43,14 @@ from vtx.x86.paging import (
     load_pdptrs,
     walk,
 )
-from vtx.x86.second_level import AccessKind, IdentitySecondLevel, ReservedPageAccess, SecondLevel, SecondLevelFault
+from vtx.x86.second_level import (
+    AccessKind,
+    IdentitySecondLevel,
+    ReservedPageAccess,
+    SecondLevel,
+    SecondLevelFault,
+    SubPageWrite,
+)
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
 from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
 
@@ -366,10 +373,15 @@ class Mmu:
         """
         return self._translate(linear, kind, _privilege(user, ac))
 
-    def _translate(self, linear: int, kind: AccessKind, privilege: Privilege) -> PhysicalAddress:
+    def _translate(self, linear: int, kind: AccessKind, privilege: Privilege, size: int = 1) -> PhysicalAddress:
         result = self.resolve(linear, kind, privilege)
         if isinstance(result, Translation):
             return PhysicalAddress(result.physical | linear & PAGE_OFFSET_MASK)
+        if isinstance(result, SubPageWrite):
+            decided = result.decide(size)
+            if not isinstance(decided, SecondLevelFault):
+                return decided
+            result = decided
         raise InstructionAborted(result)
 
     def _pieces(
@@ -379,7 +391,7 @@ class Mmu:
         pieces = []
         while size > 0:
             length = min(size, PAGE_SIZE - (linear & PAGE_OFFSET_MASK))
-            pieces.append((self._translate(linear, kind, privilege), length))
+            pieces.append((self._translate(linear, kind, privilege, length), length))
             linear += length
             size -= length
         return pieces

@@ -10,9 +10,10 @@ Spec: SDM Vol. 3, "The Extended Page Table Mechanism (EPT)"; APM Vol. 2, "Nested
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Final, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
 
@@ -49,6 +50,17 @@ class ReservedPageAccess(SecondLevelFault):
     """
 
     kind: AccessKind
+
+
+@frozen
+class SubPageWrite(SecondLevelFault):
+    """A write to a page whose parts are protected one by one, so that its exact bytes decide.
+
+    ``decide`` takes the number of bytes written from ``guest_physical`` on, all in this page. It gives the physical
+    address, with flags set as the write does, or the fault.
+    """
+
+    decide: Callable[[int], PhysicalAddress | SecondLevelFault] = field(eq=False, repr=False)
 
 
 @frozen

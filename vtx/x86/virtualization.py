@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vtx.x86.operations import Operation
     from vtx.x86.outcome import Fault
     from vtx.x86.profile import Profile
-    from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
+    from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault, SubPageWrite
     from vtx.x86.state import CpuState
 
 
@@ -92,7 +92,7 @@ class RefusedInstruction(Protocol):
     """The instruction at RIP, which the engine began to execute and whose ``access`` the MMU refused."""
 
     @property
-    def access(self) -> ReservedPageAccess:
+    def access(self) -> ReservedPageAccess | SubPageWrite:
         """The access."""
         ...
 
@@ -169,8 +169,11 @@ class Virtualization(Protocol):
         """Non-root only: a second-level translation failed; always a VM exit in VMX without #VE."""
         ...
 
-    def virtualize_access(self, refused: RefusedInstruction) -> None:
-        """Non-root only: an instruction accessed the MMU's reserved page; virtualize the access or exit."""
+    def virtualize_access(self, refused: RefusedInstruction) -> SecondLevelFault | None:
+        """Non-root only: an instruction accessed the MMU's reserved page, or writes where its exact bytes matter.
+
+        Executes it if that is allowed, or exits; or gives the fault that it comes to.
+        """
         ...
 
     def boundary(self) -> bool:
