@@ -19,7 +19,7 @@ from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
 from vtx.x86.execution import EngineEvent, ExceptionTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.second_level import AccessKind, ReservedPageAccess
+from vtx.x86.second_level import AccessKind, ReservedPageAccess, SubPageWrite
 from vtx.x86.state import MASK64, Gpr, Rflags
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
             _undo_transfer(processor, event.origin)
     if processor.tracing is not None:
         processor.tracing.walk(exact.linear, exact.kind, state.cpl)
-    if isinstance(result, ReservedPageAccess):
+    if isinstance(result, ReservedPageAccess | SubPageWrite):
         _virtualize(processor, result)
     else:
         processor.abort(result)
@@ -69,7 +69,7 @@ class _Refused:
     """See `vtx.x86.virtualization.RefusedInstruction`. ``event`` is what came of it, if it did not complete."""
 
     processor: LogicalProcessor
-    access: ReservedPageAccess
+    access: ReservedPageAccess | SubPageWrite
     event: EngineEvent | None = None
 
     def operands(self) -> list[Operand]:
@@ -88,7 +88,7 @@ class _Refused:
         return False
 
 
-def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess) -> None:
+def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess | SubPageWrite) -> None:
     """The access is the virtualization extension's: it has the instruction executed after all, or exits."""
     extension = processor.virtualization
     assert extension is not None
@@ -96,8 +96,10 @@ def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess) -> Non
         processor.tracing.second_level_fault(refused)
     instruction = _Refused(processor, refused)
     transitions = extension.transitions
-    extension.virtualize_access(instruction)
-    if extension.transitions != transitions:
+    fault = extension.virtualize_access(instruction)
+    if fault is not None:
+        processor.abort(fault)
+    elif extension.transitions != transitions:
         processor.reload = True
     elif instruction.event is not None:
         processor.handle(instruction.event)
