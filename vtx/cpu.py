@@ -31,7 +31,7 @@ class Cpu(LogicalProcessor):
     vmx: Vmx
     socket: Socket
     machine: Machine
-    _init_pending = False
+    init_pending = False
 
     def attach(self, machine: Machine, socket: Socket) -> None:
         """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
@@ -61,7 +61,7 @@ class Cpu(LogicalProcessor):
 
     def init(self) -> None:
         """An INIT signal: latched, and taken at the next boundary at which it is not blocked."""
-        self._init_pending = True
+        self.init_pending = True
         self.machine.due_changed()
 
     def start_up(self, vector: int) -> None:
@@ -82,7 +82,7 @@ class Cpu(LogicalProcessor):
     @property
     def awake(self) -> bool:
         """Whether it executes instructions or may take an event that is pending."""
-        return super().awake or (self._init_pending and not self._init_is_blocked())
+        return super().awake or (self.init_pending and not self._init_is_blocked())
 
     def _init_is_blocked(self) -> bool:
         """INIT is blocked in VMX root operation, and has no effect on a processor that waits for a start-up IPI."""
@@ -90,14 +90,14 @@ class Cpu(LogicalProcessor):
 
     def run_once(self, until: int | None = None) -> None:
         """As every processor; a pending INIT comes first."""
-        if self._init_pending and self._take_init():
+        if self.init_pending and self._take_init():
             return
         super().run_once(until)
 
     def _take_init(self) -> bool:
-        if not self._init_pending or self._init_is_blocked():
+        if not self.init_pending or self._init_is_blocked():
             return False
-        self._init_pending = False
+        self.init_pending = False
         if self.vmx.non_root:
             if self.state.activity is not Activity.WAIT_FOR_SIPI:
                 self.vmx.exit(VmExit(Reason.INIT_SIGNAL))

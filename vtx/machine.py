@@ -22,9 +22,11 @@ from vtx.engine.coherence import Coherence
 from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
 from vtx.scheduler import Scheduler
+from vtx.snapshot.model import Snapshot, capture, restore
 from vtx.vmx.explanations import Explain
 from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
+from vtx.x86.memory_image import RamHistory
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import Halt, LogicalProcessor
 from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
@@ -82,7 +84,7 @@ class Machine:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.memory = PhysicalMemory(memory)
         self.exit_counts: Counter[str] = Counter()
-        self._exit_value: int | None = None
+        self.exit_value: int | None = None
         self._interrupted = False
         self.board = Board(
             self.memory,
@@ -98,11 +100,12 @@ class Machine:
         self.tracer = tracer
         self._explain = explain
         self._compiled = compiled
-        self._coherence = Coherence()
+        self._coherence = Coherence(self.memory.dirty)
+        self.history = RamHistory(self.memory, self._coherence.withdraw_writes)
         self._latest = 0
         self.cpus = [self._add_cpu(index, cpus) for index in range(cpus)]
         self.cpu = self.cpus[0]
-        self._scheduler = Scheduler(self.cpus, self._switch)
+        self.scheduler = Scheduler(self.cpus, self._switch)
 
     def _add_cpu(self, index: int, count: int) -> Cpu:
         socket = Socket(self.board)
@@ -112,7 +115,7 @@ class Machine:
 
         cpu = Cpu(self.memory, self.profile, socket, engine_factory, index=index, count=count)
         if not index:
-            self._running = cpu
+            self.running = cpu
         cpu.attach(self, socket)
         cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer, self._explain)
         if self.tracer is not None:
@@ -121,25 +124,25 @@ class Machine:
 
     def now(self) -> int:
         """Virtual time: ticks of the time-stamp counter since power-up, as far as any processor has come."""
-        self._latest = max(self._latest, self._running.now())
+        self._latest = max(self._latest, self.running.now())
         return self._latest
 
     def _switch(self, index: int) -> None:
-        self._running = self.cpus[index]
-        self.board.select(self._running.socket)
+        self.running = self.cpus[index]
+        self.board.select(self.running.socket)
 
     def due_changed(self) -> None:
         """A device or another processor did something that the current run was not planned for."""
-        self._running.device_written()
+        self.running.device_written()
         if len(self.cpus) > 1:
-            self._scheduler.reconsider()
+            self.scheduler.reconsider()
 
     def _power_off(self) -> None:
-        self._running.halt = Halt("the guest switched the machine off", shutdown=False)
+        self.running.halt = Halt("the guest switched the machine off", shutdown=False)
 
     def _debug_exit(self, value: int) -> None:
-        self._exit_value = value
-        self._running.stop_requested = True
+        self.exit_value = value
+        self.running.stop_requested = True
 
     def load(
         self, image: bytes, *, name: str = "image", command_line: str = "", modules: Sequence[Module] = ()
@@ -154,6 +157,26 @@ class Machine:
         firmware.install(self.memory, self.board.port_write)
         load(image, self.memory, options, self.cpu.state)
         self.cpu.load_control_state()
+
+    def snapshot(self) -> Snapshot:
+        """The whole machine as it is, between two runs: for `restore`, here or in a machine built alike.
+
+        Copies the pages of RAM written since the last snapshot or `restore`.
+        """
+        return capture(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to ``snapshot``; what follows is the same as what followed it.
+
+        Copies the pages of RAM that differ. What the guest wrote to the serial port stays written. Raises
+        `vtx.snapshot.SnapshotError` if the snapshot is of a machine of another configuration.
+        """
+        restore(self, snapshot)
+
+    def set_time(self, running: int, latest: int) -> None:
+        """The processor ``running`` ran last, and the machine has come to tick ``latest``."""
+        self._latest = latest
+        self._switch(running)
 
     def feed(self, data: bytes) -> None:
         """Give the guest serial input."""
@@ -172,16 +195,16 @@ class Machine:
         With several processors the limit applies to each of them.
         """
         for cpu in self.cpus:
-            cpu.instruction_limit = max_instructions
+            cpu.limit_instructions(max_instructions)
         try:
             if len(self.cpus) == 1:
                 self.cpu.run()
             else:
-                self._scheduler.run()
+                self.scheduler.run()
         except NotModelled as missing:
             return self._result(StopReason.NOT_MODELLED, str(missing))
-        if self._exit_value is not None:
-            return self._result(StopReason.DEBUG_EXIT, f"the guest ended the run with {self._exit_value:#x}")
+        if self.exit_value is not None:
+            return self._result(StopReason.DEBUG_EXIT, f"the guest ended the run with {self.exit_value:#x}")
         if self._interrupted:
             self._interrupted = False
             for cpu in self.cpus:
@@ -196,7 +219,7 @@ class Machine:
         return self._result(StopReason.HALTED, "all processors are halted with nothing to wake them")
 
     def _result(self, reason: StopReason, message: str) -> RunResult:
-        result = RunResult(reason, self._exit_value, message, sum(cpu.instructions for cpu in self.cpus), self.now())
+        result = RunResult(reason, self.exit_value, message, sum(cpu.instructions for cpu in self.cpus), self.now())
         if self.tracer is not None:
             stopped = MachineStopped(0, result.ticks, reason.value, message, result.instructions, result.exit_value)
             self.tracer.emit(stopped)

@@ -52,13 +52,16 @@ class Scheduled(Protocol):
 
 
 class Scheduler:
-    """Runs ``processors``; ``switch`` is called with the index of the one that runs next."""
+    """Runs ``processors``; ``switch`` is called with the index of the one that runs next.
+
+    ``running`` is the index of the processor whose turn is or was the last, ``planned`` are those that were awake then.
+    """
 
     def __init__(self, processors: Sequence[Scheduled], switch: Callable[[int], None]) -> None:
         self._processors = processors
         self._switch = switch
-        self._running = 0
-        self._planned: tuple[int, ...] = ()
+        self.running = 0
+        self.planned: tuple[int, ...] = ()
 
     def run(self) -> None:
         """Run until a processor finishes or none can ever run again."""
@@ -71,30 +74,30 @@ class Scheduler:
 
     def reconsider(self) -> None:
         """Something happened that may have woken a processor that takes no turns."""
-        if self._awake() != self._planned:
-            self._processors[self._running].give_way()
+        if self._awake() != self.planned:
+            self._processors[self.running].give_way()
 
     def _awake(self) -> tuple[int, ...]:
         return tuple(i for i, processor in enumerate(self._processors) if processor.awake)
 
     def _turn(self, awake: tuple[int, ...]) -> None:
         processors = self._processors
-        latest = max(processors[i].now() for i in self._planned) if self._planned else 0
+        latest = max(processors[i].now() for i in self.planned) if self.planned else 0
         for i in awake:
-            if i not in self._planned and processors[i].now() < latest:
+            if i not in self.planned and processors[i].now() < latest:
                 processors[i].sleep_until(latest)
-        self._planned = awake
+        self.planned = awake
         times = sorted((processors[i].now(), i) for i in awake)
-        self._running = times[0][1]
-        self._switch(self._running)
+        self.running = times[0][1]
+        self._switch(self.running)
         wakes = [wake for i, processor in enumerate(processors) if i not in awake and (wake := processor.wake_time())]
         limits = [max(wake, times[0][0] + 1) for wake in wakes]
         if len(times) > 1:
             limits.append(times[1][0] + QUANTUM)
-        processors[self._running].run(min(limits, default=None))
+        processors[self.running].run(min(limits, default=None))
         for i, processor in enumerate(processors):
             wake = None if i in awake else processor.wake_time()
-            if wake is not None and wake <= processors[self._running].now():
+            if wake is not None and wake <= processors[self.running].now():
                 self._switch(i)
                 processor.sleep_until(wake)
 

@@ -125,6 +125,10 @@ class BlockClock:
         self.shared.stopped = reason
         native.library.uc_emu_stop(self._handle)
 
+    def set_counters(self, elapsed: int, instructions: int) -> None:
+        """Go on counting from other values."""
+        self.shared.elapsed, self.shared.instructions = elapsed, instructions
+
     def begin(self, limit: int, instruction_limit: int, *, single: bool, native: bool, watch_if: bool) -> None:
         """A run begins; no block has been entered yet.
 

@@ -42,11 +42,13 @@ class Member:
 class Coherence:
     """The sides that the frames of one memory are on.
 
-    ``executed`` are the frames that any engine may hold translations of.
+    ``executed`` are the frames that any engine may hold translations of. Frames that an engine may write are added to
+    ``dirty``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dirty: set[int] | None = None) -> None:
         self.executed: set[int] = set()
+        self.dirty = set() if dirty is None else dirty
         self._members: list[Member] = []
         self._changes: dict[int, int] = {}
         self._owners: dict[int, tuple[Member, int]] = {}
@@ -65,6 +67,10 @@ class Coherence:
     def tlb_flushed(self, member: Member) -> None:
         """The TLB of ``member`` is empty: no frame is writable through it any more."""
         member.writable.clear()
+
+    def withdraw_writes(self) -> None:
+        """Take back every permission to write, so that the next write to a frame is asked for again."""
+        self._withdraw()
 
     def written(self, frame: int) -> None:
         """The model wrote to ``frame`` behind the engines' backs."""
@@ -95,6 +101,7 @@ class Coherence:
                 self.executed.discard(frame)
             self._withdraw()
         member.writable.add(frame)
+        self.dirty.add(frame)
         return permissions & ~AccessKind.EXECUTE
 
     def _note_executed(self, member: Member, frame: int) -> None:
@@ -127,4 +134,5 @@ class Coherence:
             self._owners[frame] = member, page
         self._note_executed(member, frame)
         member.writable.add(frame)
+        self.dirty.add(frame)
         return permissions

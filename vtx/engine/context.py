@@ -116,6 +116,10 @@ class Context:
         """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
         return bytes(self._image[layout.FPU : layout.FPU_END])
 
+    def set_fpu(self, fpu: bytes) -> None:
+        """Replace the x87/SSE state; it reaches the processor with the next `load`."""
+        self._image[layout.FPU : layout.FPU_END] = fpu
+
     # From and to the architectural state.
 
     def load(self, state: CpuState, *, reload: bool, step: bool) -> None:

@@ -451,9 +451,13 @@ class UnicornEngine:
         self.clock.shared.limit = 0
 
     def fpu(self) -> bytes:
-        """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
-        self._context.save()
+        """The x87/SSE state as opaque bytes, as the last run left it."""
         return self._context.fpu()
+
+    def resume(self, elapsed: int, instructions: int, fpu: bytes) -> None:
+        """Go on from another moment: with these counters and this x87/SSE state."""
+        self.clock.set_counters(elapsed, instructions)
+        self._context.set_fpu(fpu)
 
     # Translations.
 

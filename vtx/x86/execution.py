@@ -118,6 +118,14 @@ class ExecutionEngine(Protocol):
         """Instructions executed since creation, counted like `elapsed`."""
         ...
 
+    def fpu(self) -> bytes:
+        """The x87/SSE state as opaque bytes."""
+        ...
+
+    def resume(self, elapsed: int, instructions: int, fpu: bytes) -> None:
+        """Go on from another moment, whose counters and x87/SSE state these are."""
+        ...
+
     def request_stop(self) -> None:
         """From within a callback: stop at the end of the current block with `Interrupted`."""
         ...

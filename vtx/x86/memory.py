@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from attrs import frozen
@@ -68,6 +68,8 @@ class PhysicalMemory:
     ``size`` is the RAM size in bytes, a multiple of the page size. ``code_written`` is called with the page number
     whenever the model writes to a page listed in ``code_pages`` (pages the engine has translated code from).
     ``own_page`` is the number of the page at which the running processor finds ``own_device``, None if it is hidden.
+    ``dirty`` has the numbers of the pages that may have been written since somebody last cleared it: the model's writes
+    are noted here, the engine's when it is allowed to make them.
     """
 
     def __init__(self, size: int) -> None:
@@ -88,6 +90,7 @@ class PhysicalMemory:
         self.own_page: int | None = None
         self.own_device: MmioDevice = _Nothing()
         self.code_pages: set[int] = set()
+        self.dirty: set[int] = set()
         self.code_written: Callable[[int], None] = lambda page: None
 
     def add_window(self, start: int, size: int, device: MmioDevice) -> None:
@@ -146,12 +149,25 @@ class PhysicalMemory:
             offset = self.ram_offset(address)
             if offset is not None:
                 self._bytes[offset : offset + length] = piece
+                self.dirty.add(address >> PAGE_SHIFT)
                 if address >> PAGE_SHIFT in self.code_pages:
                     self.code_written(address >> PAGE_SHIFT)
             elif (window := self.window_at(address)) and length in (1, 2, 4, 8):
                 window.device.mmio_write(address - window.start, length, int.from_bytes(piece, "little"))
             address += length
             position += length
+
+    def put_pages(self, pages: Iterable[tuple[int, bytes]]) -> None:
+        """Store whole pages of RAM, given by page number."""
+        view, code_pages = self._bytes, self.code_pages
+        for page, data in pages:
+            offset = self.ram_offset(page << PAGE_SHIFT)
+            if offset is None:
+                raise ValueError(f"there is no RAM at page {page:#x}")
+            view[offset : offset + PAGE_SIZE] = data
+            self.dirty.add(page)
+            if page in code_pages:
+                self.code_written(page)
 
     def read_u64(self, address: int) -> int:
         """The 8-byte value at ``address``."""
@@ -167,6 +183,7 @@ class PhysicalMemory:
             offset = self.ram_offset(address)
             if offset is not None:
                 self._qwords[offset >> 3] = value
+                self.dirty.add(address >> PAGE_SHIFT)
                 if address >> PAGE_SHIFT in self.code_pages:
                     self.code_written(address >> PAGE_SHIFT)
                 return

@@ -307,6 +307,11 @@ class LogicalProcessor:
 
     # The run loop.
 
+    def limit_instructions(self, most: int | None) -> None:
+        """Let `run` return after ``most`` instructions since power-up, or never for that reason."""
+        self.instruction_limit = most
+        self._approached = None  # it may have been the former limit that was close
+
     def run(self, until: int | None = None) -> None:
         """Run until tick ``until`` or the instruction limit, or until ``halt`` or ``stop_requested`` is set."""
         self._gives_way = False

@@ -15,8 +15,10 @@ Spec: SDM Vol. 3, "Caching Translation Information", "Caching Translation Inform
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
+
+from attrs import frozen
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.x86.paging import Translation
@@ -79,6 +81,23 @@ class _Space:
             self.pages[page] = translation
             if translation.size > PAGE_SIZE:
                 self._note_large(page, translation.size)
+
+
+@frozen
+class SavedSpace:
+    """The translations of one tag, as `Tlb.save` returns them."""
+
+    tag: TlbTag
+    pages: Mapping[int, Translation]
+    large: Mapping[tuple[int, int], frozenset[int]]
+
+
+@frozen
+class SavedTlb:
+    """The contents of a TLB, and the tag in use."""
+
+    tag: TlbTag
+    spaces: tuple[SavedSpace, ...]
 
 
 class Tlb:
@@ -163,6 +182,25 @@ class Tlb:
         """TLB_CONTROL of VMRUN: all of one ASID, mappings made with paging disabled included."""
         self._drop(lambda tag: tag.asid == asid and not (keep_global and tag.pcid == GLOBAL))
 
+
+    def save(self) -> SavedTlb:
+        """All that is cached; later changes do not reach it."""
+        return SavedTlb(
+            self.tag,
+            tuple(
+                SavedSpace(tag, dict(space.pages), {key: frozenset(pieces) for key, pieces in space.large.items()})
+                for tag, space in self._spaces.items()
+            ),
+        )
+
+    def restore(self, saved: SavedTlb) -> None:
+        """Cache what `save` found, in the same order, and nothing else."""
+        self._spaces.clear()
+        for each in saved.spaces:
+            space = self._space(each.tag)
+            space.pages.update(each.pages)
+            space.large.update((key, set(pieces)) for key, pieces in each.large.items())
+        self.select(saved.tag)
 
     def __len__(self) -> int:
         """Number of pages cached, over all tags."""

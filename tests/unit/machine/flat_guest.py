@@ -1,5 +1,6 @@
 """Guests written as bytes, instruction by instruction, for machines of several processors."""
 
+from vtx.events import Tracer
 from vtx.machine import Machine
 from vtx.x86.state import Segment
 
@@ -25,9 +26,11 @@ def wait_for(count: int) -> bytes:
 COUNT_AND_HALT = bytes.fromhex("31c0 8ed8 f0ff060090 f4 ebfd")  # 16-bit: XOR AX, AX; MOV DS, AX; LOCK INC [9000H]; HLT
 
 
-def machine_with(cpus: int, code: bytes, start_up_code: bytes = COUNT_AND_HALT) -> Machine:
+def machine_with(
+    cpus: int, code: bytes, start_up_code: bytes = COUNT_AND_HALT, tracer: Tracer | None = None
+) -> Machine:
     """Processor 0 is about to execute ``code`` in flat 32-bit protected mode; the others find theirs at 8000H."""
-    machine = Machine(cpus=cpus, memory=1 << 20)
+    machine = Machine(cpus=cpus, memory=1 << 20, tracer=tracer)
     machine.memory.write(0x1000, code)
     machine.memory.write(0x8000, start_up_code)
     state = machine.cpu.state

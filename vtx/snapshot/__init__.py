@@ -1,0 +1,5 @@
+"""Snapshots: the whole machine at one moment, in memory or in a file."""
+
+from vtx.snapshot.model import Snapshot, SnapshotError
+
+__all__ = ["Snapshot", "SnapshotError"]

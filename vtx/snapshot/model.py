@@ -1,0 +1,134 @@
+"""What a snapshot holds, and how it is taken from a machine and put back.
+
+A snapshot is data that nobody changes, so it can be restored any number of times, into any machine of the same
+configuration. The run after it is the same each time: whatever influences it is part of the snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from attrs import asdict, frozen
+
+from vtx.vmx.saved import SavedVmx, restore_vmx, save_vmx
+from vtx.x86.memory_image import MemoryImage
+from vtx.x86.profile import Profile
+from vtx.x86.saved import SavedProcessor, restore_processor, save_processor
+
+if TYPE_CHECKING:
+    from vtx.cpu import Cpu
+    from vtx.machine import Machine
+
+
+class SnapshotError(ValueError):
+    """The snapshot cannot be used; the message is one line."""
+
+
+@frozen
+class Configuration:
+    """What a machine must be built like to continue a snapshot; ``memory`` is in bytes."""
+
+    profile: str
+    profile_digest: str
+    memory: int
+    cpus: int
+
+    @classmethod
+    def of(cls, machine: Machine) -> Configuration:
+        """The configuration of ``machine``."""
+        profile = machine.profile
+        return cls(profile.name, _digest(profile), machine.memory.size, len(machine.cpus))
+
+    def require(self, other: Configuration) -> None:
+        """Raise `SnapshotError` unless a machine of ``other`` can continue a snapshot of this configuration."""
+        for what, mine, others in (
+            ("RAM", f"{self.memory >> 10} KiB", f"{other.memory >> 10} KiB"),
+            ("processors", self.cpus, other.cpus),
+            ("the profile", self.profile, other.profile),
+        ):
+            if mine != others:
+                raise SnapshotError(f"the snapshot needs a machine with {mine} for {what}, not {others}")
+        if self.profile_digest != other.profile_digest:
+            raise SnapshotError(f"the profile {self.profile} is not what it was when the snapshot was taken")
+
+
+@frozen
+class SavedCpu:
+    """One processor with its virtualization extension."""
+
+    processor: SavedProcessor
+    vmx: SavedVmx
+    init_pending: bool
+
+
+@frozen
+class SavedRun:
+    """How far the run has come: what belongs to no processor and no device. Tuples hold indices of processors."""
+
+    exit_value: int | None
+    exit_counts: Mapping[str, int]
+    latest: int
+    running: int
+    scheduled: int
+    planned: tuple[int, ...]
+
+
+@frozen(eq=False)
+class Snapshot:
+    """The whole machine between two instructions; ``devices`` are the devices' states by name."""
+
+    configuration: Configuration
+    run: SavedRun
+    cpus: tuple[SavedCpu, ...]
+    devices: Mapping[str, object]
+    ram: MemoryImage
+
+
+def capture(machine: Machine) -> Snapshot:
+    """Take a snapshot of ``machine``, which must not be running."""
+    return Snapshot(
+        configuration=Configuration.of(machine),
+        run=SavedRun(
+            exit_value=machine.exit_value,
+            exit_counts=dict(machine.exit_counts),
+            latest=machine.now(),
+            running=machine.running.index,
+            scheduled=machine.scheduler.running,
+            planned=machine.scheduler.planned,
+        ),
+        cpus=tuple(SavedCpu(save_processor(cpu), save_vmx(cpu.vmx), cpu.init_pending) for cpu in machine.cpus),
+        devices=machine.board.save(),
+        ram=machine.history.save(),
+    )
+
+
+def restore(machine: Machine, snapshot: Snapshot) -> None:
+    """Put ``machine`` back to ``snapshot``; `SnapshotError` if it is built differently."""
+    snapshot.configuration.require(Configuration.of(machine))
+    run = snapshot.run
+    machine.history.restore(snapshot.ram)
+    for cpu, saved in zip(machine.cpus, snapshot.cpus, strict=True):
+        _restore_cpu(cpu, saved)
+    machine.board.restore(snapshot.devices)
+    machine.scheduler.running, machine.scheduler.planned = run.scheduled, run.planned
+    machine.exit_value = run.exit_value
+    machine.exit_counts.clear()
+    machine.exit_counts.update(run.exit_counts)
+    machine.set_time(run.running, run.latest)
+
+
+def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:
+    restore_vmx(cpu.vmx, saved.vmx)
+    restore_processor(cpu, saved.processor)
+    cpu.init_pending = saved.init_pending
+
+
+def _digest(profile: Profile) -> str:
+    """The same for equal profiles, in every process."""
+    parts = asdict(profile, recurse=False)
+    parts["features"] = sorted(profile.features)
+    parts["vmx_capabilities"] = sorted(profile.vmx_capabilities.items())
+    del parts["feature_words"]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

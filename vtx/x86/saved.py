@@ -1,0 +1,111 @@
+"""The state of a logical processor apart from its virtualization extension, saved and restored for snapshots.
+
+What is saved is plain data that nobody changes: restoring copies it, so one snapshot can be restored many times. What
+follows from it (the paging context, the engine's own translations) is derived again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import fields, frozen
+
+from vtx.addresses import PhysicalAddress
+from vtx.x86.processor import Halt, LogicalProcessor
+from vtx.x86.state import CpuState, DescriptorTable, Segment
+from vtx.x86.tlb import SavedTlb
+
+_NAMES = tuple(each.name for each in fields(CpuState))
+
+
+@frozen
+class SavedMmu:
+    """What the MMU knows beyond the control registers and the second level."""
+
+    asid: int
+    pkru: int
+    pkrs: int
+    reserved_page: PhysicalAddress | None
+    tlb: SavedTlb
+
+
+@frozen
+class SavedEngine:
+    """Bytes of code and instructions the engine has executed, and its x87/SSE state (opaque)."""
+
+    elapsed: int
+    instructions: int
+    fpu: bytes
+
+
+@frozen
+class SavedProcessor:
+    """A processor between two instructions. The names are those of the attributes of `LogicalProcessor`."""
+
+    state: CpuState
+    msrs: Mapping[int, int]
+    mmu: SavedMmu
+    engine: SavedEngine
+    random_state: int
+    halt: Halt | None
+    stop_requested: bool
+    spinning: tuple[int, int]
+    retired: int
+    nmi: bool
+    extra_ticks: int
+    transitions_seen: int
+
+
+def save_processor(processor: LogicalProcessor) -> SavedProcessor:
+    """The state of ``processor``, which must not be running."""
+    mmu, engine = processor.mmu, processor.engine
+    return SavedProcessor(
+        state=_assign(CpuState(), processor.state),
+        msrs=processor.msrs.snapshot(),
+        mmu=SavedMmu(mmu.asid, mmu.pkru, mmu.pkrs, mmu.reserved_page, mmu.tlb.save()),
+        engine=SavedEngine(engine.elapsed(), engine.instructions(), engine.fpu()),
+        random_state=processor.random_state,
+        halt=processor.halt,
+        stop_requested=processor.stop_requested,
+        spinning=processor.spinning,
+        retired=processor.retired,
+        nmi=processor._nmi,
+        extra_ticks=processor._extra_ticks,
+        transitions_seen=processor.transitions_seen,
+    )
+
+
+def restore_processor(processor: LogicalProcessor, saved: SavedProcessor) -> None:
+    """Put ``processor`` back; the virtualization extension, and with it ``mmu.second_level``, has been restored."""
+    mmu, engine = processor.mmu, processor.engine
+    _assign(processor.state, saved.state)
+    processor.msrs.restore(saved.msrs)
+    engine.resume(saved.engine.elapsed, saved.engine.instructions, saved.engine.fpu)
+    processor.random_state = saved.random_state
+    processor.halt = saved.halt
+    processor.stop_requested = saved.stop_requested
+    processor.spinning = saved.spinning
+    processor.retired = saved.retired
+    processor._nmi = saved.nmi
+    processor._extra_ticks = saved.extra_ticks
+    processor.transitions_seen = saved.transitions_seen
+    processor.reload, processor.step_next, processor._approached = True, False, None
+    mmu.asid, mmu.pkru, mmu.pkrs = saved.mmu.asid, saved.mmu.pkru, saved.mmu.pkrs
+    mmu.reserved_page = saved.mmu.reserved_page
+    mmu.update(processor.state)
+    mmu.tlb.restore(saved.mmu.tlb)
+    engine.flush(None)
+
+
+def _assign(target: CpuState, source: CpuState) -> CpuState:
+    """Make ``target``, which others may hold, equal to ``source`` without sharing anything that can change."""
+    for name in _NAMES:
+        value = getattr(source, name)
+        if isinstance(value, list):
+            value = [each.copy() if isinstance(each, Segment) else each for each in value]
+        elif isinstance(value, Segment):
+            value = value.copy()
+        elif isinstance(value, DescriptorTable):
+            value = DescriptorTable(value.base, value.limit)
+        setattr(target, name, value)
+    return target
