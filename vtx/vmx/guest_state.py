@@ -156,7 +156,7 @@ def write_msr(operation: VmxOperation, control: Control, index: int, value: int)
     """Load an MSR that ``control`` switches; NotModelled if the profile lets it be switched but lacks the MSR."""
     if index not in operation.processor.msrs.values:
         raise NotModelled(f"VMX control {control.name!r} without its MSR")
-    operation.processor.msrs.values[index] = value
+    operation.processor.msrs.write(index, value)
 
 
 def _load_segments(state: CpuState, values: dict[int, int]) -> None:

@@ -21,7 +21,7 @@ from vtx.x86.execution import ExecutionEngine
 from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
-from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
+from vtx.x86.msrs import MsrFile, bind_clock, bind_protection_keys, bind_registers, tsc_of
 from vtx.x86.outcome import Exited, Fault
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
@@ -82,6 +82,7 @@ class ProcessorCore:
         self._extra_ticks = 0
         self.reload = True
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
+        bind_protection_keys(self.msrs, self._protection_keys_written)
         bind_clock(self.msrs, self.now, lambda: None)
         self.engine = engine_factory(memory, self)
         self.mmu.flush_engine = self.engine.flush
@@ -133,6 +134,11 @@ class ProcessorCore:
     def load_control_state(self) -> None:
         """Registers beyond GPRs, RIP and RFLAGS changed."""
         self.reload = True
+        self.mmu.update(self.state)
+
+    def _protection_keys_written(self, value: int) -> None:
+        """IA32_PKRS has a new value."""
+        self.mmu.pkrs = value
         self.mmu.update(self.state)
 
     def control_registers_written(self) -> None:

@@ -33,6 +33,7 @@ IA32_MISC_ENABLE: Final = 0x1A0
 IA32_DEBUGCTL: Final = 0x1D9
 IA32_PAT: Final = 0x277
 IA32_TSC_DEADLINE: Final = 0x6E0
+IA32_PKRS: Final = 0x6E1
 X2APIC_MSRS: Final = range(0x800, 0x900)
 IA32_EFER: Final = 0xC000_0080
 IA32_STAR: Final = 0xC000_0081
@@ -229,6 +230,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_PAT, "IA32_PAT", reset=_PAT_RESET, features=("PAT",), check=_pat),
     Msr(0x2FF, "IA32_MTRR_DEF_TYPE", writable=0xCFF, features=("MTRR",), check=_mtrr_type),
     Msr(IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE", features=("TSC-Deadline",)),
+    Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
     Msr(0xDA0, "IA32_XSS", writable=0, features=("XSAVES",)),
     Msr(
         IA32_EFER,

@@ -24,6 +24,7 @@ from vtx.x86.msr_table import (
     IA32_GS_BASE,
     IA32_KERNEL_GS_BASE,
     IA32_MISC_ENABLE,
+    IA32_PKRS,
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
     X2APIC_MSRS,
@@ -164,6 +165,20 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
     bind_segment(IA32_FS_BASE, SegmentRegister.FS)
     bind_segment(IA32_GS_BASE, SegmentRegister.GS)
     msrs.bind(IA32_KERNEL_GS_BASE, lambda index: state().kernel_gs_base, write_kernel_gs_base)
+
+
+def bind_protection_keys(msrs: MsrFile, changed: Callable[[int], None]) -> None:
+    """Tell ``changed`` of the new value when software writes IA32_PKRS.
+
+    Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3, "Protection Keys".
+    """
+
+    def write(index: int, value: int) -> bool:
+        msrs.values[index] = value
+        changed(value)
+        return True
+
+    msrs.bind(IA32_PKRS, lambda index: msrs.values[index], write)
 
 
 def bind_clock(msrs: MsrFile, now: Callable[[], int], changed: Callable[[], None]) -> None:
