@@ -12,6 +12,8 @@ from typing import Final
 from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
+from vtx.x86.execution import Place
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.state import MASK32, MASK64, Rflags
 
@@ -58,6 +60,7 @@ class CodeView:
         self._memory = memory
         self._frames: dict[int, int] = {}
         self._writable: set[int] = set()
+        self._places: dict[tuple[int, int, int], Place] = {}
         self._facts: dict[tuple[int, int, int, int | bytes | None], int] = {}
 
     def granted(self, page: int, frame: int, *, writable: bool) -> None:
@@ -71,6 +74,7 @@ class CodeView:
     def changed(self) -> None:
         """Code was modified: what is remembered about it is void."""
         self._facts.clear()
+        self._places.clear()
 
     def frames(self, linear: int, size: int) -> set[int | None]:
         """The frames that hold the ``size`` bytes of code at ``linear``."""
@@ -103,6 +107,23 @@ class CodeView:
             facts = self._facts[key] = stops + sum(1 for _ in Decoder(kind & ~SWITCHES_TASKS, code))
         return facts
 
+    def place(self, linear: int, left: int, kind: int, *, known: bool) -> Place:
+        """The place of the instruction at ``linear``, ``left`` bytes before the end of the block it is in (0: unknown).
+
+        A new one each time where the instruction may change unnoticed.
+        """
+        page = linear >> PAGE_SHIFT
+        frame = self._frames.get(page)
+        if frame is None or page in self._writable or linear & PAGE_OFFSET_MASK > _LAST_INSIDE:
+            return Place(self.facts(linear, left, kind) & ~STOP if left else 0, known)
+        key = frame << PAGE_SHIFT | linear & PAGE_OFFSET_MASK, left, kind
+        place = self._places.get(key)
+        if place is None:
+            if len(self._places) >= _MOST_REMEMBERED:
+                self._places.clear()
+            place = self._places[key] = Place(self.facts(linear, left, kind) & ~STOP if left else 0, known)
+        return place
+
     @staticmethod
     def _first_stop(linear: int, code: bytes, kind: int) -> int | None:
         for instruction in Decoder(kind & ~SWITCHES_TASKS, code, ip=linear):
@@ -123,6 +144,9 @@ class CodeView:
         """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
         return self._first_stop(linear, self.read(linear, size), kind)
 
+
+_LAST_INSIDE: Final = PAGE_SIZE - MAX_INSTRUCTION_LENGTH
+"""Last offset in a page from where every instruction ends in the page."""
 
 _COUNT_MASKS: Final = {
     OpKind.MEMORY_SEG_SI: 0xFFFF,

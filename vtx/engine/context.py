@@ -149,6 +149,19 @@ class Context:
             _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
         self.restore()
 
+    def reload_registers(self, state: CpuState) -> None:
+        """Put GPRs, RIP and RFLAGS back into the processor, after `store` in the middle of a run."""
+        image, rflags = self._image, state.rflags
+        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
+        if rflags != self._flags.value:
+            # Nothing derives the lazy flags from EFLAGS in the middle of a run.
+            arithmetic, direction = rflags & layout.ARITHMETIC_FLAGS, rflags & _DF
+            eager = rflags & ~(layout.ARITHMETIC_FLAGS | _DF) | 2
+            layout.LAZY_FLAGS.pack_into(
+                image, layout.EFLAGS, eager, 0, arithmetic, 0, layout.CC_OP_EFLAGS, -1 if direction else 1
+            )
+        self.restore()
+
     def _load_system(self, state: CpuState) -> None:
         image = self._image
         offset = layout.SEGMENTS

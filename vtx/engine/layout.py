@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from vtx.x86.outcome import Vector
 from vtx.x86.state import AccessRights, CpuState, Cr0, Cr4, Efer, Rflags
 
 CONTEXT_SIZE: Final = 5608
@@ -46,6 +47,7 @@ FLAGS: Final = struct.Struct("<QQQQIiII")  # EFLAGS, cc_dst, cc_src, cc_src2, cc
 PLACE: Final = struct.Struct("<Q40xI36xQ")  # from RIP: it, hflags, base of CS
 
 CC_OP_EFLAGS: Final = 1
+LAZY_FLAGS: Final = struct.Struct("<QQQQIi")  # all but the hidden flags of `FLAGS`
 ARITHMETIC_FLAGS: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 # hflags: what the translator specializes code on.
@@ -101,6 +103,8 @@ INTERCEPT_POPF: Final = 1 << 0x11
 TRAP_BASE: Final = 0x100
 TRAP_EXCEPTION: Final = 0x140
 TRAP_EXCEPTION_END: Final = 0x160
+TRAP_UNDEFINED: Final = TRAP_EXCEPTION + Vector.UD
+TRAPS_OF_INSTRUCTIONS: Final = frozenset((TRAP_UNDEFINED, *range(TRAP_BASE, TRAP_EXCEPTION), *range(0x160, 0x1A0)))
 
 
 def hidden_flags(state: CpuState, *, svm: int = SVM_ENABLED | GUEST_MODE) -> int:

@@ -27,12 +27,17 @@ from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
 from vtx.engine.selfcheck import require_known_library
 from vtx.x86.execution import (
+    ANSWERED,
+    NOT_ANSWERED,
+    REPLANNED,
+    STEP,
     BudgetSpent,
     EngineClient,
     EngineEvent,
     ExceptionTrap,
     InstructionTrap,
     Interrupted,
+    Plan,
     RefusedFill,
     Stepped,
     WindowOpen,
@@ -76,7 +81,8 @@ class _StoppedBefore:
 class UnicornEngine:
     """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`).
 
-    Engines of one machine share its ``coherence``.
+    Engines of one machine share its ``coherence``. Without ``answers``, every sensitive instruction ends the run instead
+    of being offered to the client on the spot; nothing else differs.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class UnicornEngine:
         *,
         coherence: Coherence | None = None,
         allow_compiled: bool = True,
+        answers: bool = True,
     ) -> None:
         require_known_library()
         self._library = native.library
@@ -119,6 +126,9 @@ class UnicornEngine:
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
         self._probed: int | None = None
+        self.answers = answers
+        self._answers = self._answered = False
+        self._state: CpuState
 
     def close(self) -> None:
         """Release the library's resources; the engine cannot be used afterwards."""
@@ -193,13 +203,45 @@ class UnicornEngine:
             return default
 
     def _on_interrupt(self, handle: int, number: int, data: int) -> None:
-        self._library.uc_emu_stop(self._handle)
         if self._aborted or self._trap is not None:
+            self._library.uc_emu_stop(self._handle)
             return
         self._context.save()
+        may_answer = self._answers and number in layout.TRAPS_OF_INSTRUCTIONS
+        if may_answer and self._guarded(False, self._answer, number != layout.TRAP_UNDEFINED):
+            return
+        self._library.uc_emu_stop(self._handle)
         self._trap = number
         if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
             self._error_code = self._context.error_code()
+
+    def _answer(self, known: bool) -> bool:
+        """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
+        context, shared, state = self._context, self.clock.shared, self._state
+        linear = context.linear_rip()
+        left = shared.address + shared.size - linear
+        if left > shared.size:
+            left = 0
+        place = self._code.place(linear, left, context.code_kind(), known=known)
+        if place.answers is False or context.store(state, hide_trap_flag=False):
+            return False
+        shared.elapsed -= left
+        shared.size -= left
+        shared.instructions -= place.rest
+        budget = self._client.answer(place)
+        if budget == NOT_ANSWERED:
+            return False
+        if budget == ANSWERED or self._stop_requested:
+            self._answered = True
+            return False
+        if budget == REPLANNED:
+            self._prepare(state, self._client.plan, reload=True)
+            return True
+        if shared.instruction_limit != UNLIMITED:
+            shared.instruction_limit -= 1
+        shared.limit = shared.elapsed + budget
+        context.reload_registers(state)
+        return True
 
     def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:
         if self._probed is not None:
@@ -291,55 +333,48 @@ class UnicornEngine:
     # Running.
 
     def run(
-        self,
-        state: CpuState,
-        *,
-        reload: bool,
-        budget: int | None,
-        step: bool = False,
-        watch_if: bool = False,
-        instruction_limit: int | None = None,
-        osxsave: bool = False,
-        native: bool = False,
+        self, state: CpuState, plan: Plan, *, reload: bool, osxsave: bool = False, native: bool = False
     ) -> EngineEvent:
         """Run to the next event (see `ExecutionEngine.run`)."""
-        limit = UNLIMITED if budget is None or step else self.clock.shared.elapsed + budget
-        most = UNLIMITED if instruction_limit is None or step else max(instruction_limit, 0)
-        event = self._run_once(state, reload, limit, most, step, watch_if=watch_if, osxsave=osxsave, native=native)
-        if isinstance(event, _StoppedBefore):
-            return self._approach(state, event, limit, most)
-        return event
+        self._answers = self.answers and not (plan.step or native or osxsave or state.shadow)
+        event = self._run_once(state, plan, reload, osxsave=osxsave, native=native)
+        return self._approach(state, event) if isinstance(event, _StoppedBefore) else event
 
-    def _approach(self, state: CpuState, stopped: _StoppedBefore, limit: int, most: int) -> EngineEvent:
+    def _approach(self, state: CpuState, stopped: _StoppedBefore) -> EngineEvent:
         """Execute what comes before an instruction that must not run, one by one."""
         shared = self.clock.shared
+        limit, instruction_limit = shared.limit, shared.instruction_limit
+        self._answers = False
         while stopped.block <= self._context.linear_rip() < stopped.instruction:
-            if shared.elapsed > limit or shared.instructions > most:
+            if shared.elapsed > limit or shared.instructions > instruction_limit:
                 return BudgetSpent()
-            event = self._run_once(state, False, UNLIMITED, UNLIMITED, True)
+            event = self._run_once(state, STEP, False)
             if not isinstance(event, Stepped | _StoppedBefore):
                 return event
         return InstructionTrap() if self._context.linear_rip() == stopped.instruction else Interrupted()
 
-    def _run_once(
-        self,
-        state: CpuState,
-        reload: bool,
-        limit: int,
-        instruction_limit: int,
-        step: bool,
-        *,
-        watch_if: bool = False,
-        osxsave: bool = False,
-        native: bool = False,
-    ) -> EngineEvent | _StoppedBefore:
+    def _prepare(self, state: CpuState, plan: Plan, *, reload: bool, native: bool = False) -> None:
+        """Make everything ready for running from ``state`` as planned."""
         if self._flush_wanted:
             self._flush_now()
-        limit = 0 if self._stop_requested else limit
-        self.clock.begin(limit, instruction_limit, single=step, native=native, watch_if=watch_if and not step)
-        self._trap = self._refused = self._aborted = None
-        arranged_tf = step and not state.rflags & _TF
+        limit, most, step = UNLIMITED, UNLIMITED, plan.step
+        if self._stop_requested:
+            limit = 0
+        elif plan.budget is not None and not step:
+            limit = self.clock.shared.elapsed + plan.budget
+        if plan.instruction_limit is not None and not step:
+            most = max(plan.instruction_limit, 0)
+        self.clock.begin(limit, most, single=step, native=native, watch_if=plan.watch_if and not step)
         self._context.load(state, reload=reload, step=step)
+
+    def _run_once(
+        self, state: CpuState, plan: Plan, reload: bool, *, osxsave: bool = False, native: bool = False
+    ) -> EngineEvent | _StoppedBefore:
+        self._trap = self._refused = self._aborted = None
+        self._answered, self._state = False, state
+        step = plan.step
+        arranged_tf = step and not state.rflags & _TF
+        self._prepare(state, plan, reload=reload, native=native)
         if osxsave:
             self._context.enable_extended_state(state)
         self._running = True
@@ -348,6 +383,9 @@ class UnicornEngine:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if self._answered:
+            self._stop_requested = False
+            return Interrupted()
         event = self._event(status)
         before, shadow = state.gpr[1], state.shadow
         if self._context.store(state, hide_trap_flag=arranged_tf):

@@ -6,10 +6,11 @@ instructions or before one, with one of the events below; ``CpuState`` then hold
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
-from attrs import frozen
+from attrs import define, frozen
 
+from vtx.x86.decode import Instruction
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import CpuState
@@ -67,8 +68,63 @@ class Interrupted:
 EngineEvent = InstructionTrap | ExceptionTrap | RefusedFill | BudgetSpent | WindowOpen | Stepped | Interrupted
 
 
+class Plan(NamedTuple):
+    """How far the engine may run.
+
+    ``budget`` limits the bytes of code executed, ``instruction_limit`` the value of `ExecutionEngine.instructions`;
+    None for no limit. ``step`` executes one instruction; ``watch_if`` stops as soon as RFLAGS.IF is 1.
+    """
+
+    budget: int | None = None
+    instruction_limit: int | None = None
+    step: bool = False
+    watch_if: bool = False
+
+
+STEP: Final = Plan(step=True)
+
+NOT_ANSWERED: Final = -1
+"""`EngineClient.answer` did nothing: the engine is to stop with the event."""
+
+ANSWERED: Final = -2
+"""`EngineClient.answer` executed the instruction, but the engine is to stop all the same."""
+
+REPLANNED: Final = -3
+"""It executed the instruction and changed more than GPRs, RIP and RFLAGS; `EngineClient.plan` says how to go on."""
+
+UNPLANNED: Final = 1 << 62
+"""A budget of `EngineClient.answer` that no run uses up."""
+
+
+@define(slots=True)
+class Place:
+    """A sensitive instruction; the same object as long as the code does not change.
+
+    ``rest`` is the number of instructions from here to the end of the engine's block, ``known`` whether the engine
+    knows the instruction at all. The other attributes are the client's: what it found here, whether it answers such
+    instructions (None before it looked), and whether they are quiet.
+    """
+
+    rest: int
+    known: bool
+    instruction: Instruction | None = None
+    answers: bool | None = None
+    quiet: bool = False
+
+
 class EngineClient(Protocol):
     """What the engine asks while it runs."""
+
+    plan: Plan
+    """How to go on after `REPLANNED`."""
+
+    def answer(self, place: Place) -> int:
+        """A sensitive instruction at ``place``: execute it at once and let the engine go on behind it, if possible.
+
+        The state given to `ExecutionEngine.run` is exact, and taken from there again if the engine goes on, but only
+        GPRs, RIP and RFLAGS. Returns the budget of code bytes from there on, or one of the constants above.
+        """
+        ...
 
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         """Translate a page for an access at ``cpl`` with RFLAGS.AC as given, or refuse."""
@@ -92,21 +148,17 @@ class ExecutionEngine(Protocol):
     def run(
         self,
         state: CpuState,
+        plan: Plan,
         *,
         reload: bool,
-        budget: int | None,
-        step: bool = False,
-        watch_if: bool = False,
-        instruction_limit: int | None = None,
         osxsave: bool = False,
         native: bool = False,
     ) -> EngineEvent:
         """Run from ``state`` to the next event, leaving the exact state in ``state``.
 
-        ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``budget`` limits the bytes of
-        code executed, ``instruction_limit`` the value of `instructions`; ``step`` executes one instruction;
-        ``watch_if`` stops as soon as RFLAGS.IF is 1. ``osxsave`` lets the XSAVE family execute instead of trapping,
-        ``native`` the instructions that the engine can execute, but leaves to the client to look at first.
+        ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``osxsave`` lets the XSAVE
+        family execute instead of trapping, ``native`` what the engine can execute but leaves to the client to look at
+        first.
         """
         ...
 

@@ -12,61 +12,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from attrs import frozen
-
-from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
-from vtx.events import Access
 from vtx.x86 import refusal, watch
-from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
-from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
+from vtx.x86.core import PENDING_SINGLE_STEP, Halt, ProcessorCore
+from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import (
+    ANSWERED,
+    NOT_ANSWERED,
+    REPLANNED,
+    STEP,
+    UNPLANNED,
     BudgetSpent,
     EngineEvent,
     ExceptionTrap,
     ExecutionEngine,
     InstructionTrap,
+    Place,
+    Plan,
     RefusedFill,
 )
-from vtx.x86.instructions.table import HANDLERS, has_earlier_fault
-from vtx.x86.instructions.tasks import task_switch_hooks
+from vtx.x86.instructions.table import HANDLERS, has_earlier_fault, is_answered, is_quiet
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.mmu import Grant, Mmu, Refusal
-from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
-from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
+from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
-from vtx.x86.second_level import AccessKind, SecondLevelFault
-from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
-from vtx.x86.timing import EVENT_TICKS, IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
-from vtx.x86.tracing import ProcessorTracing
+from vtx.x86.second_level import AccessKind
+from vtx.x86.state import Activity, Rflags, Shadow
+from vtx.x86.timing import IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
 from vtx.x86.virtualization import Virtualization
 
-# Layout of CpuState.pending_debug, which is that of the VMCS field.
-_PENDING_BS: Final = 1 << 14
-_DELIVERABLE_DEBUG: Final = 1 << 12 | _PENDING_BS
-_DEBUG_CAUSES: Final = 0xF | _PENDING_BS  # the bits it shares with DR6
+_DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP
+_DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP  # the bits it shares with DR6
 _IF: Final = int(Rflags.IF)
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
 
 
-@frozen
-class Halt:
-    """Why `LogicalProcessor.run` returned although time was left.
-
-    ``shutdown`` tells a processor that shut down from one that waits for an interrupt that will never come.
-    """
-
-    reason: str
-    shutdown: bool
-
-
-class LogicalProcessor:
-    """A processor with its registers, MSRs, MMU and engine. Implements `Processor` and `EngineClient`.
-
-    ``engine_factory`` makes the engine for (memory, client). Set ``virtualization`` before running.
-    """
+class LogicalProcessor(ProcessorCore):
+    """The processor core with the run loop. Implements `EngineClient` and `vtx.scheduler.Scheduled`."""
 
     def __init__(
         self,
@@ -79,56 +63,18 @@ class LogicalProcessor:
         count: int = 1,
         seed: int = 0,
     ) -> None:
-        self.index = index
-        self.count = count
-        self.state = CpuState()
-        self.memory = memory
-        self.profile = profile
-        self.platform = platform
-        self.msrs = MsrFile(profile, bootstrap=index == 0)
-        self.mmu = Mmu(memory, profile.physical_address_width, page1gb=profile.has("PAGE1GB"))
-        self.virtualization: Virtualization | None = None
-        self.tracing: ProcessorTracing | None = None
-        self.random_state = seed & MASK64
-        self.halt: Halt | None = None
+        super().__init__(memory, profile, platform, engine_factory, index=index, count=count, seed=seed)
         self.stop_requested = False
-        self.spinning = (0, 0)  # RIP of the last PAUSE and how often it has been repeated
-        self._gives_way = False
         self.instruction_limit: int | None = None
-        self.retired = 0
-        self._nmi = False
-        self._extra_ticks = 0
-        self.reload = True
         self.step_next = False
-        self._approached: int | None = None  # the deadline that whole blocks would overshoot
         self.transitions_seen = 0  # VM entries and VM exits whose time has passed
+        self.implicit_pages: set[int] = set()
+        self.plan = Plan()
+        self._gives_way = False
+        self._approached: int | None = None  # the deadline that whole blocks would overshoot
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
         self._until: int | None = None
         self._planned_waiting = False  # whether the current run knew of an interrupt that waits
-        self.implicit_pages: set[int] = set()
-        bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
-        bind_clock(self.msrs, self.now, lambda: None)
-        self.engine = engine_factory(memory, self)
-        self.mmu.flush_engine = self.engine.flush
-
-    # Time.
-
-    def now(self) -> int:
-        """Ticks since power-up, exact to the current instruction."""
-        return self.engine.elapsed() * TICKS_PER_BYTE + self._extra_ticks
-
-    def charge(self, ticks: int) -> None:
-        """Let time pass without executing code."""
-        self._extra_ticks += ticks
-
-    def tsc(self) -> int:
-        """The time-stamp counter without any guest offset."""
-        return tsc_of(self.msrs, self.now())
-
-    @property
-    def instructions(self) -> int:
-        """Instructions executed since power-up, by the engine and by the model."""
-        return self.engine.instructions() + self.retired
 
     # EngineClient.
 
@@ -150,21 +96,6 @@ class LogicalProcessor:
         self.device_written()
         return True
 
-    def port_read(self, port: int, size: int) -> int:
-        """Read an I/O port; all checks have been made."""
-        value = self.platform.port_read(port, size)
-        self._note_port_breakpoints(port, size)
-        if self.tracing is not None:
-            self.tracing.port(port, size, Access.READ, value)
-        return value
-
-    def port_write(self, port: int, size: int, value: int) -> None:
-        """Write an I/O port; all checks have been made."""
-        self._note_port_breakpoints(port, size)
-        if self.tracing is not None:
-            self.tracing.port(port, size, Access.WRITE, value)
-        self.platform.port_write(port, size, value)
-
     def device_written(self) -> None:
         """The running code wrote to a device: stop soon if that changed what the current run was planned for."""
         due = self._next_deadline(self._until)
@@ -181,129 +112,6 @@ class LogicalProcessor:
         except InstructionAborted:
             return True
         return instruction is None or instruction.memory is not None
-
-    # Processor.
-
-    def load_control_state(self) -> None:
-        """Registers beyond GPRs, RIP and RFLAGS changed."""
-        self.reload = True
-        self.mmu.update(self.state)
-
-    def control_registers_written(self) -> None:
-        """CR0, CR4, IA32_EFER or a segment base was written by software."""
-        self.reload = True
-        self.mmu.controls_written(self.state)
-
-    def interrupt_pending(self) -> bool:
-        """Whether an interrupt waits, ignoring RFLAGS.IF."""
-        return self.platform.interrupt_pending()
-
-    def acknowledge_interrupt(self) -> int:
-        """Acknowledge it and return its vector."""
-        return self.platform.acknowledge_interrupt()
-
-    def end_of_interrupt(self) -> None:
-        """Dismiss the interrupt in service from the local APIC."""
-        self.platform.end_of_interrupt()
-
-    def nmi(self) -> None:
-        """A non-maskable interrupt arrives."""
-        self._nmi = True
-
-    def nmi_pending(self) -> bool:
-        """Whether a non-maskable interrupt waits."""
-        return self._nmi
-
-    def acknowledge_nmi(self) -> None:
-        """It is being delivered."""
-        self._nmi = False
-
-    def task_priority(self) -> int:
-        """CR8."""
-        return self.platform.task_priority
-
-    def set_task_priority(self, value: int) -> None:
-        """Write CR8."""
-        self.platform.task_priority = value
-
-    def shut_down(self, reason: str) -> None:
-        """Enter the shutdown state."""
-        self.state.activity = Activity.SHUTDOWN
-        self.halt = Halt(reason, shutdown=True)
-
-    def deliver(self, event: Event) -> None:
-        """Deliver ``event`` through the IDT."""
-        self.reload = True
-        extension = self.virtualization
-        on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
-        hooks = task_switch_hooks(self, None, event)
-        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault, hooks=hooks)
-        self.mmu.update(self.state)
-        self.charge(EVENT_TICKS)
-        if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):
-            assert extension is not None
-            self._second_level_fault(extension, outcome.cause, outcome.event)
-        elif isinstance(outcome, Delivered):
-            if self.tracing is not None:
-                self.tracing.delivered(outcome.event)
-        elif isinstance(outcome, TripleFault):
-            if extension is not None and extension.non_root and extension.delivery_fault(event, None):
-                return
-            self.shut_down(f"triple fault at {self._where()}: {outcome.fault} during delivery of a double fault")
-
-    def _where(self) -> str:
-        return f"{self.state.segments[1].selector:#x}:{self.state.rip:#x}"
-
-    # What instruction handlers use.
-
-    def intercepts(self, operation: object, instruction: Instruction) -> bool:
-        """Whether the virtualization extension took care of ``operation`` (VM exit or virtualized)."""
-        extension = self.virtualization
-        return extension is not None and extension.non_root and extension.intercept(operation, instruction)  # type: ignore[arg-type]
-
-    def retire(self, instruction: Instruction) -> None:
-        """Commit an instruction that completed: RIP, RF, the interrupt shadow, single-step."""
-        state = self.state
-        self.advance_rip(instruction.length)
-        if state.rflags & (_TF | _RF):
-            if state.rflags & _TF:
-                state.pending_debug |= _PENDING_BS
-            state.rflags &= ~_RF
-        state.shadow = Shadow.NONE
-
-    def completed(self, *, single_step: bool) -> None:
-        """An instruction that set RIP itself completed; ``single_step`` as RFLAGS.TF was when it began."""
-        if single_step:
-            self.state.pending_debug |= _PENDING_BS
-        self.state.shadow = Shadow.NONE
-
-    def advance_rip(self, length: int) -> None:
-        """Move RIP past an instruction of ``length`` bytes."""
-        state = self.state
-        state.rip = (state.rip + length) & (MASK64 if state.in_64_bit_mode else MASK32)
-
-    def changed_system_state(self) -> None:
-        """A handler changed segments, descriptor tables or other state the engine loads only on request."""
-        self.reload = True
-
-    def fetch(self) -> Instruction | None:
-        """Fetch and decode the instruction at RIP; None if the bytes are no instruction.
-
-        Raises `InstructionAborted` with the fault of the fetch.
-        """
-        state = self.state
-        return self._decode_at(state.linear_rip, state.code_bits, user=state.cpl == 3)
-
-    def _decode_at(self, linear: int, bits: int, *, user: bool) -> Instruction | None:
-        room = PAGE_SIZE - (linear & PAGE_OFFSET_MASK)
-        physical = self.mmu.translate(linear, AccessKind.EXECUTE, user=user)
-        code = self.memory.read(physical, min(room, MAX_INSTRUCTION_LENGTH))
-        instruction = decode(code, bits)
-        if instruction is None and room < MAX_INSTRUCTION_LENGTH:
-            physical = self.mmu.translate(linear + room, AccessKind.EXECUTE, user=user)
-            code += self.memory.read(physical, MAX_INSTRUCTION_LENGTH - room)
-            instruction = decode(code, bits)
-        return instruction
 
     # The run loop.
 
@@ -375,25 +183,30 @@ class LogicalProcessor:
 
     def run_once(self, until: int | None = None) -> None:
         """Handle what is pending between instructions, then run the engine to its next event."""
-        extension = self.virtualization
-        if extension is not None and extension.transitions != self.transitions_seen:
-            self.charge((extension.transitions - self.transitions_seen) * TRANSITION_TICKS)
-            self.transitions_seen = extension.transitions
-        self._pass_deadline(self.now())
-        if extension is not None and extension.boundary():
-            self.reload = True
-            return
-        if self.state.pending_debug and self._raise_pending_debug():
-            return
-        if self._accept_interrupt():
+        if not self._is_ready():
             return
         if self.state.activity is not Activity.ACTIVE:
             self._idle(until)
-            return
-        if watch.is_needed(self.state):
+        elif watch.is_needed(self.state):
             watch.step(self)
         else:
             self.handle(self._run_engine(until), until)
+
+    def _is_ready(self) -> bool:
+        """Handle what is pending between instructions; whether nothing was, so that the next may execute."""
+        extension = self.virtualization
+        if extension is not None and extension.transitions != self.transitions_seen:
+            self._extra_ticks += (extension.transitions - self.transitions_seen) * TRANSITION_TICKS
+            self.transitions_seen = extension.transitions
+        deadline = self.platform.next_deadline()
+        if deadline is not None and deadline <= (now := self.now()):
+            self.platform.advance(now)
+        if extension is not None and extension.boundary():
+            self.reload = True
+            return False
+        if self.state.pending_debug and self._raise_pending_debug():
+            return False
+        return not self._accept_interrupt()
 
     def _raise_pending_debug(self) -> bool:
         """Deliver the debug traps of the previous instruction, unless MOV SS holds them back."""
@@ -405,24 +218,23 @@ class LogicalProcessor:
         self.raise_fault(Fault(Vector.DB, debug=pending & _DEBUG_CAUSES))
         return True
 
-    def _pass_deadline(self, now: int) -> None:
-        deadline = self.platform.next_deadline()
-        if deadline is not None and deadline <= now:
-            self.platform.advance(now)
-
     def _next_deadline(self, until: int | None) -> int | None:
-        deadlines = [self.platform.next_deadline(), until]
+        due = self.platform.next_deadline()
+        if due is None or (until is not None and until < due):
+            due = until
         if self.virtualization is not None:
-            deadlines.append(self.virtualization.next_deadline())
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+            timer = self.virtualization.next_deadline()
+            if timer is not None and (due is None or timer < due):
+                return timer
+        return due
 
     def _accept_interrupt(self) -> bool:
         state = self.state
-        if self._nmi and not state.nmi_blocked and not state.shadow:
+        if self._nmi and not state.nmi_blocked and not state.shadow and not self._holds_nmis():
             self._nmi = False
             self.deliver(Event(Vector.NMI, EventKind.NMI))
             return True
-        if state.rflags & _IF and not state.shadow and self.platform.interrupt_pending():
+        if state.rflags & _IF and not state.shadow and self._interrupt_due():
             vector = self.platform.acknowledge_interrupt()
             if self.tracing is not None:
                 self.tracing.interrupt(vector)
@@ -441,26 +253,30 @@ class LogicalProcessor:
             self.charge(deadline - self.now())
 
     def _run_engine(self, until: int | None) -> EngineEvent:
-        state, extension = self.state, self.virtualization
         self._until = until
-        self._planned = deadline = self._next_deadline(until)
-        budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
+        plan = self._plan()
+        if self.step_next:
+            plan = plan._replace(step=True)
+        reload, self.reload, self.step_next = self.reload, False, False
+        event = self.engine.run(self.state, plan, reload=reload)
+        self.forget_implicit_accesses()
+        return event
+
+    def _plan(self) -> Plan:
+        """How the engine may run from here to the next thing known to happen."""
+        state, extension = self.state, self.virtualization
+        self._planned = deadline = self._next_deadline(self._until)
         self._planned_waiting = waiting = self._interrupt_waits()
         watch_if = waiting and not state.rflags & _IF
         step = (
-            self.step_next
-            or (deadline is not None and deadline == self._approached)
-            or (extension is not None and extension.wants_boundary())
+            (deadline is not None and deadline == self._approached)
             or (waiting and not watch_if)
-            or (self._nmi and not state.nmi_blocked)
+            or (self._nmi and not state.nmi_blocked and not self._holds_nmis())
+            or (extension is not None and extension.wants_boundary())
         )
-        reload, self.reload, self.step_next = self.reload, False, False
+        budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
         limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
-        event = self.engine.run(
-            state, reload=reload, budget=budget, step=step, watch_if=watch_if, instruction_limit=limit
-        )
-        self.forget_implicit_accesses()
-        return event
+        return Plan(budget, limit, step, watch_if)
 
     def forget_implicit_accesses(self) -> None:
         """The instruction that was granted implicit supervisor-mode accesses is over; so are the grants."""
@@ -468,17 +284,19 @@ class LogicalProcessor:
             self.implicit_pages.clear()
             self.engine.flush(None)
 
-    def _note_port_breakpoints(self, port: int, size: int) -> None:
-        """An IN, OUT, INS or OUTS is completing: its I/O breakpoints become pending."""
-        hits = watch.port_hits(self.state, port, size)
-        if hits:
-            self.state.pending_debug |= hits | watch.ENABLED_BREAKPOINT
-
     def _interrupt_waits(self) -> bool:
         extension = self.virtualization
         if extension is not None and extension.wants_interrupt_window():
             return True
-        return self.platform.interrupt_pending()
+        return self._interrupt_due()
+
+    def _interrupt_due(self) -> bool:
+        """Whether an interrupt waits for nothing but RFLAGS.IF and the end of a shadow."""
+        extension = self.virtualization
+        return self.platform.interrupt_pending() and not (extension is not None and extension.holds_interrupts)
+
+    def _holds_nmis(self) -> bool:
+        return self.virtualization is not None and self.virtualization.holds_nmis
 
     def handle(self, event: EngineEvent, until: int | None = None) -> None:
         """Do what the engine stopped for."""
@@ -488,7 +306,7 @@ class LogicalProcessor:
             if event.vector == Vector.UD:
                 self.execute("not known to the engine")
             elif event.vector == Vector.DB:
-                self.state.pending_debug |= _PENDING_BS
+                self.state.pending_debug |= PENDING_SINGLE_STEP
             elif event.vector == Vector.GP and self.state.cpl and self._has_earlier_fault():
                 self.execute("privileged instruction")
             else:
@@ -509,27 +327,73 @@ class LogicalProcessor:
     def execute(self, why: str = "sensitive instruction") -> None:
         """Execute the instruction at RIP in the model."""
         try:
-            instruction = self.fetch()
-            if self.tracing is not None:
-                self.tracing.intercepted(instruction, why)
-            self.charge(TRAP_TICKS)
-            if instruction is None:
-                raise InstructionAborted(Fault(Vector.UD))
-            extension = self.virtualization
-            if extension is not None and extension.non_root and extension.is_disabled(instruction):
-                raise InstructionAborted(Fault(Vector.UD))
-            handler = HANDLERS.get(instruction.mnemonic)
-            if handler is not None:
-                self.retired += 1
-                self._extra_ticks += instruction.length * TICKS_PER_BYTE
-                handler(self, instruction)
-            elif extension is not None and self._execute_extension(extension, instruction):
-                self.retired += 1
-                self._extra_ticks += instruction.length * TICKS_PER_BYTE
-            else:
-                raise InstructionAborted(Fault(Vector.UD))
+            self._perform(self.fetch(), why)
         except InstructionAborted as aborted:
             self.abort(aborted.cause)
+
+    def _perform(self, instruction: Instruction | None, why: str) -> None:
+        if self.tracing is not None:
+            self.tracing.intercepted(instruction, why)
+        self._extra_ticks += TRAP_TICKS
+        if instruction is None:
+            raise InstructionAborted(Fault(Vector.UD))
+        extension = self.virtualization
+        if extension is not None and extension.non_root and extension.is_disabled(instruction):
+            raise InstructionAborted(Fault(Vector.UD))
+        handler = HANDLERS.get(instruction.mnemonic)
+        if handler is not None:
+            self.retired += 1
+            self._extra_ticks += instruction.length * TICKS_PER_BYTE
+            handler(self, instruction)
+        elif extension is not None and self._execute_extension(extension, instruction):
+            self.retired += 1
+            self._extra_ticks += instruction.length * TICKS_PER_BYTE
+        else:
+            raise InstructionAborted(Fault(Vector.UD))
+
+    def answer(self, place: Place) -> int:
+        """Execute the instruction at ``place`` in the middle of a run (see `EngineClient.answer`).
+
+        After a quiet instruction the rest of the run needs no new planning as long as time stays short of what the run
+        was planned for.
+        """
+        instruction = place.instruction
+        if instruction is None:
+            try:
+                instruction = place.instruction = self.fetch()
+            except InstructionAborted:
+                return NOT_ANSWERED
+            place.answers = instruction is not None and is_answered(instruction)
+            place.quiet = place.answers and instruction is not None and is_quiet(instruction)
+        if not place.answers or instruction is None:
+            return NOT_ANSWERED
+        try:
+            self._perform(instruction, "sensitive instruction" if place.known else "not known to the engine")
+        except InstructionAborted as aborted:
+            self.abort(aborted.cause)
+            return self._replan()
+        if self.reload or not place.quiet or self.state.pending_debug:
+            return self._replan()
+        planned = self._planned
+        if planned is None:
+            return UNPLANNED
+        left = (planned - self._extra_ticks) // TICKS_PER_BYTE - self.engine.elapsed()
+        return left if left > 0 else ANSWERED
+
+    def _replan(self) -> int:
+        """What `run` does between two runs of the engine, if that is all there is to do: go on in the same run."""
+        extension, until = self.virtualization, self._until
+        if self.finished or self._gives_way or self.implicit_pages or (until is not None and self.now() >= until):
+            return ANSWERED
+        if (extension is not None and extension.wants_boundary()) or not self._is_ready():
+            return ANSWERED
+        if self.state.activity is not Activity.ACTIVE or watch.is_needed(self.state):
+            return ANSWERED
+        self.plan = self._plan()
+        if self.plan.step:
+            return ANSWERED
+        self.reload = False
+        return REPLANNED
 
     def _execute_extension(self, extension: Virtualization, instruction: Instruction) -> bool:
         transitions, single_step = extension.transitions, self.state.rflags & _TF
@@ -538,52 +402,14 @@ class LogicalProcessor:
         if extension.transitions != transitions:
             self.reload = True
         elif single_step:
-            self.state.pending_debug |= _PENDING_BS
+            self.state.pending_debug |= PENDING_SINGLE_STEP
         return True
-
-    def abort(self, cause: object) -> None:
-        """Commit what unwound an instruction: an exception or an event of the second level."""
-        if isinstance(cause, Fault):
-            self.raise_fault(cause)
-        elif isinstance(cause, Exited):
-            self.reload = True
-        elif isinstance(cause, SecondLevelFault):
-            self.reload = True
-            assert self.virtualization is not None
-            self._second_level_fault(self.virtualization, cause, None)
-        else:
-            raise TypeError(f"an instruction was aborted with {cause!r}")
-
-    def _second_level_fault(self, extension: Virtualization, fault: SecondLevelFault, delivering: Event | None) -> None:
-        if self.tracing is not None:
-            self.tracing.second_level_fault(fault)
-        extension.second_level_fault(fault, delivering)
-
-    def raise_fault(self, fault: Fault) -> None:
-        """Raise an exception at the current instruction: a VM exit, or delivery."""
-        if self.tracing is not None:
-            self.tracing.exception(fault)
-        event = Event.from_fault(fault)
-        extension = self.virtualization
-        if extension is not None and extension.non_root and extension.intercept_event(event, fault):
-            self.reload = True
-            return
-        self.deliver(event)
-
-    def raise_software(self, event: Event) -> None:
-        """Deliver what INT n, INT1, INT3 or INTO asks for."""
-        extension = self.virtualization
-        exits = event.kind is not EventKind.SOFTWARE_INTERRUPT
-        if exits and extension is not None and extension.non_root and extension.intercept_event(event, None):
-            self.reload = True
-            return
-        self.deliver(event)
 
     def native(self, instruction: Instruction, *, osxsave: bool = False) -> None:
         """Let the engine execute the instruction at RIP after all, with CR4.OSXSAVE as it is in the machine."""
         self.retired -= 1  # the engine counts it
         self._extra_ticks -= instruction.length * TICKS_PER_BYTE
-        event = self.engine.run(self.state, reload=True, budget=None, step=True, osxsave=osxsave, native=True)
+        event = self.engine.run(self.state, STEP, reload=True, osxsave=osxsave, native=True)
         self.forget_implicit_accesses()
         self.reload = True
         if isinstance(event, InstructionTrap):

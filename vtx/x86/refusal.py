@@ -16,7 +16,7 @@ from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.x86 import access
 from vtx.x86.access import Access, Operand, operands
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
-from vtx.x86.execution import EngineEvent, ExceptionTrap, RefusedFill, Stepped
+from vtx.x86.execution import STEP, EngineEvent, ExceptionTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.second_level import AccessKind, ReservedPageAccess, SubPageWrite
@@ -78,7 +78,7 @@ class _Refused:
     def execute(self) -> bool:
         processor = self.processor
         reload, processor.reload = processor.reload, False
-        event = processor.engine.run(processor.state, reload=reload, budget=None, step=True)
+        event = processor.engine.run(processor.state, STEP, reload=reload)
         if isinstance(event, Stepped):
             return True
         if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vtx.x86 import access
-from vtx.x86.execution import ExceptionTrap, RefusedFill
+from vtx.x86.execution import STEP, ExceptionTrap, RefusedFill
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import CpuState, Cr0, Cr4, Rflags, Shadow
 
@@ -89,7 +89,7 @@ def step(processor: LogicalProcessor) -> None:
         return
     transitions = processor.transitions_seen
     reload, processor.reload = processor.reload, False
-    event = processor.engine.run(processor.state, reload=reload, budget=None, step=True)
+    event = processor.engine.run(processor.state, STEP, reload=reload)
     processor.forget_implicit_accesses()
     processor.handle(event)
     faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)

@@ -8,7 +8,7 @@ from attrs import define, field
 
 from vtx.addresses import PAGE_SHIFT
 from vtx.engine.unicorn_engine import UnicornEngine
-from vtx.x86.execution import EngineEvent, Stepped
+from vtx.x86.execution import NOT_ANSWERED, EngineEvent, Place, Plan, Stepped
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Fault, Vector
@@ -42,6 +42,11 @@ class Client:
         if isinstance(grant, Grant) and not grant.permissions & kind:
             return REFUSAL
         return grant
+
+    plan = Plan()
+
+    def answer(self, place: Place) -> int:
+        return NOT_ANSWERED
 
     def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
         self.port_places.append((linear, bits, cpl))
@@ -99,9 +104,11 @@ def state_for(mode: str) -> CpuState:
 class EngineBench:
     """Code bytes at `CODE` in a given mode, run event by event."""
 
-    def __init__(self, code: bytes | str = b"", mode: str = "long64", *, compiled: bool = True) -> None:
+    def __init__(
+        self, code: bytes | str = b"", mode: str = "long64", *, compiled: bool = True, client: Client | None = None
+    ) -> None:
         self.memory = PhysicalMemory(MEMORY)
-        self.client = Client()
+        self.client = client or Client()
         self.engine = UnicornEngine(self.memory, self.client, allow_compiled=compiled)
         self.state = state_for(mode)
         self.put(CODE, code)
@@ -121,14 +128,7 @@ class EngineBench:
     ) -> EngineEvent:
         """To the next event; a guest that spins ends by budget rather than never."""
         reload, self._reload = self._reload, False
-        return self.engine.run(
-            self.state,
-            reload=reload,
-            budget=budget,
-            step=step,
-            watch_if=watch_if,
-            instruction_limit=instruction_limit,
-        )
+        return self.engine.run(self.state, Plan(budget, instruction_limit, step, watch_if), reload=reload)
 
     def step(self, count: int = 1) -> None:
         """Execute ``count`` instructions one by one."""

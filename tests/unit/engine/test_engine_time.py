@@ -151,18 +151,23 @@ def test_window_does_not_open_while_interrupts_stay_off() -> None:
     bench.close()
 
 
-def test_shadow_of_mov_ss_and_of_sti() -> None:
+def test_shadow_of_sti() -> None:
     """SDM Vol. 3, "Masking Exceptions and Interrupts When Switching Stacks"."""
-    for code, expected in (("8ed0", Shadow.MOV_SS), ("17", Shadow.MOV_SS), ("fb", Shadow.STI)):
-        bench = EngineBench(code + "9090" + "f4", "real16")
-        bench.state.gpr[0] = 0
-        bench.put(STACK, "0000")
-        assert bench.run(step=True) == Stepped()
-        assert bench.state.shadow is expected
-        assert bench.state.rip == CODE + len(code) // 2
-        assert bench.run(step=True) == Stepped()
-        assert bench.state.shadow is Shadow.NONE
-        bench.close()
+    bench = EngineBench("fb9090f4", "real16")
+    assert bench.run(step=True) == Stepped()
+    assert (bench.state.shadow, bench.state.rip) == (Shadow.STI, CODE + 1)
+    assert bench.run(step=True) == Stepped()
+    assert bench.state.shadow is Shadow.NONE
+    bench.close()
+
+
+def test_loads_of_ss_are_the_clients() -> None:
+    for mode, codes in (("real16", ("8ed0", "17", "0fb21f")), ("long64", ("8ed0", "8e17", "0fb227"))):
+        for code in codes:
+            bench = EngineBench("90" + code, mode)
+            assert bench.run() == InstructionTrap()
+            assert (bench.state.rip, bench.state.shadow) == (CODE + 1, Shadow.NONE)
+            bench.close()
 
 
 def test_elapsed_within_a_callback_is_exact() -> None:

@@ -130,7 +130,7 @@ class ProcessorBench:
             self.memory,
             profile or load_profile(),
             self.platform,
-            lambda memory, client: UnicornEngine(memory, client, allow_compiled=compiled),
+            lambda memory, client: UnicornEngine(memory, client, allow_compiled=compiled, answers=False),
         )
         self.state = self.processor.state = state or long_mode()
         self._map()

@@ -45,6 +45,43 @@ _PRIVILEGE_FIRST: Final = frozenset(
 )
 
 
+_QUIET: Final = frozenset(
+    (
+        *(Mnemonic.CPUID, Mnemonic.RDTSC, Mnemonic.RDTSCP, Mnemonic.RDPMC, Mnemonic.RDMSR, Mnemonic.PAUSE),
+        *(Mnemonic.RDRAND, Mnemonic.RDSEED, Mnemonic.RDPID, Mnemonic.INVD, Mnemonic.WBINVD, Mnemonic.WBNOINVD),
+        *(Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ, Mnemonic.INVLPG, Mnemonic.INVPCID),
+        *(Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW),
+        *(Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.MOVBE, Mnemonic.ADCX, Mnemonic.ADOX),
+        *(Mnemonic.VMREAD, Mnemonic.VMWRITE, Mnemonic.VMPTRST, Mnemonic.INVEPT, Mnemonic.INVVPID),
+    )
+)
+_CR3: Final = 3
+
+# The engine is needed to execute these after all, and it cannot be while it runs.
+_ENGINE_NEEDED: Final = frozenset(
+    (
+        *(Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64),
+        *(Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVES, Mnemonic.XSAVES64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64),
+        *(Mnemonic.CALL, Mnemonic.JMP),
+    )
+)
+
+
+def is_answered(instruction: Instruction) -> bool:
+    """Whether the model executes the instruction without the engine's help, so that it can do so during a run."""
+    return instruction.mnemonic not in _ENGINE_NEEDED
+
+
+def is_quiet(instruction: Instruction) -> bool:
+    """Whether the instruction affects nothing but GPRs, RFLAGS, memory and translations, unless it faults or exits.
+
+    After such an instruction no event can be due that was not due before, but by the passing of time.
+    """
+    if instruction.mnemonic == Mnemonic.MOV:
+        return instruction.registers[0] is not None or instruction.system_registers[0] == _CR3
+    return instruction.mnemonic in _QUIET
+
+
 def has_earlier_fault(instruction: Instruction) -> bool:
     """Whether the model may know a fault that comes before the #GP(0) for lack of privilege an engine raises."""
     if instruction.mnemonic == Mnemonic.MOV:

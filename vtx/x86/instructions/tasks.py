@@ -21,6 +21,7 @@ from vtx.x86.state import MASK32, CpuState, Rflags
 from vtx.x86.task import TaskSwitchHooks, TaskSwitchSource, task_switch
 
 if TYPE_CHECKING:
+    from vtx.x86.core import ProcessorCore
     from vtx.x86.processor import LogicalProcessor
 
 _NOP: Final = decode(b"\x90", 32)
@@ -29,7 +30,7 @@ _TF: Final = int(Rflags.TF)
 
 
 def task_switch_hooks(
-    cpu: LogicalProcessor, instruction: Instruction | None, delivering: Event | None = None
+    cpu: ProcessorCore, instruction: Instruction | None, delivering: Event | None = None
 ) -> TaskSwitchHooks:
     """What a task switch by ``instruction``, or while ``delivering`` an event, means for the processor around it."""
 
