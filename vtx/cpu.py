@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import fields
 
-from vmcs.exits import Reason
 from vtx.board import Socket
+from vtx.svm import Svm
 from vtx.vmx import Vmx
-from vtx.vmx.record import VmExit
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
 from vtx.x86.state import Activity, CpuState, Cr0, Gpr
@@ -29,6 +28,7 @@ class Cpu(LogicalProcessor):
     """One of the machine's processors. ``vmx`` is its virtualization extension, ``socket`` its place on the board."""
 
     vmx: Vmx
+    svm: Svm
     socket: Socket
     machine: Machine
     init_pending = False
@@ -37,8 +37,12 @@ class Cpu(LogicalProcessor):
         """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
         self.machine, self.socket = machine, socket
         socket.insert(self.profile, self.index, self, self, self.msrs)
-        self.vmx = Vmx(self)
-        self.virtualization = self.vmx
+        if self.profile.is_amd:
+            self.svm = Svm(self)
+            self.virtualization = self.svm
+        else:
+            self.vmx = Vmx(self)
+            self.virtualization = self.vmx
         if self.index:
             self.state.activity = Activity.WAIT_FOR_SIPI
 
@@ -52,7 +56,11 @@ class Cpu(LogicalProcessor):
 
     def smi(self) -> None:
         """A system-management interrupt."""
-        raise NotModelled("system-management mode")
+        if not self.profile.is_amd:
+            raise NotModelled("system-management mode")
+        self.svm.smi()
+        self.engine.request_stop()
+        self.machine.due_changed()
 
     def local_apic_moved(self) -> None:
         """The page of the local APIC is elsewhere, or hidden."""
@@ -70,8 +78,8 @@ class Cpu(LogicalProcessor):
         state = self.state
         if state.activity is not Activity.WAIT_FOR_SIPI:
             return
-        if self.vmx.non_root:
-            self.vmx.exit(VmExit(Reason.STARTUP_IPI, qualification=vector))
+        extension = self.virtualization
+        if extension is not None and extension.non_root and extension.start_up(vector):
             self.reload = True
         else:
             state.cs.selector, state.cs.base, state.rip = vector << 8, vector << 12, 0
@@ -85,8 +93,8 @@ class Cpu(LogicalProcessor):
         return super().awake or (self.init_pending and not self._init_is_blocked())
 
     def _init_is_blocked(self) -> bool:
-        """INIT is blocked in VMX root operation, and has no effect on a processor that waits for a start-up IPI."""
-        return self.vmx.in_vmx_operation and not self.vmx.non_root
+        extension = self.virtualization
+        return extension is not None and extension.init_is_blocked
 
     def run_once(self, until: int | None = None) -> None:
         """As every processor; a pending INIT comes first."""
@@ -98,10 +106,9 @@ class Cpu(LogicalProcessor):
         if not self.init_pending or self._init_is_blocked():
             return False
         self.init_pending = False
-        if self.vmx.non_root:
-            if self.state.activity is not Activity.WAIT_FOR_SIPI:
-                self.vmx.exit(VmExit(Reason.INIT_SIGNAL))
-                self.reload = True
+        extension = self.virtualization
+        if extension is not None and extension.non_root and extension.init():
+            self.reload = True
         elif not self.index:
             raise NotModelled("INIT of the bootstrap processor, which has no firmware to go back to")
         else:

@@ -23,6 +23,7 @@ from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
 from vtx.scheduler import Scheduler
 from vtx.snapshot.model import Snapshot, capture, restore
+from vtx.svm.tracing import SvmTracing
 from vtx.vmx.explanations import Explain
 from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
@@ -117,7 +118,10 @@ class Machine:
         if not index:
             self.running = cpu
         cpu.attach(self, socket)
-        cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer, self._explain)
+        if self.profile.is_amd:
+            cpu.svm.operation.observer = SvmTracing(cpu, self.exit_counts, self.tracer)
+        else:
+            cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer, self._explain)
         if self.tracer is not None:
             cpu.tracing = ProcessorTracing(cpu, self.tracer)
         return cpu

@@ -91,7 +91,7 @@ def _move_to_cr(guest: Guest, operation: op.MoveToControlRegister, instruction: 
     elif number == 3:
         exits = bool(view.primary & c.CR3_LOAD_EXITING.mask) and operation.value not in view.cr3_targets
     else:
-        exits = bool(view.primary & c.CR8_LOAD_EXITING.mask)
+        exits = number == 8 and bool(view.primary & c.CR8_LOAD_EXITING.mask)
     if not exits:
         return None
     return _of_instruction(Reason.CR_ACCESS, instruction, number | _MOVE_TO << 4 | operation.register << 8)
@@ -263,16 +263,22 @@ def _exception(guest: Guest, operation: op.RaiseException, instruction: Instruct
     return exception_exit(guest.values, guest.state, event, operation.fault)
 
 
+def _never(guest: Guest, operation: op.Operation, instruction: Instruction) -> None:
+    return None
+
+
 _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | None]]] = {
     op.Simple: _simple,
     op.MoveToControlRegister: _move_to_cr,
     op.MoveFromControlRegister: _move_from_cr,
     op.ClearTaskSwitched: _clts,
     op.LoadMachineStatusWord: _lmsw,
+    op.StoreMachineStatusWord: _never,
     op.MoveDebugRegister: _move_dr,
     op.InvalidatePage: _invlpg,
     op.InvalidateProcessContext: _invpcid,
     op.DescriptorTableAccess: _descriptor_table,
+    op.SoftwareInterrupt: _never,
     op.ReadMsr: _rdmsr,
     op.WriteMsr: _wrmsr,
     op.PortIo: _port_io,

@@ -16,6 +16,7 @@ from iced_x86 import Mnemonic
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.capabilities import Capabilities
+from vmcs.exits import Reason
 from vmcs.fields import Field
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import Violation, explain
@@ -38,7 +39,7 @@ from vtx.x86.event import Event
 from vtx.x86.operations import Operation, TaskSwitch
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import SecondLevelFault, SubPageWrite
-from vtx.x86.state import MASK64
+from vtx.x86.state import MASK64, Activity
 from vtx.x86.virtualization import Processor, RefusedInstruction
 
 _CR0_MASK: Final = f.CR0_GUEST_HOST_MASK.encoding
@@ -68,6 +69,10 @@ class Vmx:
     ``observer`` is told of VMX instructions, entries and exits; None costs nothing. ``iret_unblocked_nmi`` is for the
     processor to set while it executes an IRET that ended blocking by NMI.
     """
+
+    intercepts_flow = False
+    holds_interrupts = False
+    holds_nmis = False
 
     def __init__(self, processor: Processor, observer: Observer | None = None) -> None:
         capabilities = Capabilities(processor.profile.vmx_capabilities)
@@ -246,6 +251,22 @@ class Vmx:
             return sub_page.virtualize(self.operation, refused, access)
         apic_access.virtualize(self.operation, refused, access)
         return None
+
+    @property
+    def init_is_blocked(self) -> bool:
+        """INIT is blocked in VMX root operation."""
+        return self.in_vmx_operation and not self.non_root
+
+    def init(self) -> bool:
+        """See `Virtualization.init`."""
+        if self.operation.processor.state.activity is not Activity.WAIT_FOR_SIPI:
+            self._exit(VmExit(Reason.INIT_SIGNAL))
+        return True
+
+    def start_up(self, vector: int) -> bool:
+        """See `Virtualization.start_up`."""
+        self._exit(VmExit(Reason.STARTUP_IPI, qualification=vector))
+        return True
 
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 
-from attrs import frozen
+from attrs import field, frozen
 
 from vtx.x86.event import Event
 from vtx.x86.outcome import Fault
@@ -35,6 +35,10 @@ class Plain(enum.Enum):
     RDSEED = enum.auto()
     RSM = enum.auto()
     GETSEC = enum.auto()
+    PUSHF = enum.auto()
+    POPF = enum.auto()
+    IRET = enum.auto()
+    ICEBP = enum.auto()
 
 
 @frozen
@@ -46,7 +50,7 @@ class Simple:
 
 @frozen
 class MoveToControlRegister:
-    """MOV to CR0, CR3, CR4 or CR8; ``register`` is the source GPR, ``value`` what it holds."""
+    """MOV to CR0, CR2, CR3, CR4 or CR8 (writes of CR2 never exit in VMX); ``register`` is the source GPR, ``value`` what it holds."""
 
     number: int
     register: int
@@ -55,7 +59,7 @@ class MoveToControlRegister:
 
 @frozen
 class MoveFromControlRegister:
-    """MOV from CR3 or CR8 (reads of CR0 and CR4 never exit in VMX); ``register`` is the destination GPR."""
+    """MOV from a control register (in VMX, reads of CR3 and CR8 alone can exit); ``register`` is the destination GPR."""
 
     number: int
     register: int
@@ -75,12 +79,25 @@ class LoadMachineStatusWord:
 
 
 @frozen
+class StoreMachineStatusWord:
+    """SMSW, which never exits in VMX."""
+
+
+@frozen
 class MoveDebugRegister:
-    """MOV to or from a debug register; ``register`` is the GPR."""
+    """MOV to or from debug register ``number``; ``register`` is the GPR.
+
+    ``encoded`` is the number in the instruction, which differs where DR4 and DR5 stand for DR6 and DR7.
+    """
 
     number: int
     register: int
     write: bool
+    encoded: int = field()
+
+    @encoded.default
+    def _encoded(self) -> int:
+        return self.number
 
 
 @frozen
@@ -100,6 +117,13 @@ class DescriptorTableAccess:
     """SGDT, SIDT, LGDT, LIDT (``local`` false) or SLDT, STR, LLDT, LTR (``local`` true)."""
 
     local: bool
+
+
+@frozen
+class SoftwareInterrupt:
+    """INT n, which never exits in VMX."""
+
+    vector: int
 
 
 @frozen
@@ -165,10 +189,12 @@ Operation = (
     | MoveFromControlRegister
     | ClearTaskSwitched
     | LoadMachineStatusWord
+    | StoreMachineStatusWord
     | MoveDebugRegister
     | InvalidatePage
     | InvalidateProcessContext
     | DescriptorTableAccess
+    | SoftwareInterrupt
     | ReadMsr
     | WriteMsr
     | PortIo

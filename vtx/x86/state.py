@@ -262,6 +262,7 @@ class CpuState:
     activity: Activity = Activity.ACTIVE
     shadow: Shadow = Shadow.NONE
     nmi_blocked: bool = False
+    gif: bool = True  # the global interrupt flag of SVM
     pending_debug: int = 0  # layout of the VMCS field "pending debug exceptions"
 
     @property

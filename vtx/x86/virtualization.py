@@ -113,6 +113,35 @@ class Virtualization(Protocol):
         """VMX non-root operation or SVM guest mode."""
         ...
 
+    intercepts_flow: bool
+    """Whether INT n, INT1, IRET, PUSHF and POPF can be intercepted: `intercept` is asked about them only if so."""
+
+    @property
+    def holds_interrupts(self) -> bool:
+        """Whether the processor holds physical interrupts back, whatever RFLAGS.IF says.
+
+        In VMX never; in SVM while the global interrupt flag is clear, or where virtual interrupts replace them.
+        """
+        ...
+
+    @property
+    def holds_nmis(self) -> bool:
+        """The same for physical NMIs."""
+        ...
+
+    @property
+    def init_is_blocked(self) -> bool:
+        """Whether an INIT signal stays pending."""
+        ...
+
+    def init(self) -> bool:
+        """Non-root only: an INIT signal that is not blocked; whether it was taken care of."""
+        ...
+
+    def start_up(self, vector: int) -> bool:
+        """Non-root only: a start-up IPI for a processor that waits for one; whether it was taken care of."""
+        ...
+
     iret_unblocked_nmi: bool
     """For the processor to set when it executes an IRET that ends blocking by NMI: exits due to its faults say so.
 

@@ -32,6 +32,7 @@ from vtx.x86.operations import (
     MoveDebugRegister,
     MoveFromControlRegister,
     MoveToControlRegister,
+    StoreMachineStatusWord,
 )
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp, ud
 from vtx.x86.state import MASK32, MASK64, AccessRights, Cr0, Cr4, Efer, Rflags
@@ -160,15 +161,15 @@ def move_cr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     require_ring_0(cpu)
     if writes:
         value = state.gpr[register.number] & (MASK64 if state.in_64_bit_mode else MASK32)
+        if cpu.intercepts(MoveToControlRegister(number, register.number, value), instruction):
+            return
         if number == 2:
             state.cr2 = value
             cpu.changed_system_state()
         else:
-            if cpu.intercepts(MoveToControlRegister(number, register.number, value), instruction):
-                return
             _WRITERS[number](cpu, _merged(cpu, number, value))
     else:
-        if number in (3, 8) and cpu.intercepts(MoveFromControlRegister(number, register.number), instruction):
+        if cpu.intercepts(MoveFromControlRegister(number, register.number), instruction):
             return
         state.gpr[register.number] = _read_cr(cpu, number) & (MASK64 if state.in_64_bit_mode else MASK32)
     cpu.retire(instruction)
@@ -210,6 +211,8 @@ def lmsw(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def smsw(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SMSW: a register destination gets as much of CR0 as it holds, memory 16 bits."""
     require_no_umip(cpu)
+    if cpu.intercepts(StoreMachineStatusWord(), instruction):
+        return
     write_operand(cpu, instruction, 0, 2, _seen(cpu, 0))
     cpu.retire(instruction)
 
@@ -222,12 +225,13 @@ def move_dr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     register = instruction.registers[1 if writes else 0]
     if number is None or number > 7 or register is None:
         raise ud()
+    encoded = number
     if number in (4, 5):
         if state.cr4 & Cr4.DE:
             raise ud()
         number += 2
     require_ring_0(cpu)
-    if cpu.intercepts(MoveDebugRegister(number, register.number, writes), instruction):
+    if cpu.intercepts(MoveDebugRegister(number, register.number, writes, encoded), instruction):
         return
     if state.dr7 & _DR7_GENERAL_DETECT:
         raise InstructionAborted(Fault(Vector.DB, debug=GENERAL_DETECT))

@@ -22,6 +22,7 @@ from vtx.x86.msr_table import (
     IA32_SYSENTER_EIP,
     IA32_SYSENTER_ESP,
 )
+from vtx.x86.operations import Operation, Plain, Simple, SoftwareInterrupt
 from vtx.x86.outcome import NotModelled, Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import Cr4, Gpr, Rflags
@@ -37,10 +38,17 @@ _USER_FLAGS: Final = int(
 _IOPL: Final = int(Rflags.IOPL)
 
 
+def _intercepts(cpu: LogicalProcessor, operation: Operation, instruction: Instruction) -> bool:
+    """As `LogicalProcessor.intercepts`, for what only some extensions can intercept."""
+    extension = cpu.virtualization
+    return extension is not None and extension.intercepts_flow and cpu.intercepts(operation, instruction)
+
+
 def interrupt(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INT n."""
-    event = Event(instruction.immediate & 0xFF, EventKind.SOFTWARE_INTERRUPT, instruction_length=instruction.length)
-    cpu.raise_software(event)
+    vector = instruction.immediate & 0xFF
+    if not _intercepts(cpu, SoftwareInterrupt(vector), instruction):
+        cpu.raise_software(Event(vector, EventKind.SOFTWARE_INTERRUPT, instruction_length=instruction.length))
 
 
 def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -50,6 +58,8 @@ def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def debug_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INT1. Data breakpoints that MOV SS holds back are reported by its debug exception: there is one, not two."""
+    if _intercepts(cpu, Simple(Plain.ICEBP), instruction):
+        return
     kind, held_back = EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, cpu.state.pending_debug & BREAKPOINTS
     cpu.state.pending_debug = 0
     cpu.raise_software(Event(Vector.DB, kind, instruction_length=instruction.length, debug=held_back))
@@ -65,6 +75,8 @@ def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """IRET in all its sizes."""
+    if _intercepts(cpu, Simple(Plain.IRET), instruction):
+        return
     cpu.changed_system_state()
     traps = cpu.state.rflags & Rflags.TF
     extension = cpu.virtualization
@@ -144,6 +156,8 @@ def _require_flags_access(cpu: LogicalProcessor, size: int) -> None:
 
 def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """PUSHF in all its sizes: the engine's own would push RF and VM, which read as zero."""
+    if _intercepts(cpu, Simple(Plain.PUSHF), instruction):
+        return
     size = _flags_size(instruction)
     _require_flags_access(cpu, size)
     stack = Stack.of(cpu.state, cpu.mmu)
@@ -153,7 +167,9 @@ def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 def pop_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """POPF in all its sizes; comes here only while single-stepping."""
+    """POPF in all its sizes; comes here only while single-stepping, or where it may be intercepted."""
+    if _intercepts(cpu, Simple(Plain.POPF), instruction):
+        return
     state, size = cpu.state, _flags_size(instruction)
     _require_flags_access(cpu, size)
     stack = Stack.of(state, cpu.mmu)

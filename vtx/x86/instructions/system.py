@@ -219,7 +219,8 @@ def rdseed(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def rsm(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RSM outside SMM."""
-    raise ud()
+    if not cpu.intercepts(Simple(Plain.RSM), instruction):
+        raise ud()
 
 
 HANDLERS: Final = {

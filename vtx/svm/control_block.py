@@ -1,0 +1,100 @@
+"""The VMCB, and the host save area, in memory: reading all of it, and writing the parts that a #VMEXIT writes.
+
+Fields between those parts keep what software put there.
+
+Spec: APM Vol. 2, "Layout of VMCB", "#VMEXIT".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from attrs import frozen
+
+from vmcs.vmcb.fields import BY_NAME, FIELDS, IMAGE, VmcbField, packing
+from vtx.addresses import PAGE_SHIFT
+from vtx.svm import places as at
+from vtx.x86.memory import PhysicalMemory
+
+
+@frozen
+class Part:
+    """Fields ``first`` to ``end`` - 1, which are written together."""
+
+    first: int
+    end: int
+    offset: int
+    packing: struct.Struct
+
+
+def _part(first: str, last: str) -> Part:
+    start, end = BY_NAME[first].encoding, BY_NAME[last].encoding + 1
+    fields: Sequence[VmcbField] = FIELDS[start:end]
+    return Part(start, end, fields[0].offset, packing(fields))
+
+
+INTERRUPTS: Final = _part("virtual interrupt control", "interrupt state")
+EXIT: Final = _part("EXITCODE", "EXITINTINFO")
+EVENT_INJECTION: Final = _part("EVENTINJ", "EVENTINJ")
+NEXT_RIP: Final = _part("nRIP", "nRIP")
+SEGMENTS: Final = _part("ES selector", "DS base")
+FS_AND_GS: Final = _part("FS selector", "GS base")
+GDTR: Final = _part("GDTR selector", "GDTR base")
+LDTR: Final = _part("LDTR selector", "LDTR base")
+IDTR: Final = _part("IDTR selector", "IDTR base")
+TR: Final = _part("TR selector", "TR base")
+CPL_AND_EFER: Final = _part("CPL", "EFER")
+CONTROL_REGISTERS: Final = _part("CR4", "RIP")
+STACK_POINTER: Final = _part("RSP", "RSP")
+ACCUMULATOR: Final = _part("RAX", "RAX")
+SYSTEM_CALLS: Final = _part("STAR", "SYSENTER_EIP")
+PAGE_FAULT_ADDRESS: Final = _part("CR2", "CR2")
+PAT: Final = _part("G_PAT", "G_PAT")
+LAST_BRANCH: Final = _part("DBGCTL", "LASTEXCPTO")
+
+STATE: Final = (SEGMENTS, GDTR, IDTR, CPL_AND_EFER, CONTROL_REGISTERS, STACK_POINTER, ACCUMULATOR)
+"""What #VMEXIT saves of a guest and VMRUN saves of the host."""
+HOST_SAVED: Final = STATE
+GUEST_SAVED: Final = (INTERRUPTS, EXIT, EVENT_INJECTION, NEXT_RIP, *STATE, PAGE_FAULT_ADDRESS)
+MORE_STATE: Final = (FS_AND_GS, LDTR, TR, SYSTEM_CALLS)
+"""What VMLOAD loads and VMSAVE saves."""
+
+INSTRUCTION_BYTES: Final = 0xD0  # their number, then up to 15 of them
+_INSTRUCTION_BYTES_SIZE: Final = 16
+
+
+def read(memory: PhysicalMemory, address: int) -> list[int]:
+    """The values of all fields of the block at physical ``address``; ones where there is no RAM."""
+    if memory.is_backed(address, IMAGE.size):
+        offset = memory.ram_offset(address)
+        assert offset is not None
+        return list(IMAGE.unpack_from(memory.backing, offset))
+    return list(IMAGE.unpack(memory.read(address, IMAGE.size)))
+
+
+def write(memory: PhysicalMemory, address: int, values: Sequence[int], parts: Sequence[Part]) -> None:
+    """Store ``parts`` of ``values`` into the block at physical ``address``."""
+    if memory.is_backed(address, IMAGE.size):
+        offset = memory.ram_offset(address)
+        assert offset is not None
+        for part in parts:
+            part.packing.pack_into(memory.backing, offset + part.offset, *values[part.first : part.end])
+        if address >> PAGE_SHIFT in memory.code_pages:
+            memory.code_written(address >> PAGE_SHIFT)
+        return
+    for part in parts:
+        memory.write(address + part.offset, part.packing.pack(*values[part.first : part.end]))
+
+
+def write_instruction_bytes(memory: PhysicalMemory, address: int, code: bytes) -> None:
+    """Store what decode assists fetched: the number of bytes, and the bytes."""
+    data = bytes((len(code),)) + code
+    memory.write(address + INSTRUCTION_BYTES, data.ljust(_INSTRUCTION_BYTES_SIZE, b"\0"))
+
+
+def write_exit_code(memory: PhysicalMemory, address: int, values: list[int], code: int) -> None:
+    """Report a VMRUN that failed: EXITCODE alone has a meaning."""
+    values[at.EXITCODE], values[at.EXITINFO1], values[at.EXITINFO2], values[at.EXITINTINFO] = code, 0, 0, 0
+    write(memory, address, values, (EXIT,))

@@ -1,0 +1,149 @@
+"""Nested paging: translation of guest-physical addresses by page tables in the format of the host's paging mode.
+
+A nested walk is a walk like any other (`vtx.x86.paging.walk`): its root is N_CR3, its control registers are the host's
+at VMRUN, and every access counts as one of user mode. What it refuses is a #NPF instead of a page fault.
+
+Spec: APM Vol. 2, "Nested Paging", "Nested Table Walk", "Nested versus Guest Page Faults, Fault Ordering".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+from vtx.x86.page_rights import USER, Privilege
+from vtx.x86.paging import PagedMemory, PageFault, PageFaultError, PagingContext, PagingMode, Translation, walk
+from vtx.x86.second_level import AccessKind, IdentitySecondLevel, SecondLevelFault, SecondLevelPage
+from vtx.x86.state import CpuState, Cr0, Cr4, Efer
+
+FINAL_TRANSLATION: Final = 1 << 32
+"""EXITINFO1 of #NPF: the fault came while translating the guest's final physical address."""
+TABLE_WALK: Final = 1 << 33
+"""EXITINFO1 of #NPF: the fault came while translating the address of a guest page table."""
+
+NO_SECOND_LEVEL: Final = IdentitySecondLevel()
+
+_US: Final = PageFaultError.US.value
+_ADDRESS_BITS: Final = {
+    PagingMode.BITS_32: 32,
+    PagingMode.PAE: 32,
+    PagingMode.LEVEL_4: 48,
+    PagingMode.LEVEL_5: 57,
+}
+# Bits of the tag: what besides the root tells nested page tables apart.
+_TAG_NXE, _TAG_LONG, _TAG_PAE, _TAG_PSE, _TAG_LA57, _TAG_GMET = (1 << bit for bit in range(6))
+
+
+@frozen
+class NestedPageFault(SecondLevelFault):
+    """#NPF; ``error`` is EXITINFO1."""
+
+    error: int
+
+
+class NestedPaging:
+    """The second level of a guest with NP_ENABLE, for the host's control registers as they are in ``host``.
+
+    With ``gmet`` (guest mode execute trap), instruction fetches of the guest's supervisor pages are checked as
+    supervisor-mode ones, which must not execute user pages, and U/S means nothing to other accesses.
+    """
+
+    walks_pdptes = True
+
+    def __init__(
+        self,
+        n_cr3: int,
+        host: CpuState,
+        memory: PagedMemory,
+        physical_address_width: int,
+        *,
+        page1gb: bool,
+        gmet: bool,
+    ) -> None:
+        self.memory = memory
+        self._gmet = gmet
+        self._context = PagingContext(
+            int(Cr0.PG | Cr0.WP),
+            n_cr3,
+            host.cr4 & int(Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP),
+            host.efer & int(Efer.LMA | Efer.NXE),
+            physical_address_width,
+            page1gb=page1gb,
+            pdptes_in_memory=True,
+        )
+        self._limit = _ADDRESS_BITS[self._context.mode]
+        self._tag = n_cr3 & ((1 << 52) - 0x1000) | self._configuration(host)
+        if gmet:
+            self._fetch_context = PagingContext(
+                int(Cr0.PG | Cr0.WP),
+                n_cr3,
+                self._context.cr4 | Cr4.SMEP,
+                self._context.efer,
+                physical_address_width,
+                page1gb=page1gb,
+                pdptes_in_memory=True,
+            )
+
+    def _configuration(self, host: CpuState) -> int:
+        return (
+            (_TAG_NXE if host.efer & Efer.NXE else 0)
+            | (_TAG_LONG if host.efer & Efer.LMA else 0)
+            | (_TAG_PAE if host.cr4 & Cr4.PAE else 0)
+            | (_TAG_PSE if host.cr4 & Cr4.PSE else 0)
+            | (_TAG_LA57 if host.cr4 & Cr4.LA57 else 0)
+            | (_TAG_GMET if self._gmet else 0)
+        )
+
+    @property
+    def tag(self) -> int | None:
+        """The root, and what of the host's paging mode matters."""
+        return self._tag
+
+    def paging_structure(
+        self, address: GuestPhysicalAddress, update: bool, linear: LinearAddress | None
+    ) -> PhysicalAddress | SecondLevelFault:
+        """Translate the address of a guest paging-structure entry: always a write (see `SecondLevel`)."""
+        result = self._walk(address, AccessKind.WRITE, user_fetch=True)
+        if isinstance(result, int):
+            return NestedPageFault(address, linear, result | TABLE_WALK)
+        return PhysicalAddress(result.physical | address & PAGE_OFFSET_MASK)
+
+    def translate(
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+    ) -> SecondLevelPage | SecondLevelFault:
+        """Translate the translation of a linear address (see `SecondLevel`)."""
+        user_page = bool(rights & USER)
+        result = self._walk(address, kind, user_fetch=user_page)
+        if isinstance(result, int):
+            return NestedPageFault(address, linear, result | FINAL_TRANSLATION)
+        permissions = self._permissions(result, user_page) & result.cacheable
+        return SecondLevelPage(result.physical, permissions, result.size)
+
+    def _permissions(self, page: Translation, user_page: bool) -> int:
+        context = self._context
+        if not self._gmet:
+            return context.permissions[Privilege.USER][page.attributes]
+        data = context.permissions[Privilege.SUPERVISOR][page.attributes | USER] & ~AccessKind.EXECUTE
+        privilege = Privilege.USER if user_page else Privilege.SUPERVISOR
+        return data | self._fetch_context.permissions[privilege][page.attributes] & AccessKind.EXECUTE
+
+    def _walk(self, address: GuestPhysicalAddress, kind: AccessKind, *, user_fetch: bool) -> Translation | int:
+        """The nested translation, or the page-fault error code of the nested walk."""
+        context, privilege = self._context, Privilege.USER
+        if self._gmet:
+            if kind is AccessKind.EXECUTE:
+                context = self._fetch_context
+                privilege = Privilege.USER if user_fetch else Privilege.SUPERVISOR
+            else:
+                privilege = Privilege.SUPERVISOR
+        if address >> self._limit:
+            return _US | (PageFaultError.WR.value if kind is AccessKind.WRITE else 0)
+        found = walk(context, LinearAddress(address), kind, privilege, self.memory, NO_SECOND_LEVEL)
+        if isinstance(found, Translation):
+            return found
+        assert isinstance(found, PageFault)
+        if kind is not AccessKind.EXECUTE or not self._gmet:
+            return found.error_code | _US
+        return found.error_code

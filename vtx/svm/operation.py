@@ -1,0 +1,147 @@
+"""The SVM state of one logical processor: whether a guest runs, its control block, and what that asks for.
+
+Spec: APM Vol. 2, "Secure Virtual Machine".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import define, field, frozen
+
+from vmcs.vmcb import layouts
+from vmcs.vmcb.fields import Vmcb
+from vmcs.vmcb.intercepts import INTERCEPT_WORDS
+from vmcs.vmcb.model import Violation
+from vtx.svm import places as at
+from vtx.svm.observer import Observer
+from vtx.x86.msr_table import TSC_RATIO, TSC_RATIO_RESET
+from vtx.x86.profile import Profile
+from vtx.x86.virtualization import Processor
+
+
+@frozen
+class Features:
+    """The optional parts of SVM that the processor has (CPUID function 8000_000AH)."""
+
+    nested_paging: bool
+    lbr_virtualization: bool
+    next_rip: bool
+    tsc_ratio: bool
+    flush_by_asid: bool
+    decode_assists: bool
+    pause_filter: bool
+    pause_threshold: bool
+    vmsave_virtualization: bool
+    virtual_gif: bool
+    gmet: bool
+    virtual_nmi: bool
+
+    @classmethod
+    def of(cls, profile: Profile) -> Features:
+        """Those of ``profile``."""
+        return cls(
+            nested_paging=profile.has("NP"),
+            lbr_virtualization=profile.has("LbrVirt"),
+            next_rip=profile.has("NRIPS"),
+            tsc_ratio=profile.has("TscRateMsr"),
+            flush_by_asid=profile.has("FlushByAsid"),
+            decode_assists=profile.has("DecodeAssists"),
+            pause_filter=profile.has("PauseFilter"),
+            pause_threshold=profile.has("PauseFilterThreshold"),
+            vmsave_virtualization=profile.has("VmsaveVirt"),
+            virtual_gif=profile.has("VGIF"),
+            gmet=profile.has("GMET"),
+            virtual_nmi=profile.has("VNMI"),
+        )
+
+
+@frozen
+class VmrunFailure:
+    """Why VMRUN ended in VMEXIT_INVALID: the first rule that does not hold, or what no rule stands for."""
+
+    address: int
+    violation: Violation | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return self.violation.render() if self.violation is not None else self.detail
+
+
+_TSC_FRACTION_BITS: Final = 32
+_WORD_BITS: Final = 32
+
+
+@define(slots=True, eq=False)
+class SvmOperation:
+    """The SVM state of one logical processor, outside guest mode to begin with.
+
+    In guest mode, ``vmcb`` holds the fields of the control block at ``address`` as VMRUN read them, kept up to date in
+    what the guest changes; ``intercepts`` has bit n set for the intercept of that number. ``host_if`` is RFLAGS.IF,
+    ``host_nmi_blocked`` the blocking by NMI and ``host_pat`` the PAT as they were at VMRUN; ``host_branches`` is the
+    host's last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs. ``pauses`` is
+    what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE.
+    """
+
+    processor: Processor
+    features: Features
+    guest_mode: bool = False
+    address: int = 0
+    vmcb: Vmcb = field(factory=Vmcb)
+    intercepts: int = 0
+    host_if: bool = False
+    host_nmi_blocked: bool = False
+    host_pat: int = 0
+    host_branches: tuple[int, ...] | None = None
+    tsc_ratio: int = TSC_RATIO_RESET
+    pauses: int = 0
+    last_pause: int | None = None
+    smi_pending: bool = False
+    transitions: int = 0
+    last_failure: VmrunFailure | None = None
+    observer: Observer | None = None
+
+    @property
+    def virtual(self) -> int:
+        """The virtual interrupt control of the running guest."""
+        return self.vmcb.values[at.VIRTUAL]
+
+    def intercepted(self, number: int) -> bool:
+        """Whether the running guest's intercept ``number`` is on."""
+        return bool(self.intercepts >> number & 1)
+
+    def read_intercepts(self) -> None:
+        """Take the intercepts from the VMCB."""
+        words = self.vmcb.values[at.CR_INTERCEPTS : at.CR_INTERCEPTS + INTERCEPT_WORDS]
+        self.intercepts = sum(word << _WORD_BITS * place for place, word in enumerate(words))
+
+    @property
+    def masks_interrupts(self) -> bool:
+        """V_INTR_MASKING: RFLAGS.IF and CR8 of the guest are about virtual interrupts alone."""
+        return bool(self.virtual & layouts.V_INTR_MASKING)
+
+    @property
+    def uses_virtual_gif(self) -> bool:
+        """STGI and CLGI of the guest change its virtual GIF."""
+        return self.features.virtual_gif and bool(self.virtual & layouts.V_GIF_ENABLE)
+
+    @property
+    def uses_virtual_nmi(self) -> bool:
+        """NMIs of the guest are virtual ones."""
+        return self.features.virtual_nmi and bool(self.virtual & layouts.V_NMI_ENABLE)
+
+    @property
+    def nested_paging(self) -> bool:
+        """The guest runs with nested paging."""
+        return self.features.nested_paging and bool(self.vmcb.values[at.NESTED_CONTROL] & layouts.NP_ENABLE)
+
+    def read_tsc_ratio(self) -> None:
+        """Take the TSC ratio of guests from its MSR."""
+        if self.features.tsc_ratio:
+            self.tsc_ratio = self.processor.msrs.values[TSC_RATIO]
+
+    def guest_tsc(self, tsc: int) -> int:
+        """What the guest's time-stamp counter is when the host's is ``tsc``, not yet cut to 64 bits."""
+        if self.tsc_ratio != TSC_RATIO_RESET:
+            tsc = tsc * self.tsc_ratio >> _TSC_FRACTION_BITS
+        return tsc + self.vmcb.values[at.TSC_OFFSET]

@@ -1,0 +1,262 @@
+"""`Svm`: AMD's virtualization extension of one logical processor, behind the seam of `vtx.x86.virtualization`.
+
+Spec: APM Vol. 2, "Secure Virtual Machine".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import evolve
+
+from vmcs.vmcb import layouts
+from vmcs.vmcb.intercepts import Exit
+from vmcs.vmcb.model import Violation
+from vmcs.vmcb.rules import explain
+from vtx.svm import events, instructions, pause_filter
+from vtx.svm import places as at
+from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
+from vtx.svm.intercepts import exit_of, next_rip
+from vtx.svm.observer import Observer
+from vtx.svm.operation import Features, SvmOperation, VmrunFailure
+from vtx.svm.outcome import Outcome
+from vtx.svm.record import Vmexit
+from vtx.svm.vmexit import perform_exit
+from vtx.svm.vmrun import new_context
+from vtx.x86.decode import Instruction
+from vtx.x86.event import Event
+from vtx.x86.instructions.system import PAUSE_TICKS
+from vtx.x86.msr_table import IA32_EFER, VM_CR, VM_CR_SVMDIS
+from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, Plain, Simple
+from vtx.x86.outcome import Fault, NotModelled
+from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.state import MASK64, Efer, Rflags, Shadow
+from vtx.x86.virtualization import Processor, RefusedInstruction
+
+_PAUSE: Final = Simple(Plain.PAUSE)
+_SVME: Final = int(Efer.SVME)
+_RF: Final = int(Rflags.RF)
+_TF: Final = int(Rflags.TF)
+_PENDING_BS: Final = 1 << 14
+_CR8: Final = 8
+
+
+class Svm:
+    """SVM of ``processor``, with the features of its profile; outside guest mode to begin with.
+
+    ``observer`` is told of SVM instructions, VMRUNs and #VMEXITs; None costs nothing.
+    """
+
+    intercepts_flow = True
+    iret_unblocked_nmi = False
+
+    def __init__(self, processor: Processor, observer: Observer | None = None) -> None:
+        self.operation = SvmOperation(processor, Features.of(processor.profile), observer=observer)
+        if processor.profile.has("SVM"):
+            _bind_vm_cr(processor)
+
+    # State, for reading
+
+    @property
+    def non_root(self) -> bool:
+        """Guest mode."""
+        return self.operation.guest_mode
+
+    @property
+    def transitions(self) -> int:
+        """How many VMRUNs and #VMEXITs there have been."""
+        return self.operation.transitions
+
+    @property
+    def last_failure(self) -> VmrunFailure | None:
+        """Why the last VMRUN failed that did."""
+        return self.operation.last_failure
+
+    def explain(self) -> list[Violation]:
+        """Every rule that the VMCB last run breaks; empty if there was none."""
+        return explain(new_context(self.operation, self.operation.vmcb)) if self.operation.address else []
+
+    # The seam
+
+    @property
+    def holds_interrupts(self) -> bool:
+        """See `Virtualization.holds_interrupts`."""
+        return holds_interrupts(self.operation)
+
+    @property
+    def holds_nmis(self) -> bool:
+        """See `Virtualization.holds_nmis`."""
+        svm = self.operation
+        return not svm.processor.state.gif or (svm.guest_mode and svm.uses_virtual_nmi)
+
+    @property
+    def init_is_blocked(self) -> bool:
+        """INIT waits while the global interrupt flag is clear."""
+        return not self.operation.processor.state.gif
+
+    def init(self) -> bool:
+        """See `Virtualization.init`."""
+        return self._exit_if(Vmexit(Exit.INIT) if self.operation.intercepted(Exit.INIT) else None)
+
+    def start_up(self, vector: int) -> bool:
+        """Start-up IPIs have no intercept."""
+        return False
+
+    def smi(self) -> None:
+        """A system-management interrupt arrives, to be taken at the next boundary at which it is not held."""
+        self.operation.smi_pending = True
+
+    def execute(self, instruction: Instruction) -> bool:
+        """See `Virtualization.execute`."""
+        return instructions.execute(self.operation, instruction)
+
+    def is_disabled(self, instruction: Instruction) -> bool:
+        """SVM has no control that makes an instruction invalid."""
+        return False
+
+    def intercept(self, operation: Operation, instruction: Instruction) -> bool:
+        """See `Virtualization.intercept`."""
+        svm = self.operation
+        if operation == _PAUSE:
+            return self._pause(instruction)
+        record = exit_of(svm, operation, instruction)
+        if record is None:
+            return self._virtualize_task_priority(operation, instruction)
+        perform_exit(svm, record)
+        return True
+
+    def intercept_event(self, event: Event, fault: Fault | None) -> bool:
+        """See `Virtualization.intercept_event`."""
+        return self._exit_if(events.exception_exit(self.operation, event, fault))
+
+    def delivery_fault(self, delivering: Event, fault: Fault | None) -> bool:
+        """See `Virtualization.delivery_fault`."""
+        return self._exit_if(events.delivery_exit(self.operation, delivering, fault))
+
+    def second_level_fault(self, fault: SecondLevelFault, delivering: Event | None) -> bool:
+        """See `Virtualization.second_level_fault`."""
+        return self._exit_if(events.second_level_exit(self.operation, fault, delivering))
+
+    def virtualize_access(self, refused: RefusedInstruction) -> SecondLevelFault | None:
+        """SVM without AVIC reserves no page."""
+        raise NotModelled("second-level event")
+
+    def boundary(self) -> bool:
+        """See `Virtualization.boundary`."""
+        svm = self.operation
+        if not svm.guest_mode:
+            if svm.smi_pending and svm.processor.state.gif:
+                svm.smi_pending = False  # the firmware's handler has nothing to do and returns
+            return False
+        due = boundary_event(svm)
+        if isinstance(due, Event):
+            svm.processor.deliver(due)
+            return True
+        if due is None and svm.smi_pending and svm.processor.state.gif:
+            svm.smi_pending = False
+        return self._exit_if(due)
+
+    def next_deadline(self) -> int | None:
+        """SVM has no timer."""
+        return None
+
+    def wants_boundary(self) -> bool:
+        """See `Virtualization.wants_boundary`."""
+        return wants_boundary(self.operation)
+
+    def wants_interrupt_window(self) -> bool:
+        """See `Virtualization.wants_interrupt_window`."""
+        return wants_interrupt_window(self.operation)
+
+    def read_control_register(self, number: int) -> int:
+        """SVM has no read shadows."""
+        state = self.operation.processor.state
+        return state.cr0 if number == 0 else state.cr4
+
+    def merge_control_register(self, number: int, value: int) -> int:
+        """SVM has no guest/host masks."""
+        return value
+
+    def control_register_fixed_ok(self, number: int, value: int) -> bool:
+        """SVM fixes no bits."""
+        return True
+
+    def iret_unblocks_nmi(self) -> bool:
+        """Always: with virtual NMIs, it is those whose blocking ends."""
+        return True
+
+    def guest_tsc(self, tsc: int) -> int:
+        """See `Virtualization.guest_tsc`."""
+        return self.operation.guest_tsc(tsc) & MASK64
+
+    # Behind the seam
+
+    def exit(self, record: Vmexit) -> Outcome:
+        """Perform the #VMEXIT that ``record`` describes; in guest mode only. For tools that stand in for a guest."""
+        return perform_exit(self.operation, record)
+
+    def _exit_if(self, record: Vmexit | None) -> bool:
+        if record is None:
+            return False
+        perform_exit(self.operation, record)
+        return True
+
+    def _retire(self, instruction: Instruction) -> None:
+        state = self.operation.processor.state
+        if state.rflags & _TF:
+            state.pending_debug |= _PENDING_BS
+        state.rip = next_rip(self.operation, instruction)
+        state.rflags &= ~_RF
+        state.shadow = Shadow.NONE
+
+    def _pause(self, instruction: Instruction) -> bool:
+        svm = self.operation
+        if not svm.intercepted(Exit.PAUSE):
+            return False
+        if pause_filter.exits(svm):
+            perform_exit(svm, Vmexit(Exit.PAUSE, next_rip=next_rip(svm, instruction)))
+            return True
+        svm.processor.charge(PAUSE_TICKS)
+        self._retire(instruction)
+        svm.last_pause = svm.processor.tsc()
+        return True
+
+    def _virtualize_task_priority(self, operation: Operation, instruction: Instruction) -> bool:
+        """Under V_INTR_MASKING, CR8 is V_TPR.
+
+        Spec: APM Vol. 2, "Masking Interrupts in Local APIC".
+        """
+        if type(operation) not in (MoveToControlRegister, MoveFromControlRegister):
+            return False
+        svm = self.operation
+        assert isinstance(operation, MoveToControlRegister | MoveFromControlRegister)
+        if operation.number != _CR8 or not svm.masks_interrupts:
+            return False
+        values = svm.vmcb.values
+        if isinstance(operation, MoveFromControlRegister):
+            svm.processor.state.gpr[operation.register] = values[at.VIRTUAL] & layouts.V_TPR & 0xF
+        elif operation.value >> 4:
+            return False  # the processor raises the fault
+        else:
+            values[at.VIRTUAL] = values[at.VIRTUAL] & ~layouts.V_TPR | operation.value
+        self._retire(instruction)
+        return True
+
+
+def _bind_vm_cr(processor: Processor) -> None:
+    """Let VM_CR.SVMDIS forbid setting EFER.SVME; it cannot be set while that is.
+
+    Spec: APM Vol. 2, "VM_CR MSR (C001_0114h)".
+    """
+    msrs = processor.msrs
+    efer = msrs.table[IA32_EFER]
+
+    def write(index: int, value: int) -> bool:
+        if value & VM_CR_SVMDIS and processor.state.efer & _SVME:
+            return False
+        writable = efer.writable & ~_SVME if value & VM_CR_SVMDIS else efer.writable
+        msrs.table[IA32_EFER] = evolve(efer, writable=writable)
+        msrs.values[VM_CR] = value
+        return True
+
+    msrs.bind(VM_CR, lambda index: msrs.values[VM_CR], write)

@@ -1,0 +1,75 @@
+"""#VMEXIT: record why, save the guest, load the host.
+
+Spec: APM Vol. 2, "#VMEXIT", "State Saved on Exit".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmcs.vmcb import layouts
+from vtx.svm import control_block
+from vtx.svm import places as at
+from vtx.svm.last_branch import swap_out
+from vtx.svm.nested_paging import NO_SECOND_LEVEL
+from vtx.svm.operation import SvmOperation
+from vtx.svm.outcome import Exited, Outcome, ShutDown
+from vtx.svm.processor_state import load_host, save_guest
+from vtx.svm.record import Vmexit
+from vtx.x86.msr_table import IA32_PAT, VM_HSAVE_PA
+from vtx.x86.outcome import InstructionAborted
+from vtx.x86.state import Cr0, Cr4, Efer, Rflags
+
+_TF: Final = int(Rflags.TF)
+_PENDING_BS: Final = 1 << 14
+_PG: Final = int(Cr0.PG)
+_PAE: Final = int(Cr4.PAE)
+_LMA: Final = int(Efer.LMA)
+
+
+def perform_exit(operation: SvmOperation, record: Vmexit) -> Outcome:
+    """Leave guest mode as ``record`` says: Exited, or ShutDown if the host's state is no valid one."""
+    processor, values = operation.processor, operation.vmcb.values
+    state = processor.state
+    save_guest(state, values)
+    values[at.EXITCODE], values[at.EXITINFO1], values[at.EXITINFO2] = record.code, record.info1, record.info2
+    values[at.EXITINTINFO] = record.interrupted
+    values[at.NRIP] = record.next_rip if operation.features.next_rip else 0
+    values[at.EVENTINJ] &= ~layouts.EVENT_VALID
+    if operation.uses_virtual_nmi:
+        blocked = layouts.V_NMI_MASK if state.nmi_blocked else 0
+        values[at.VIRTUAL] = values[at.VIRTUAL] & ~layouts.V_NMI_MASK | blocked
+        state.nmi_blocked = operation.host_nmi_blocked
+    control_block.write(processor.memory, operation.address, values, control_block.GUEST_SAVED)
+    if operation.nested_paging:
+        values[at.G_PAT] = processor.msrs.values[IA32_PAT]
+        control_block.write(processor.memory, operation.address, values, (control_block.PAT,))
+        processor.msrs.values[IA32_PAT] = operation.host_pat
+    swap_out(operation)
+    if operation.features.decode_assists:
+        control_block.write_instruction_bytes(processor.memory, operation.address, record.instruction_bytes)
+    outcome = return_to_host(operation)
+    if operation.observer is not None:
+        operation.observer.vmexit(record)
+    return outcome or Exited(record.code)
+
+
+def return_to_host(operation: SvmOperation) -> Outcome | None:
+    """Load the host's state from its save area, with the global interrupt flag clear; ShutDown if it is invalid."""
+    processor = operation.processor
+    state = processor.state
+    operation.guest_mode = False
+    operation.transitions += 1
+    load_host(state, control_block.read(processor.memory, processor.msrs.values[VM_HSAVE_PA]))
+    state.gif = False
+    if state.rflags & _TF:
+        state.pending_debug = _PENDING_BS  # the trap after VMRUN, which completes only now
+    processor.mmu.vm_transition(state, NO_SECOND_LEVEL, 0, flush=False)
+    if state.cr0 & _PG and state.cr4 & _PAE and not state.efer & _LMA:
+        try:
+            state.pdptrs = list(processor.mmu.load_pdptrs(state.cr3))
+        except InstructionAborted:
+            processor.shut_down("#VMEXIT to a host with invalid page-directory-pointer-table entries")
+            return ShutDown()
+    processor.load_control_state()
+    return None

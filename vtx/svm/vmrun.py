@@ -1,0 +1,172 @@
+"""VMRUN after its own faults: save the host, check the guest, load it, inject an event.
+
+The checks are the rules of `vmcs.vmcb.rules`; the first one that is broken is remembered, because hardware only says
+VMEXIT_INVALID.
+
+Spec: APM Vol. 2, "VMRUN Instruction", "Canonicalization and Consistency Checks", "Event Injection".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vmcs.vmcb import layouts, rules
+from vmcs.vmcb.fields import FIELDS, Vmcb
+from vmcs.vmcb.intercepts import Exit
+from vmcs.vmcb.layouts import InjectedType, TlbControl
+from vmcs.vmcb.model import VmrunContext
+from vtx.svm import control_block, last_branch
+from vtx.svm import places as at
+from vtx.svm.nested_paging import NO_SECOND_LEVEL, NestedPaging
+from vtx.svm.operation import SvmOperation, VmrunFailure
+from vtx.svm.outcome import ENTERED, Exited, Outcome
+from vtx.svm.processor_state import load_guest, save_host
+from vtx.svm.vmexit import return_to_host
+from vtx.x86.cpuid import reserved_cr4_bits
+from vtx.x86.event import Event, EventKind
+from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA
+from vtx.x86.outcome import Vector
+from vtx.x86.paging import load_pdptrs
+from vtx.x86.second_level import SecondLevel
+from vtx.x86.state import MASK64, Cr0, Cr4, Efer, Rflags
+
+_PG: Final = int(Cr0.PG)
+_PAE: Final = int(Cr4.PAE)
+_LME: Final = int(Efer.LME)
+_IF: Final = int(Rflags.IF)
+_EVENT_KINDS: Final = {
+    InjectedType.EXTERNAL_INTERRUPT: EventKind.EXTERNAL_INTERRUPT,
+    InjectedType.NMI: EventKind.NMI,
+    InjectedType.EXCEPTION: EventKind.HARDWARE_EXCEPTION,
+    InjectedType.SOFTWARE_INTERRUPT: EventKind.SOFTWARE_INTERRUPT,
+}
+
+
+def vmrun(operation: SvmOperation, address: int) -> Outcome:
+    """Run the guest of the VMCB at physical ``address``: Entered, or Exited with VMEXIT_INVALID.
+
+    RIP is already that of the next instruction.
+    """
+    processor = operation.processor
+    state = processor.state
+    host = [0] * len(FIELDS)
+    save_host(state, host)
+    control_block.write(processor.memory, processor.msrs.values[VM_HSAVE_PA], host, control_block.HOST_SAVED)
+    vmcb = operation.vmcb = Vmcb(control_block.read(processor.memory, address))
+    operation.address = address
+    violation = rules.check(new_context(operation, vmcb))
+    if violation is not None:
+        return _refuse(operation, VmrunFailure(address, violation))
+    pdptes = _pdptes(operation)
+    if pdptes is None:
+        detail = f"a PDPTE in memory at {vmcb.values[at.CR3]:#x} (CR3) has reserved bits set"
+        return _refuse(operation, VmrunFailure(address, None, detail))
+    _start(operation, pdptes)
+    return ENTERED
+
+
+def new_context(operation: SvmOperation, vmcb: Vmcb) -> VmrunContext:
+    """What the rules of VMRUN may know about this processor beside the VMCB."""
+    processor = operation.processor
+    profile, efer = processor.profile, processor.msrs.table[IA32_EFER]
+    return VmrunContext(
+        vmcb,
+        physical_address_width=profile.physical_address_width,
+        cr4_reserved=reserved_cr4_bits(profile),
+        efer_reserved=MASK64 & ~(efer.writable | efer.ignored),
+        long_mode_supported=profile.has("LM"),
+        host_paging=processor.state.paging,
+    )
+
+
+def _refuse(operation: SvmOperation, failure: VmrunFailure) -> Outcome:
+    memory = operation.processor.memory
+    control_block.write_exit_code(memory, failure.address, operation.vmcb.values, Exit.INVALID)
+    operation.last_failure = failure
+    outcome = return_to_host(operation)
+    if operation.observer is not None:
+        operation.observer.vmrun_failed(failure)
+    return outcome or Exited(Exit.INVALID)
+
+
+def _pdptes(operation: SvmOperation) -> tuple[int, int, int, int] | None:
+    """The PDPTE registers of a guest with PAE paging, None if they are invalid. Nested paging reads them on demand.
+
+    Spec: APM Vol. 2, "Legacy PAE Mode".
+    """
+    values, processor = operation.vmcb.values, operation.processor
+    pae = values[at.CR0] & _PG and values[at.CR4] & _PAE and not values[at.EFER] & _LME
+    if not pae or operation.nested_paging:
+        return 0, 0, 0, 0
+    width = processor.profile.physical_address_width
+    found = load_pdptrs(values[at.CR3], width, processor.memory, NO_SECOND_LEVEL)
+    return found if isinstance(found, tuple) else None
+
+
+def _second_level(operation: SvmOperation) -> SecondLevel:
+    if not operation.nested_paging:
+        return NO_SECOND_LEVEL
+    processor, values = operation.processor, operation.vmcb.values
+    return NestedPaging(
+        values[at.N_CR3],
+        processor.state,
+        processor.memory,
+        processor.profile.physical_address_width,
+        page1gb=processor.profile.has("PAGE1GB"),
+        gmet=operation.features.gmet and bool(values[at.NESTED_CONTROL] & layouts.GMET_ENABLE),
+    )
+
+
+def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
+    """Past the point where VMRUN can fail: load the guest, switch translation, inject."""
+    processor, values = operation.processor, operation.vmcb.values
+    state = processor.state
+    second_level = _second_level(operation)
+    operation.guest_mode = True
+    operation.transitions += 1
+    operation.read_intercepts()
+    operation.read_tsc_ratio()
+    operation.host_if = bool(state.rflags & _IF)
+    operation.host_nmi_blocked = state.nmi_blocked
+    operation.pauses, operation.last_pause = values[at.PAUSE_COUNT], None
+    load_guest(state, values)
+    state.pdptrs[:] = pdptes
+    state.gif = True
+    if operation.uses_virtual_nmi:
+        state.nmi_blocked = bool(values[at.VIRTUAL] & layouts.V_NMI_MASK)
+    if operation.nested_paging:
+        operation.host_pat = processor.msrs.values[IA32_PAT]
+        processor.msrs.values[IA32_PAT] = values[at.G_PAT]
+    last_branch.swap_in(operation)
+    _flush(operation)
+    processor.mmu.vm_transition(state, second_level, values[at.ASID], flush=False)
+    processor.load_control_state()
+    if operation.observer is not None:
+        operation.observer.vmrun()
+    if values[at.EVENTINJ] & layouts.EVENT_VALID:
+        processor.deliver(injected_event(operation))
+
+
+def _flush(operation: SvmOperation) -> None:
+    """Spec: APM Vol. 2, "TLB Flush"."""
+    control, asid = operation.vmcb.values[at.TLB_CONTROL], operation.vmcb.values[at.ASID]
+    mmu = operation.processor.mmu
+    if control == TlbControl.ALL_ASIDS:
+        mmu.flush_asid(None)
+    elif operation.features.flush_by_asid and control in (TlbControl.THIS_ASID, TlbControl.THIS_ASID_NON_GLOBAL):
+        mmu.flush_asid(asid, keep_global=control == TlbControl.THIS_ASID_NON_GLOBAL)
+
+
+def injected_event(operation: SvmOperation) -> Event:
+    """The event of EVENTINJ. Software interrupts and the exceptions of INT3 and INTO return to nRIP."""
+    values = operation.vmcb.values
+    word = values[at.EVENTINJ]
+    vector = word & 0xFF
+    kind = _EVENT_KINDS[InjectedType(word >> layouts.EVENT_TYPE_SHIFT & 7)]
+    length = 0
+    if operation.features.next_rip:
+        length = (values[at.NRIP] - values[at.RIP]) & MASK64
+        if kind is EventKind.HARDWARE_EXCEPTION and vector in (Vector.BP, Vector.OF):
+            kind = EventKind.SOFTWARE_EXCEPTION
+    error_code = word >> 32 if word & layouts.EVENT_ERROR_CODE_VALID else None
+    return Event(vector, kind, error_code, length, injected=True)
