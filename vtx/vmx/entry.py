@@ -111,7 +111,7 @@ def _refresh_view(operation: VmxOperation, active: ActiveVmcs) -> ControlView:
     view, vmcs = active.view, active.vmcs
     if view is None or not VIEW_FIELDS.isdisjoint(vmcs.changed):
         view = active.view = build_view(vmcs.values)
-        control = unmodelled_control(view, vmcs[f.SECONDARY_VM_EXIT_CONTROLS])
+        control = unmodelled_control(view)
         if control is not None:
             raise NotModelled(f"VMX control {control}")
         active.second_level = second_level_of(operation, vmcs, view)

@@ -74,7 +74,8 @@ _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
     (c.ENTRY_LOAD_IA32_BNDCFGS, f.GUEST_IA32_BNDCFGS, 0xD90),
     (c.ENTRY_LOAD_IA32_RTIT_CTL, f.GUEST_IA32_RTIT_CTL, 0x570),
     (c.ENTRY_LOAD_IA32_LBR_CTL, f.GUEST_IA32_LBR_CTL, 0x14CE),
-    (c.ENTRY_LOAD_PKRS, f.GUEST_IA32_PKRS, 0x6E1),
+    (c.ENTRY_LOAD_PKRS, f.GUEST_IA32_PKRS, m.IA32_PKRS),
+    (c.ENTRY_LOAD_IA32_SPEC_CTRL, f.GUEST_IA32_SPEC_CTRL, m.IA32_SPEC_CTRL),
 )
 _RARE_LOADS: Final = sum(control.mask for control, _, _ in _LOADED_MSRS)
 # Exits that may leave debug exceptions pending; the others save none (unless blocking by MOV SS holds them back).

@@ -67,7 +67,7 @@ _DATA_SEGMENTS: Final = (
 
 _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
     (c.EXIT_LOAD_IA32_PERF_GLOBAL_CTRL, f.HOST_IA32_PERF_GLOBAL_CTRL, 0x38F),
-    (c.EXIT_LOAD_PKRS, f.HOST_IA32_PKRS, 0x6E1),
+    (c.EXIT_LOAD_PKRS, f.HOST_IA32_PKRS, m.IA32_PKRS),
 )
 _CLEARED_MSRS: Final[tuple[tuple[Control, int], ...]] = (
     (c.EXIT_CLEAR_IA32_BNDCFGS, 0xD90),
@@ -89,7 +89,7 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
         msrs[index] = values[source]
     if view.exit & c.EXIT_LOAD_IA32_PAT.mask:
         msrs[m.IA32_PAT] = values[_PAT]
-    if view.exit & _RARE:
+    if view.exit & _RARE or view.secondary_exit:
         _load_rare_msrs(operation, values, view)
     _load_segments(state, values, is_64_bit)
     state.rip = values[_RIP]
@@ -125,6 +125,9 @@ def _load_rare_msrs(operation: VmxOperation, values: dict[int, int], view: Contr
     for control, source, index in _LOADED_MSRS:
         if view.exit & control.mask:
             write_msr(operation, control, index, values[source.encoding])
+    if view.secondary_exit & c.EXIT_LOAD_IA32_SPEC_CTRL.mask:
+        source = f.HOST_IA32_SPEC_CTRL
+        write_msr(operation, c.EXIT_LOAD_IA32_SPEC_CTRL, m.IA32_SPEC_CTRL, values[source.encoding])
     for control, index in _CLEARED_MSRS:
         if view.exit & control.mask:
             write_msr(operation, control, index, 0)

@@ -36,5 +36,6 @@ def rule_context(
         read_physical=read_physical,
         efer_reserved=reserved(m.IA32_EFER),
         debugctl_reserved=reserved(m.IA32_DEBUGCTL),
+        spec_ctrl_reserved=reserved(m.IA32_SPEC_CTRL),
         perf_global_ctrl_reserved=reserved(_PERF_GLOBAL_CTRL),
     )

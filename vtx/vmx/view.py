@@ -91,13 +91,21 @@ _UNMODELLED: Final = (
     c.ENABLE_ENCLV_EXITING,
     c.VMM_BUS_LOCK_DETECTION,
     c.INSTRUCTION_TIMEOUT,
-    *(control for control in c.CONTROLS if control.word in (c.ControlWord.TERTIARY, c.ControlWord.SECONDARY_EXIT)),
+    c.LOADIWKEY_EXITING,
+    c.ENABLE_HLAT,
+    c.EPT_PAGING_WRITE_CONTROL,
+    c.GUEST_PAGING_VERIFICATION,
+    c.IPI_VIRTUALIZATION,
+    c.ENABLE_MSR_LIST_INSTRUCTIONS,
+    c.APIC_TIMER_VIRTUALIZATION,
+    c.EXIT_SAVE_FRED,
+    c.EXIT_LOAD_FRED,
+    c.EXIT_PREMATURELY_BUSY_SHADOW_STACK,
     c.ENTRY_TO_SMM,
     c.ENTRY_DEACTIVATE_DUAL_MONITOR_TREATMENT,
     c.ENTRY_LOAD_UINV,
     c.ENTRY_LOAD_CET_STATE,
     c.ENTRY_LOAD_FRED,
-    c.ENTRY_LOAD_IA32_SPEC_CTRL,
     c.EXIT_CLEAR_UINV,
     c.EXIT_LOAD_CET_STATE,
 )
@@ -118,6 +126,7 @@ class ControlView:
     secondary: int
     tertiary: int
     exit: int
+    secondary_exit: int
     entry: int
     plain_exits: Mapping[Plain, Reason]
     eptp: int | None
@@ -147,6 +156,10 @@ def build_view(values: Mapping[int, int]) -> ControlView:
         secondary = values[f.SECONDARY_PROCESSOR_BASED_CONTROLS.encoding]
     if primary & c.ACTIVATE_TERTIARY_CONTROLS.mask:
         tertiary = values[f.TERTIARY_PROCESSOR_BASED_CONTROLS.encoding]
+    exit_controls = values[f.VM_EXIT_CONTROLS.encoding]
+    secondary_exit = 0
+    if exit_controls & c.EXIT_ACTIVATE_SECONDARY_CONTROLS.mask:
+        secondary_exit = values[f.SECONDARY_VM_EXIT_CONTROLS.encoding]
     offsetting = primary & c.USE_TSC_OFFSETTING.mask
     scaling = offsetting and secondary & c.USE_TSC_SCALING.mask
     io_bitmaps = None
@@ -162,7 +175,8 @@ def build_view(values: Mapping[int, int]) -> ControlView:
         primary=primary,
         secondary=secondary,
         tertiary=tertiary,
-        exit=values[f.VM_EXIT_CONTROLS.encoding],
+        exit=exit_controls,
+        secondary_exit=secondary_exit,
         entry=values[f.VM_ENTRY_CONTROLS.encoding],
         plain_exits=_plain_exits(primary, secondary),
         eptp=values[f.EPT_POINTER.encoding] if secondary & c.ENABLE_EPT.mask else None,
@@ -179,14 +193,14 @@ def build_view(values: Mapping[int, int]) -> ControlView:
     )
 
 
-def unmodelled_control(view: ControlView, secondary_exit: int) -> Control | None:
+def unmodelled_control(view: ControlView) -> Control | None:
     """The first control in force that the model does not carry out; None if it carries out all of them."""
     words = {
         c.ControlWord.PIN_BASED: view.pin,
         c.ControlWord.SECONDARY: view.secondary,
         c.ControlWord.TERTIARY: view.tertiary,
         c.ControlWord.EXIT: view.exit,
-        c.ControlWord.SECONDARY_EXIT: secondary_exit if view.exit & c.EXIT_ACTIVATE_SECONDARY_CONTROLS.mask else 0,
+        c.ControlWord.SECONDARY_EXIT: view.secondary_exit,
         c.ControlWord.ENTRY: view.entry,
     }
     return next((control for control in _UNMODELLED if words[control.word] & control.mask), None)

@@ -20,7 +20,16 @@ from vmcs.exits import Reason
 from vmcs.fields import Field
 from vmcs.region import LaunchState, Vmcs
 from vmcs.rules import Violation, explain
-from vtx.vmx import apic_access, apic_instructions, events, instructions, pause_loop, sub_page, virtualization_exception
+from vtx.vmx import (
+    apic_access,
+    apic_instructions,
+    events,
+    instructions,
+    msr_virtualization,
+    pause_loop,
+    sub_page,
+    virtualization_exception,
+)
 from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.ept import EptMisconfiguration
@@ -215,8 +224,10 @@ class Vmx:
         guest = Guest(active.vmcs.values, view, vmx.processor.memory, vmx.processor.state)
         record = exit_of(guest, operation, instruction)
         if record is None:
-            return pause_loop.virtualize(vmx, operation, instruction) or apic_instructions.virtualize(
-                vmx, operation, instruction
+            return (
+                pause_loop.virtualize(vmx, operation, instruction)
+                or apic_instructions.virtualize(vmx, operation, instruction)
+                or (view.tertiary != 0 and msr_virtualization.virtualize(vmx, operation, instruction))
             )
         if type(operation) is TaskSwitch:
             record = events.task_switch_exit(record, operation.delivering)

@@ -24,6 +24,7 @@ IA32_TIME_STAMP_COUNTER: Final = 0x10
 IA32_APIC_BASE: Final = 0x1B
 IA32_FEATURE_CONTROL: Final = 0x3A
 IA32_TSC_ADJUST: Final = 0x3B
+IA32_SPEC_CTRL: Final = 0x48
 IA32_MTRRCAP: Final = 0xFE
 IA32_SYSENTER_CS: Final = 0x174
 IA32_SYSENTER_ESP: Final = 0x175
@@ -183,7 +184,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
     ),
     Msr(IA32_TSC_ADJUST, "IA32_TSC_ADJUST", features=("IA32_TSC_ADJUST",)),
     Msr(
-        0x48,
+        IA32_SPEC_CTRL,
         "IA32_SPEC_CTRL",
         writable=0,
         writable_with=(("SPEC_CTRL", 1), ("STIBP", 2), ("SSBD", 4)),
