@@ -32,12 +32,14 @@ from vtx.devices.hpet import Hpet
 from vtx.devices.interrupt_lines import InterruptTestLines
 from vtx.devices.interrupt_routing import Hearing, InterruptLines, LineSwitch
 from vtx.devices.io_apic import PINS, IoApic
+from vtx.devices.keyboard_controller import KeyboardController
 from vtx.devices.local_apic import LocalApic
 from vtx.devices.pci_config import PciConfig
 from vtx.devices.pic import PicPair
 from vtx.devices.pit import Pit8254, SystemControlPort
 from vtx.devices.ports import PortDevice
 from vtx.devices.post_port import PostPort
+from vtx.devices.reset_ports import BootPort, ResetControlPort, SystemControlPortA
 from vtx.devices.rtc import Rtc, memory_size_bytes
 from vtx.devices.test_storage import TestMemory, TestPorts
 from vtx.devices.uart import Uart16550
@@ -46,6 +48,8 @@ from vtx.x86.msrs import MsrFile
 from vtx.x86.profile import Profile
 
 WINDOW_SIZE: Final = 0x1000
+
+_RESET_BY_THEMSELVES: Final = ("rtc", "acpi pm", "uart")
 
 
 class Stateful(Protocol):
@@ -69,11 +73,31 @@ def _independent(state: object) -> Any:
     return pickle.loads(pickle.dumps(state, pickle.HIGHEST_PROTOCOL))
 
 
+class PowerControl(Protocol):
+    """What the guest can ask of the machine as a whole."""
+
+    def power_off(self) -> None:
+        """Switch it off."""
+        ...
+
+    def init_processors(self) -> None:
+        """Give every processor an INIT signal."""
+        ...
+
+    def reset(self) -> None:
+        """Reset processors and devices, as soon as the running processor has completed its instruction."""
+        ...
+
+    def boot(self) -> None:
+        """Boot the image (again), likewise."""
+        ...
+
+
 class Board:
     """The devices of a machine whose time-stamp counters run at ``tick_frequency`` Hz.
 
-    ``serial`` receives what the guest writes to COM1, ``exit_run`` what it writes to the debug-exit port; ``power_off``
-    is called when it switches the machine off. ``due_changed`` is called when an access by the guest may have changed
+    ``serial`` receives what the guest writes to COM1, ``exit_run`` what it writes to the debug-exit port; ``power``
+    does what it asks of the machine as a whole. ``due_changed`` is called when an access by the guest may have changed
     what is due when, so that the current run can be cut short; after port writes the processor looks by itself.
     """
 
@@ -86,7 +110,7 @@ class Board:
         cpus: int,
         serial: Callable[[bytes], None],
         exit_run: Callable[[int], None],
-        power_off: Callable[[], None],
+        power: PowerControl,
         due_changed: Callable[[], None],
     ) -> None:
         self.sockets: list[Socket] = []
@@ -98,7 +122,8 @@ class Board:
         self._deadline: int | None = None
         self._request_waits = False
         self._add_interrupt_controllers()
-        self._add_timers(memory, tick_frequency, power_off)
+        self._add_timers(memory, tick_frequency, power)
+        self._add_reset_ports(power)
         self.uart = Uart16550(serial, self.lines.driver(pc_map.COM1_IRQ))
         self._attach(pc_map.COM1_PORT, 8, self.uart)
         self._post = PostPort()
@@ -108,6 +133,7 @@ class Board:
         self._attach(pc_map.DEBUG_EXIT_PORT, 4, DebugExit(exit_run))
         self._attach(pc_map.FW_CFG_PORT, 2, self._fw_cfg)
         self._attach(pc_map.PCI_CONFIG_PORT, 8, self._pci)
+        self._attach(pc_map.RESET_CONTROL_PORT, 1, self._reset_control)
         self._attach(
             pc_map.TEST_LINES_PORT, PINS, InterruptTestLines([self.lines.driver(number) for number in range(PINS)])
         )
@@ -117,6 +143,7 @@ class Board:
         memory.add_window(pc_map.IO_APIC_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.io_apic))
         memory.add_window(pc_map.HPET_ADDRESS, WINDOW_SIZE, _TimedWindow(self, self.hpet))
         memory.own_device = _LocalApicWindow(self)
+        self._power_up = {name: state for name, state in self.save().items() if name not in _RESET_BY_THEMSELVES}
 
     def _add_interrupt_controllers(self) -> None:
         self.bus = InterruptBus(self.due_changed, self._requests_dropped)
@@ -128,7 +155,7 @@ class Board:
         self._attach(pc_map.PIC_SLAVE_PORT, 2, self.pic.slave, timed=True, timed_reads=True)
         self._attach(pc_map.PIC_EDGE_LEVEL_PORT, 2, self.pic.edge_level, timed=True)
 
-    def _add_timers(self, memory: PhysicalMemory, frequency: int, power_off: Callable[[], None]) -> None:
+    def _add_timers(self, memory: PhysicalMemory, frequency: int, power: PowerControl) -> None:
         clock, lines = self._clock, self.lines
         self._legacy_timers = LineSwitch(lines.driver(pc_map.TIMER_IRQ)), LineSwitch(lines.driver(pc_map.RTC_IRQ))
         self.pit = Pit8254(clock, frequency, self._legacy_timers[0].drive)
@@ -136,12 +163,23 @@ class Board:
         high = sum(ram.size for ram in memory.ram if ram.start >= HIGH_RAM_START)
         self.rtc = Rtc(clock, frequency, self._legacy_timers[1].drive, cmos=memory_size_bytes(low, high))
         self.hpet = Hpet(clock, frequency, [lines.driver(number) for number in range(PINS)], self._replace_legacy)
-        self.acpi_pm = AcpiPm(clock, frequency, lines.driver(pc_map.SCI_IRQ), power_off)
+        self.acpi_pm = AcpiPm(clock, frequency, lines.driver(pc_map.SCI_IRQ), power.power_off)
         self._attach(pc_map.PIT_PORT, 4, self.pit, timed=True)
         self._system_control = SystemControlPort(self.pit)
         self._attach(pc_map.SYSTEM_CONTROL_PORT, 1, self._system_control)
         self._attach(pc_map.RTC_PORT, 2, self.rtc, timed=True, timed_reads=True)
         self._attach(pc_map.ACPI_PM_PORT, 12, self.acpi_pm, timed=True)
+
+    def _add_reset_ports(self, power: PowerControl) -> None:
+        keyboard, mouse = self.lines.driver(pc_map.KEYBOARD_IRQ), self.lines.driver(pc_map.MOUSE_IRQ)
+        self._keyboard = KeyboardController(power.init_processors, keyboard, mouse)
+        self._port_a = SystemControlPortA(power.init_processors)
+        self._reset_control = ResetControlPort(power.init_processors, power.reset)
+        for port in (pc_map.KEYBOARD_DATA_PORT, pc_map.KEYBOARD_COMMAND_PORT):
+            offset = port - pc_map.KEYBOARD_DATA_PORT
+            self._ports[port] = PortEntry(self._keyboard, offset, timed_reads=False, timed_writes=True)
+        self._attach(pc_map.SYSTEM_CONTROL_PORT_A, 1, self._port_a)
+        self._attach(pc_map.BOOT_PORT, 1, BootPort(power.boot))
 
     def _attach(
         self, first: int, count: int, device: PortDevice, *, timed: bool = False, timed_reads: bool = False
@@ -211,6 +249,20 @@ class Board:
             part.state = _independent(states[name])
         self._plan()
 
+    def reset(self) -> None:
+        """Put the devices into their power-up states.
+
+        Each socket's local APIC is reset with its processor. Some devices keep something: the clock its time, the power
+        management timer its count, the serial port the input that waits.
+        """
+        for device in (self.rtc, self.acpi_pm, self.uart):
+            device.reset()
+        self._external_interrupt(False)
+        for name, part in self._parts().items():
+            if name in self._power_up:
+                part.state = _independent(self._power_up[name])
+        self._plan()
+
     def _parts(self) -> dict[str, Stateful]:
         parts: dict[str, Stateful] = {
             "pic master": self.pic.master,
@@ -226,6 +278,9 @@ class Board:
             "post": self._post,
             "fw_cfg": self._fw_cfg,
             "pci": self._pci,
+            "keyboard": self._keyboard,
+            "port a": self._port_a,
+            "reset control": self._reset_control,
             "test ports": self._test_ports,
             "test memory": self._test_memory,
         }

@@ -6,22 +6,25 @@ Spec: SDM Vol. 3, "Multiple-Processor (MP) Initialization"; "Processor State Aft
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Final
 
 from attrs import fields
 
 from vtx.board import Socket
+from vtx.devices.apic_registers import ApicBase
 from vtx.svm import Svm
 from vtx.vmx import Vmx
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
+from vtx.x86.second_level import IdentitySecondLevel
 from vtx.x86.state import Activity, CpuState, Cr0, Gpr
 
 if TYPE_CHECKING:
     from vtx.machine import Machine
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
-_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0"})
+_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base"})
 
 
 class Cpu(LogicalProcessor):
@@ -70,6 +73,7 @@ class Cpu(LogicalProcessor):
     def init(self) -> None:
         """An INIT signal: latched, and taken at the next boundary at which it is not blocked."""
         self.init_pending = True
+        self.engine.request_stop()
         self.machine.due_changed()
 
     def start_up(self, vector: int) -> None:
@@ -92,6 +96,11 @@ class Cpu(LogicalProcessor):
         """Whether it executes instructions or may take an event that is pending."""
         return super().awake or (self.init_pending and not self._init_is_blocked())
 
+    @property
+    def finished(self) -> bool:
+        """Whether it must not run any more: for good, or before the machine is reset or booted again."""
+        return super().finished or self.machine.power.wanted
+
     def _init_is_blocked(self) -> bool:
         extension = self.virtualization
         return extension is not None and extension.init_is_blocked
@@ -109,21 +118,51 @@ class Cpu(LogicalProcessor):
         extension = self.virtualization
         if extension is not None and extension.non_root and extension.init():
             self.reload = True
-        elif not self.index:
-            raise NotModelled("INIT of the bootstrap processor, which has no firmware to go back to")
         else:
             self._reset_by_init()
         return True
 
     def _reset_by_init(self) -> None:
         """INIT leaves the caches' enables, the x87/SSE state and the MSRs alone, and resets the rest."""
-        state, fresh = self.state, CpuState()
+        state = self.state
         cache_bits = state.cr0 & _CACHE_BITS
-        for field in fields(CpuState):
-            if field.name not in _KEPT_BY_INIT:
-                setattr(state, field.name, getattr(fresh, field.name))
+        self.clear_registers(_KEPT_BY_INIT)
+        if self.virtualization is not None and self.virtualization.non_root:
+            self._leave_guest()
         state.cr0 = state.cr0 & ~_CACHE_BITS | cache_bits
-        state.gpr[Gpr.RDX] = self.profile.signature
-        state.activity = Activity.WAIT_FOR_SIPI
         self.socket.apic.init_reset()
+        self._begin()
+
+    def reset(self) -> None:
+        """As after power-up, but that the time-stamp counter goes on."""
+        self.acknowledge_nmi()
+        self.init_pending, self.halt = False, None
+        self.clear_registers()
+        engine = self.engine
+        engine.resume(engine.elapsed(), engine.instructions(), engine.power_up_fpu())
+        self.msrs.reset()
+        self.socket.apic.reset()
+        self._leave_guest()
+        self.mmu.tlb.clear()
+        self.mmu.flush_engine(None)
+        self._begin()
+
+    def _leave_guest(self) -> None:
+        if self.virtualization is not None:
+            self.virtualization.reset()
+        self.mmu.reserved_page = None
+        self.mmu.vm_transition(self.state, IdentitySecondLevel(), 0, flush=True)
+
+    def clear_registers(self, kept: Container[str] = ()) -> None:
+        """Put the registers but those of the names ``kept`` into their state after power-up."""
+        fresh = CpuState()
+        for field in fields(CpuState):
+            if field.name not in kept:
+                setattr(self.state, field.name, getattr(fresh, field.name))
+
+    def _begin(self) -> None:
+        """The bootstrap processor starts at the reset vector, the others wait for a start-up IPI."""
+        self.state.gpr[Gpr.RDX] = self.profile.signature
+        bootstrap = self.socket.apic.state.apic_base & ApicBase.BSP
+        self.state.activity = Activity.ACTIVE if bootstrap else Activity.WAIT_FOR_SIPI
         self.load_control_state()

@@ -21,6 +21,7 @@ from vtx.cpu import Cpu
 from vtx.engine.coherence import Coherence
 from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
+from vtx.power import Power
 from vtx.scheduler import Scheduler
 from vtx.snapshot.model import Snapshot, capture, restore
 from vtx.svm.tracing import SvmTracing
@@ -29,7 +30,7 @@ from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.memory_image import RamHistory
 from vtx.x86.outcome import NotModelled
-from vtx.x86.processor import Halt, LogicalProcessor
+from vtx.x86.processor import LogicalProcessor
 from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
 from vtx.x86.tracing import ProcessorTracing
 
@@ -83,10 +84,12 @@ class Machine:
         compiled: bool = True,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
-        self.memory = PhysicalMemory(memory)
+        self.memory = PhysicalMemory(memory, firmware.rom())
         self.exit_counts: Counter[str] = Counter()
         self.exit_value: int | None = None
         self._interrupted = False
+        self.image: tuple[bytes, BootOptions] | None = None
+        self.power = Power(self)
         self.board = Board(
             self.memory,
             self,
@@ -94,7 +97,7 @@ class Machine:
             cpus=cpus,
             serial=serial or (lambda data: None),
             exit_run=self._debug_exit,
-            power_off=self._power_off,
+            power=self.power,
             due_changed=self.due_changed,
         )
         self.uart = self.board.uart
@@ -141,9 +144,6 @@ class Machine:
         if len(self.cpus) > 1:
             self.scheduler.reconsider()
 
-    def _power_off(self) -> None:
-        self.running.halt = Halt("the guest switched the machine off", shutdown=False)
-
     def _debug_exit(self, value: int) -> None:
         self.exit_value = value
         self.running.stop_requested = True
@@ -156,9 +156,17 @@ class Machine:
         ``name`` and ``command_line`` are what the image is told: its command line is the one, then the other.
         Raises `vtx.boot.BootError` with one clear line for an image that cannot be booted here.
         """
-        options = BootOptions(name=name, command_line=command_line, modules=tuple(modules))
+        self.image = image, BootOptions(name=name, command_line=command_line, modules=tuple(modules))
+        self.boot()
+
+    def boot(self) -> None:
+        """Do what firmware does before it starts the ``image``, and put that into memory (again)."""
+        assert self.image is not None
+        image, options = self.image
         acpi.install(self.memory, len(self.cpus))
         firmware.install(self.memory, self.board.port_write)
+        self.cpu.socket.apic.set_virtual_wire_mode()
+        self.cpu.clear_registers()
         load(image, self.memory, options, self.cpu.state)
         self.cpu.load_control_state()
 
@@ -201,10 +209,9 @@ class Machine:
         for cpu in self.cpus:
             cpu.limit_instructions(max_instructions)
         try:
-            if len(self.cpus) == 1:
-                self.cpu.run()
-            else:
-                self.scheduler.run()
+            self._run_processors()
+            while self.power.act():
+                self._run_processors()
         except NotModelled as missing:
             return self._result(StopReason.NOT_MODELLED, str(missing))
         if self.exit_value is not None:
@@ -221,6 +228,12 @@ class Machine:
         if any(cpu.at_instruction_limit for cpu in self.cpus):
             return self._result(StopReason.INSTRUCTION_LIMIT, f"instruction limit of {max_instructions} reached")
         return self._result(StopReason.HALTED, "all processors are halted with nothing to wake them")
+
+    def _run_processors(self) -> None:
+        if len(self.cpus) == 1:
+            self.cpu.run()
+        else:
+            self.scheduler.run()
 
     def _result(self, reason: StopReason, message: str) -> RunResult:
         result = RunResult(reason, self.exit_value, message, sum(cpu.instructions for cpu in self.cpus), self.now())

@@ -49,7 +49,14 @@ PIT_1_KHZ = (
         (0xCFC, "PciConfig"),
         (0x2017, "InterruptTestLines"),
         (0x2018, "none"),
-        (0x60, "none"),
+        (0x60, "KeyboardController"),
+        (0x64, "KeyboardController"),
+        (0x62, "none"),
+        (0x92, "SystemControlPortA"),
+        (0xCF8, "PciConfig"),
+        (0xCF9, "ResetControlPort"),
+        (0xCFA, "PciConfig"),
+        (0x5A0, "BootPort"),
     ],
 )
 def test_ports(machine: Machine, port: int, device: str) -> None:
@@ -57,7 +64,7 @@ def test_ports(machine: Machine, port: int, device: str) -> None:
 
 
 def test_nothing_answers_elsewhere(machine: Machine) -> None:
-    assert machine.board.port_read(0x60, 1) == 0xFF
+    assert machine.board.port_read(0x62, 1) == 0xFF
     assert machine.board.port_read(0x1234, 4) == 0xFFFF_FFFF
     machine.board.port_write(0x1234, 4, 0)
 
@@ -226,6 +233,29 @@ def test_restored_board_continues_as_the_saved_one() -> None:
     assert exercise(other) == first
 
 
+def test_reset_is_power_up_but_for_what_has_its_own_supply(machine: Machine) -> None:
+    board = machine.board
+    at_power_up = board.save()
+    exercise(machine)
+    out(machine, (0x70, 0x0B), (0x71, 0x42), (0x70, 0x3F), (0x71, 0x5A), (0x3FB, 3), (0x92, 3), (0x60, 1), (0x64, 0xD2))
+    machine.memory.write_u32(HPET + 0x10, 1)
+    machine.feed(b"abc")
+    board.lines.driver(5)(True)
+    time = board.acpi_pm.port_read(8, 4)
+    waiting = board.uart.state.waiting
+    assert time > 0
+    board.reset()
+    state = board.save()
+    changed = {name for name in state if state[name] != at_power_up[name]}
+    assert changed <= {"rtc", "acpi pm", "uart", "local apic 0"}
+    assert board.rtc.state.cmos[0x3F] == 0x5A
+    assert board.rtc.state.cmos[0x0B] == 0x02  # 24 hours; no periodic interrupt
+    assert board.acpi_pm.port_read(8, 4) >= time
+    assert (board.uart.state.lcr, bytes(board.uart.state.received)) == (0, b"b")
+    assert board.uart.state.waiting is waiting
+    assert not board.pic.pending()
+
+
 def test_every_device_with_state_is_saved(machine: Machine) -> None:
     """Found by walking the objects, not by asking the board."""
     found, queue, seen = set(), [machine.board, machine.memory.windows], set()
@@ -255,7 +285,7 @@ def test_due_changed_is_told_of_window_writes() -> None:
         cpus=1,
         serial=lambda data: None,
         exit_run=lambda value: None,
-        power_off=lambda: None,
+        power=Machine(memory=4 * MIB).power,
         due_changed=lambda: told.append(1),
     )
     assert isinstance(Socket(board), Socket)

@@ -22,6 +22,7 @@ from vtx.pc_map import (
     IO_APIC_ADDRESS,
     IO_APIC_ID,
     LOCAL_APIC_ADDRESS,
+    RESET_CONTROL_PORT,
     SCI_IRQ,
     TIMER_IRQ,
     TIMER_PIN,
@@ -43,7 +44,10 @@ CENTURY_BYTE = 0x32
 ENABLED = 1 << 0
 MADT_PC_AT = 1 << 0
 ACTIVE_HIGH_LEVEL = 0x000D
-FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8  # WBINVD, C1, no sleep button, no RTC event, 32-bit timer
+FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10
+"""WBINVD, C1, no sleep button, no RTC event, a timer of 32 bits, a reset register."""
+
+RESET_VALUE = 0x06  # a hard reset
 FADT_BOOT_FLAGS = 1 << 0 | 1 << 2  # legacy devices, no VGA
 SYSTEM_MEMORY, SYSTEM_IO = 0, 1
 
@@ -148,7 +152,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
             struct.pack("<HHHHBB", 0xFFFF, 0xFFFF, 0, 0, 0, 0),  # no C2, no C3, no duty cycle
             struct.pack("<BBBHB", 0, 0, CENTURY_BYTE, FADT_BOOT_FLAGS, 0),
             struct.pack("<I", FADT_FLAGS),
-            none + struct.pack("<BHB", 0, 0, 1),  # no reset register; minor revision
+            _address(SYSTEM_IO, 8, 0, RESET_CONTROL_PORT) + struct.pack("<BHB", RESET_VALUE, 0, 1),  # minor revision
             struct.pack("<QQ", facs, dsdt),
             _address(SYSTEM_IO, 32, 0, PM1_EVENT_PORT),
             none,

@@ -2,7 +2,11 @@
 
 Memory: the real-mode vectors all lead to a stub that returns, those of the 8259s to stubs that also end the interrupt;
 the timer's counts ticks in the BIOS data area as firmware does. There are no BIOS services: software interrupts return
-with all registers as they were. The reset vector halts, so a guest that jumps to it to restart the PC stops.
+with all registers as they were.
+
+Code: the last page of the BIOS segment, in ROM below 4 GiB and copied to RAM below 1 MiB. A processor that comes to the
+reset vector, after a reset or INIT or by a jump, goes where the shutdown code in CMOS byte 0FH says, and clears it: on
+through the far pointer at 40:67 (codes 05H and 0AH), or to the image, which is booted again.
 
 Devices: the 8259s at vectors 08H and 70H, edge-triggered, with only the timer (IRQ 0) and the cascade open: no other
 device is active before its driver, and a driver opens its own line. Counter 0 of the 8254 runs at 18.2 Hz, so a
@@ -18,17 +22,20 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from vtx.boot.layout import CONVENTIONAL_END, KIB
+from vtx.boot.layout import CONVENTIONAL_END, KIB, PAGE
+from vtx.pc_map import BOOT_PORT, BOOT_WORD
 from vtx.x86.memory import PhysicalMemory
 
 PortWrite = Callable[[int, int, int], None]
 """Writes a value to an I/O port: port, size in bytes, value."""
 
 SEGMENT: Final = 0xF000
+ROM_OFFSET: Final = 0xF000
 RETURN_OFFSET: Final = 0xFF53
 TIMER_OFFSET: Final = 0xFEA5
 MASTER_OFFSET: Final = 0xFF23
 SLAVE_OFFSET: Final = 0xFF30
+POST_OFFSET: Final = 0xF000
 RESET_OFFSET: Final = 0xFFF0
 DATE_OFFSET: Final = 0xFFF5
 MODEL_OFFSET: Final = 0xFFFE
@@ -45,9 +52,26 @@ TIMER = bytes.fromhex(
 )
 END_MASTER = bytes.fromhex("50 b0 20 e6 20 58 cf")  # push ax; mov al, 0x20; out 0x20, al; pop ax; iret
 END_SLAVE = bytes.fromhex("50 b0 20 e6 a0 e6 20 58 cf")  # the same for both controllers
-RESET = bytes.fromhex("fa f4 eb fd")  # cli; hlt; jmp back to the hlt
+RESET = b"\xea" + struct.pack("<HH", POST_OFFSET, SEGMENT)  # jmp far SEGMENT:POST
+POST = (
+    bytes.fromhex(
+        "fa fc"  # cli; cld
+        "31 c0 8e d8"  # xor ax, ax; mov ds, ax
+        "b0 8f e6 70 e4 71"  # mov al, 0x8f; out 0x70, al; in al, 0x71: the shutdown code, with NMI masked
+        "88 c4"  # mov ah, al
+        "b0 0f e6 70 30 c0 e6 71"  # mov al, 0xf; out 0x70, al; xor al, al; out 0x71, al: it holds once
+        "80 fc 0a 74 09"  # cmp ah, 0xa; je resume
+        "80 fc 05 75 08"  # cmp ah, 5; jne boot
+        "b0 20 e6 20"  # mov al, 0x20; out 0x20, al: code 5 ends an interrupt first
+        "ff 2e 67 04"  # resume: jmp far [0x467]
+    )
+    + struct.pack("<BH", 0xBA, BOOT_PORT)  # boot: mov dx, BOOT_PORT
+    + struct.pack("<HI", 0xB866, BOOT_WORD)  # mov eax, BOOT_WORD
+    + bytes.fromhex("66 ef f4 eb fd")  # out dx, eax; hlt; jmp back to it: not the bootstrap processor, or no image
+)
 
 CODE: Final = (
+    (POST_OFFSET, POST),
     (TIMER_OFFSET, TIMER),
     (MASTER_OFFSET, END_MASTER),
     (SLAVE_OFFSET, END_SLAVE),
@@ -83,10 +107,17 @@ def install(memory: PhysicalMemory, port_write: PortWrite) -> None:
         memory.write(0, vectors())
         memory.write(0x400, data_area(memory.size))
         memory.write(CONVENTIONAL_END, bytes((1,)))  # size of the extended BIOS data area in KiB
-        for offset, code in CODE:
-            memory.write((SEGMENT << 4) + offset, code)
+        memory.write((SEGMENT << 4) + ROM_OFFSET, rom())
     for port, value in DEVICE_SET_UP:
         port_write(port, 1, value)
+
+
+def rom() -> bytes:
+    """The last page of the BIOS segment; an undefined byte is that of an empty ROM."""
+    page = bytearray(b"\xff" * PAGE)
+    for offset, code in CODE:
+        page[offset - ROM_OFFSET : offset - ROM_OFFSET + len(code)] = code
+    return bytes(page)
 
 
 def vectors() -> bytes:

@@ -80,6 +80,12 @@ class AcpiPm:
         write_as_bytes(self._write, offset, size, value)
         self._update_line()
 
+    def reset(self) -> None:
+        """No events, none enabled; the timer goes on."""
+        self.advance(self._clock.now())
+        self.state.status = self.state.enable = self.state.control = 0
+        self._update_line()
+
     def press_power_button(self) -> None:
         """The user presses the power button."""
         self.state.status |= Pm1Event.POWER_BUTTON

@@ -153,6 +153,13 @@ class Rtc:
         write_as_bytes(self._write, offset, size, value)
         self._update_line()
 
+    def reset(self) -> None:
+        """The reset pin: no interrupts; the clock, the RAM and the calendar are the battery's."""
+        self.advance(self._clock.now())
+        self.state.cmos[Cmos.B] &= ~INTERRUPTS
+        self.state.cmos[Cmos.C] = 0
+        self._update_line()
+
     def next_deadline(self) -> int | None:
         """The tick at which the interrupt line next rises by itself, or None."""
         state, cmos = self.state, self.state.cmos

@@ -136,6 +136,12 @@ class Uart16550:
         self._fill()
         self._update_line()
 
+    def reset(self) -> None:
+        """The master reset pin; input still on the line stays there."""
+        self.state = UartState(waiting=self.state.waiting, line_level=self.state.line_level)
+        self._fill()
+        self._update_line()
+
     def port_read(self, offset: int, size: int) -> int:
         """Read registers, byte by byte; ones beyond the last."""
         return read_as_bytes(self._read, offset, size)

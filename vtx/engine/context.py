@@ -43,6 +43,7 @@ class Context:
         self._hidden_flags = 0
         self._traps_popf = False
         self.save()
+        self.power_up_fpu = self.fpu()
         struct.pack_into("<i", image, layout.OLD_EXCEPTION, -1)
         _QWORD.pack_into(image, layout.VMCB, vmcb_frame)
         struct.pack_into("<QHHHHI", image, layout.INTERCEPTS, layout.INTERCEPT_ALWAYS, *[0xFFFF] * 4, MASK32)

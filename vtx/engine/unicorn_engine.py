@@ -56,6 +56,7 @@ PERMISSION_MAP_SIZE: Final = 0x3000
 VOID_CODE: Final = PRIVATE + 0x4000  # what is fetched where there is no RAM: all ones
 VOID_DATA: Final = PRIVATE + 0x5000  # what is read there: all ones; writes vanish
 OWN_PAGE: Final = PRIVATE + 0x6000  # the processor's own device, wherever the processor has put it
+ROM_FRAME: Final = PRIVATE + 0x7000
 _VMCB_MSRPM_BASE: Final = 0x48
 
 PROBE: Final = 1 << 62
@@ -152,6 +153,8 @@ class UnicornEngine:
         native.check(self._library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
         self._write_private(VMCB_FRAME + _VMCB_MSRPM_BASE, struct.pack("<Q", PERMISSION_MAP))
         self._write_private(PERMISSION_MAP, b"\xff" * (PERMISSION_MAP_SIZE + PAGE_SIZE))  # VOID_CODE included
+        native.check(self._library.uc_mem_map(self._handle, ROM_FRAME, PAGE_SIZE, native.PROT_ALL), "memory")
+        self._write_private(ROM_FRAME, self._memory.rom)
         own = self._memory.own_device
         self._map_mmio(OWN_PAGE, PAGE_SIZE, own.mmio_read, own.mmio_write)
         self._map_mmio(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
@@ -267,6 +270,10 @@ class UnicornEngine:
         if not own and self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
             entry.paddr = frame << PAGE_SHIFT
+        elif not own and self._memory.is_rom(frame):
+            written = kind is AccessKind.WRITE
+            permissions &= AccessKind.WRITE if written else ~AccessKind.WRITE
+            entry.paddr = VOID_DATA if written else ROM_FRAME
         elif kind is AccessKind.EXECUTE:
             permissions = AccessKind.EXECUTE
             entry.paddr = VOID_CODE
@@ -487,6 +494,10 @@ class UnicornEngine:
         """
         self._stop_requested = True
         self.clock.shared.limit = 0
+
+    def power_up_fpu(self) -> bytes:
+        """The x87/SSE state of a processor that has just been switched on."""
+        return self._context.power_up_fpu
 
     def fpu(self) -> bytes:
         """The x87/SSE state as opaque bytes, as the last run left it."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from attrs import asdict, frozen
 
+from vtx.boot.image import BootOptions
 from vtx.vmx.saved import SavedVmx, restore_vmx, save_vmx
 from vtx.x86.memory_image import MemoryImage
 from vtx.x86.profile import Profile
@@ -65,7 +66,10 @@ class SavedCpu:
 
 @frozen
 class SavedRun:
-    """How far the run has come: what belongs to no processor and no device. Tuples hold indices of processors."""
+    """How far the run has come: what belongs to no processor and no device.
+
+    ``running``, ``scheduled`` and ``planned`` are indices of processors; ``image`` is what a restart boots, and how.
+    """
 
     exit_value: int | None
     exit_counts: Mapping[str, int]
@@ -73,6 +77,7 @@ class SavedRun:
     running: int
     scheduled: int
     planned: tuple[int, ...]
+    image: tuple[bytes, BootOptions] | None
 
 
 @frozen(eq=False)
@@ -97,6 +102,7 @@ def capture(machine: Machine) -> Snapshot:
             running=machine.running.index,
             scheduled=machine.scheduler.running,
             planned=machine.scheduler.planned,
+            image=machine.image,
         ),
         cpus=tuple(SavedCpu(save_processor(cpu), save_vmx(cpu.vmx), cpu.init_pending) for cpu in machine.cpus),
         devices=machine.board.save(),
@@ -113,7 +119,7 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
         _restore_cpu(cpu, saved)
     machine.board.restore(snapshot.devices)
     machine.scheduler.running, machine.scheduler.planned = run.scheduled, run.planned
-    machine.exit_value = run.exit_value
+    machine.exit_value, machine.image = run.exit_value, run.image
     machine.exit_counts.clear()
     machine.exit_counts.update(run.exit_counts)
     machine.set_time(run.running, run.latest)

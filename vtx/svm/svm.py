@@ -55,6 +55,11 @@ class Svm:
         if processor.profile.has("SVM"):
             _bind_vm_cr(processor)
 
+    def reset(self) -> None:
+        """See `Virtualization.reset`."""
+        old = self.operation
+        self.operation = SvmOperation(old.processor, old.features, observer=old.observer, transitions=old.transitions)
+
     # State, for reading
 
     @property

@@ -90,6 +90,17 @@ class Vmx:
         )
         self.iret_unblocked_nmi = False
 
+    def reset(self) -> None:
+        """See `Virtualization.reset`: no VMCS is active, and none that was is written to memory."""
+        old = self.operation
+        self.operation = VmxOperation(
+            old.processor,
+            old.capabilities,
+            observer=old.observer,
+            always_saved_msrs=old.always_saved_msrs,
+            transitions=old.transitions,
+        )
+
     # State, for reading
 
     @property

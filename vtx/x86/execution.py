@@ -178,6 +178,10 @@ class ExecutionEngine(Protocol):
         """Go on from another moment, whose counters and x87/SSE state these are."""
         ...
 
+    def power_up_fpu(self) -> bytes:
+        """The x87/SSE state of a processor that has just been switched on."""
+        ...
+
     def request_stop(self) -> None:
         """From within a callback: stop at the end of the current block with `Interrupted`."""
         ...

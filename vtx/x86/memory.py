@@ -1,10 +1,12 @@
-"""Physical memory: RAM shared with the engine, device windows, and nothing.
+"""Physical memory: RAM shared with the engine, firmware's ROM, device windows, and nothing.
 
 One page is each processor's own, with its local APIC behind it: a processor finds it where it has put it, even over
 RAM, and no other processor sees it there.
 
 RAM is one anonymous mapping, so the model and the engine see the same bytes without copies. As on a PC, RAM above
-3 GiB continues at 4 GiB. An address that is neither RAM nor a device reads as ones and ignores writes.
+3 GiB continues at 4 GiB, and the last page below 4 GiB, where the reset vector is, is ROM; it is also seen below 1 MiB
+if RAM does not reach there. An address that is neither RAM nor ROM nor a device reads as ones; only RAM and devices
+take writes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 
 LOW_RAM_END = 0xC000_0000
 HIGH_RAM_START = 0x1_0000_0000
+ROM_PAGES = (0xF_FFFF, 0xFF)
 
 
 class MmioDevice(Protocol):
@@ -65,17 +68,21 @@ class _Nothing:
 class PhysicalMemory:
     """The physical address space of a machine.
 
-    ``size`` is the RAM size in bytes, a multiple of the page size. ``code_written`` is called with the page number
+    ``size`` is the RAM size in bytes, a multiple of the page size, ``rom`` what the one page of ROM holds; without it
+    there is none. ``code_written`` is called with the page number
     whenever the model writes to a page listed in ``code_pages`` (pages the engine has translated code from).
     ``own_page`` is the number of the page at which the running processor finds ``own_device``, None if it is hidden.
     ``dirty`` has the numbers of the pages that may have been written since somebody last cleared it: the model's writes
     are noted here, the engine's when it is allowed to make them.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rom: bytes = b"") -> None:
         if size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"RAM size {size:#x} is not a positive multiple of {PAGE_SIZE:#x}")
+        if len(rom) not in (0, PAGE_SIZE):
+            raise ValueError(f"ROM of {len(rom)} bytes is not one page")
         self.size = size
+        self.rom = rom
         self.backing = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = memoryview(self.backing)
         self._qwords = self._bytes.cast("Q")
@@ -114,6 +121,10 @@ class PhysicalMemory:
             return address - HIGH_RAM_START + self._low_end
         return None
 
+    def is_rom(self, page: int) -> bool:
+        """Whether the page of this number is ROM."""
+        return page in ROM_PAGES and bool(self.rom) and self.ram_offset(page << PAGE_SHIFT) is None
+
     def is_backed(self, address: int, size: int = 1) -> bool:
         """Whether RAM holds all of ``size`` bytes at ``address``."""
         first = self.ram_offset(address)
@@ -131,6 +142,8 @@ class PhysicalMemory:
             offset = self.ram_offset(address)
             if offset is not None:
                 pieces += self._bytes[offset : offset + length]
+            elif self.is_rom(address >> PAGE_SHIFT):
+                pieces += self.rom[address % PAGE_SIZE :][:length]
             elif (window := self.window_at(address)) and length in (1, 2, 4, 8):
                 value = window.device.mmio_read(address - window.start, length)
                 pieces += value.to_bytes(length, "little")

@@ -138,6 +138,10 @@ class Virtualization(Protocol):
         """Non-root only: an INIT signal that is not blocked; whether it was taken care of."""
         ...
 
+    def reset(self) -> None:
+        """The processor is being reset: nothing of the extension's state stays."""
+        ...
+
     def start_up(self, vector: int) -> bool:
         """Non-root only: a start-up IPI for a processor that waits for one; whether it was taken care of."""
         ...

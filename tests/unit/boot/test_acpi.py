@@ -119,9 +119,10 @@ def test_fadt() -> None:
     assert struct.unpack_from("<H", fadt, 109) == (0x0005,)  # legacy devices, no display adapter
     (flags,) = struct.unpack_from("<I", fadt, 112)
     # WBINVD and C1 work, the power button is a fixed one, there is no sleep button, the clock has no fixed event,
-    # the timer has 32 bits; no reset register, hardware not reduced.
-    assert flags == 0x0000_0165
-    assert fadt[116:128] == bytes(12)
+    # the timer has 32 bits, there is a reset register; hardware not reduced.
+    assert flags == 0x0000_0565
+    assert generic_address(fadt, 116) == (1, 8, 0xCF9)
+    assert fadt[128] == 0x06  # a hard reset
     assert fadt[131] == 1  # minor revision
     assert [generic_address(fadt, offset) for offset in (148, 172, 208)] == [
         (1, 32, 0x600),

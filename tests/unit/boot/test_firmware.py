@@ -107,9 +107,26 @@ def test_other_interrupts_are_ended_at_both_controllers() -> None:
     assert (pic.master.state.isr, pic.slave.state.isr) == (0, 0)
 
 
-def test_jump_to_the_reset_vector_stops() -> None:
-    machine = run("ea f0 ff 00 f0")
-    assert machine.cpu.state.segments[1].selector == 0xF000
+def test_jump_to_the_reset_vector_boots_again() -> None:
+    # inc byte [7a00h]; cmp byte [7a00h], 3; je to the cli; jmp f000:fff0; cli; hlt
+    machine = run("fe 06 00 7a 80 3e 00 7a 03 74 05 ea f0 ff 00 f0 fa f4")
+    assert machine.memory.read_u8(0x7A00) == 3
+    assert machine.cpu.state.segments[1].selector == 0
+
+
+def test_rom_is_the_copy_below_1_mib() -> None:
+    memory, _ = installed()
+    page = memory.read(0xFF000, 0x1000)
+    assert page == firmware.rom()
+    assert page[0xFF0:0xFF5] == bytes.fromhex("ea 00 f0 00 f0")  # jmp f000:f000
+    machine = Machine(memory=2 * MIB)
+    assert machine.memory.read(0xFFFF_F000, 0x1000) == page
+
+
+def test_rom_is_below_1_mib_itself_where_ram_does_not_reach() -> None:
+    machine = Machine(memory=256 << 10)
+    assert machine.memory.read(0xFFFF0, 5) == machine.memory.read(0xFFFF_FFF0, 5) == bytes.fromhex("ea 00 f0 00 f0")
+    assert machine.memory.read(0xFE000, 4) == b"\xff" * 4
 
 
 def test_halt_with_interrupts_off_ends_the_run_though_the_timer_runs() -> None:

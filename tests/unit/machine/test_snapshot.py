@@ -181,7 +181,7 @@ SAVED = {
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",
     "Vmx": "operation iret_unblocked_nmi",
-    "Machine": "exit_value exit_counts _latest running scheduler cpus cpu board memory",
+    "Machine": "exit_value exit_counts _latest running scheduler cpus cpu board memory image",
     "Scheduler": "running planned",
     "MsrFile": "values",
 }
@@ -190,7 +190,7 @@ BUILT_IN = {
     "Mmu": "memory physical_address_width page1gb flush_engine",
     "Tlb": "_capacity _tags",
     "Vmx": "",
-    "Machine": "profile uart tracer _explain _compiled _coherence history",
+    "Machine": "profile uart tracer _explain _compiled _coherence history power",
     "Scheduler": "_processors _switch",
     "MsrFile": "profile table _bootstrap _bindings",
 }
