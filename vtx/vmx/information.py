@@ -89,8 +89,10 @@ def _local_table(instruction: Instruction) -> int:
 
 
 def _random(instruction: Instruction) -> int:
-    """RDRAND and RDSEED."""
-    return _register(instruction, 0) << 3 | _ADDRESS_SIZES[instruction.operand_size] << 11
+    """RDRAND, RDSEED, TPAUSE and UMWAIT."""
+    operand = instruction.registers[0]
+    assert operand is not None
+    return operand.number << 3 | _ADDRESS_SIZES[operand.size] << 11  # 66H may be part of the opcode
 
 
 def string_io_information(instruction: Instruction) -> int:
@@ -123,6 +125,8 @@ _FORMATS: Final[dict[int, Callable[[Instruction], int]]] = {
     Mnemonic.LTR: _local_table,
     Mnemonic.RDRAND: _random,
     Mnemonic.RDSEED: _random,
+    Mnemonic.UMWAIT: _random,
+    Mnemonic.TPAUSE: _random,
 }
 
 

@@ -25,6 +25,7 @@ IA32_APIC_BASE: Final = 0x1B
 IA32_FEATURE_CONTROL: Final = 0x3A
 IA32_TSC_ADJUST: Final = 0x3B
 IA32_SPEC_CTRL: Final = 0x48
+IA32_UMWAIT_CONTROL: Final = 0xE1
 IA32_MTRRCAP: Final = 0xFE
 IA32_SYSENTER_CS: Final = 0x174
 IA32_SYSENTER_ESP: Final = 0x175
@@ -231,6 +232,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_PAT, "IA32_PAT", reset=_PAT_RESET, features=("PAT",), check=_pat),
     Msr(0x2FF, "IA32_MTRR_DEF_TYPE", writable=0xCFF, features=("MTRR",), check=_mtrr_type),
     Msr(IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE", features=("TSC-Deadline",)),
+    Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
     Msr(0xDA0, "IA32_XSS", writable=0, features=("XSAVES",)),
     Msr(

@@ -35,6 +35,8 @@ class Plain(enum.Enum):
     RDSEED = enum.auto()
     RSM = enum.auto()
     GETSEC = enum.auto()
+    UMWAIT = enum.auto()
+    TPAUSE = enum.auto()
     PUSHF = enum.auto()
     POPF = enum.auto()
     IRET = enum.auto()

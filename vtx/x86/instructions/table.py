@@ -19,6 +19,7 @@ from vtx.x86.instructions import (
     stack_segment,
     system,
     tasks,
+    wait,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, stack_segment, descriptor_tables, flow, tasks),
-        *(port_io, missing),
+        *(port_io, missing, wait),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
