@@ -107,16 +107,16 @@ class CodeView:
             facts = self._facts[key] = stops + sum(1 for _ in Decoder(kind & ~SWITCHES_TASKS, code))
         return facts
 
-    def place(self, linear: int, left: int, kind: int, *, known: bool) -> Place:
+    def place(self, linear: int, left: int, kind: int, known: bool) -> Place:
         """The place of the instruction at ``linear``, ``left`` bytes before the end of the block it is in (0: unknown).
 
         A new one each time where the instruction may change unnoticed.
         """
-        page = linear >> PAGE_SHIFT
+        page, offset = linear >> PAGE_SHIFT, linear & PAGE_OFFSET_MASK
         frame = self._frames.get(page)
-        if frame is None or page in self._writable or linear & PAGE_OFFSET_MASK > _LAST_INSIDE:
+        if frame is None or page in self._writable or offset > _LAST_INSIDE:
             return Place(self.facts(linear, left, kind) & ~STOP if left else 0, known)
-        key = frame << PAGE_SHIFT | linear & PAGE_OFFSET_MASK, left, kind
+        key = frame << PAGE_SHIFT | offset, left, kind
         place = self._places.get(key)
         if place is None:
             if len(self._places) >= _MOST_REMEMBERED:

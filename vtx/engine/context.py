@@ -17,6 +17,7 @@ from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
 _AC: Final = int(Rflags.AC)
+_LAZY: Final = layout.ARITHMETIC_FLAGS | _DF  # not in EFLAGS while the engine runs
 _AM: Final = int(Cr0.AM)
 _QWORD: Final = struct.Struct("<Q")
 _DWORD: Final = struct.Struct("<I")
@@ -39,6 +40,8 @@ class Context:
         self._image = image = memoryview(self._buffer).cast("B")
         self._flags = ctypes.c_uint64()
         self._flags_pointer = ctypes.byref(self._flags)
+        self._rflags = 0
+        self._segments = image[layout.SEGMENTS : layout.SEGMENTS_END]
         self._segment_bytes = b""
         self._hidden_flags = 0
         self._traps_popf = False
@@ -50,6 +53,7 @@ class Context:
 
     def close(self) -> None:
         """Release the library's memory."""
+        self._segments.release()
         self._image.release()
         self._library.uc_context_free(self._context)
 
@@ -90,14 +94,19 @@ class Context:
         tasks = hidden & layout.PROTECTED and not hidden & layout.LONG_MODE_ACTIVE
         return bits | SWITCHES_TASKS if tasks else bits
 
+    def place(self) -> tuple[int, int]:
+        """Linear address of the next instruction, and kind of the code."""
+        rip, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
+        return (rip, 64) if hidden & layout.CODE64 else (self.linear_rip(), self.code_kind())
+
+    def privilege(self) -> tuple[int, bool]:
+        """Current privilege level, and RFLAGS.AC."""
+        eager, hidden = layout.PRIVILEGE.unpack_from(self._image, layout.EFLAGS)
+        return hidden & 3, bool(eager & _AC)
+
     def cpl(self) -> int:
         """Current privilege level."""
         return self._image[layout.HFLAGS] & 3
-
-    def alignment_check(self) -> bool:
-        """RFLAGS.AC."""
-        (flags,) = _QWORD.unpack_from(self._image, layout.EFLAGS)
-        return bool(flags & _AC)
 
     def error_code(self) -> int:
         """Error code of the exception that was just intercepted."""
@@ -111,7 +120,7 @@ class Context:
 
     def rflags(self) -> int:
         """RFLAGS as `store` last found them."""
-        return self._flags.value
+        return self._rflags
 
     def fpu(self) -> bytes:
         """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
@@ -154,10 +163,10 @@ class Context:
         """Put GPRs, RIP and RFLAGS back into the processor, after `store` in the middle of a run."""
         image, rflags = self._image, state.rflags
         layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
-        if rflags != self._flags.value:
+        if rflags != self._rflags:
             # Nothing derives the lazy flags from EFLAGS in the middle of a run.
             arithmetic, direction = rflags & layout.ARITHMETIC_FLAGS, rflags & _DF
-            eager = rflags & ~(layout.ARITHMETIC_FLAGS | _DF) | 2
+            eager = rflags & ~_LAZY | 2
             layout.LAZY_FLAGS.pack_into(
                 image, layout.EFLAGS, eager, 0, arithmetic, 0, layout.CC_OP_EFLAGS, -1 if direction else 1
             )
@@ -165,15 +174,15 @@ class Context:
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
-        offset = layout.SEGMENTS
+        flags = layout.segment_flags
+        parts: list[int] = []
         for segment in (*state.segments, state.ldtr, state.tr):
-            flags = layout.segment_flags(segment.access_rights)
-            layout.SEGMENT.pack_into(image, offset, segment.selector, segment.base, segment.limit, flags)
-            offset += layout.SEGMENT.size
-        for table in (state.gdtr, state.idtr):
-            layout.SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
-            offset += layout.SEGMENT.size
-        self._segment_bytes = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+            parts += segment.selector, segment.base, segment.limit, flags(segment.access_rights)
+        gdtr, idtr = state.gdtr, state.idtr
+        layout.ALL_SEGMENTS.pack_into(
+            image, layout.SEGMENTS, *parts, 0, gdtr.base, gdtr.limit, 0, 0, idtr.base, idtr.limit, 0
+        )
+        self._segment_bytes = self._segments.tobytes()
         self._hidden_flags = layout.hidden_flags(state)
         cr4 = state.cr4 & layout.CR4_SEEN
         _CONTROL_REGISTERS.pack_into(image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
@@ -194,16 +203,22 @@ class Context:
         Returns whether interrupts are blocked by an instruction that was executed in the run; ``state.shadow`` is then
         for the caller to set.
         """
-        image = self._image
-        *state.gpr[:], state.rip = layout.REGISTERS.unpack_from(image, layout.GPR)
-        self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
-        state.rflags = self._flags.value & ~_TF if hide_trap_flag else self._flags.value
-        segments = bytes(image[layout.SEGMENTS : layout.SEGMENTS_END])
+        head = layout.HEAD.unpack_from(self._image, layout.GPR)
+        state.gpr[:] = head[:16]
+        state.rip = head[16]
+        eager, _, carried, _, operation, direction, hidden = head[17:]
+        if operation == layout.CC_OP_EFLAGS:
+            rflags = eager & ~_LAZY | carried & layout.ARITHMETIC_FLAGS | direction & _DF
+        else:
+            self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
+            rflags = self._flags.value
+        self._rflags = rflags
+        state.rflags = rflags & ~_TF if hide_trap_flag else rflags
+        segments = self._segments.tobytes()
         if segments != self._segment_bytes:
             self._segment_bytes = segments
             self._store_segments(state, segments)
-        (state.kernel_gs_base,) = _QWORD.unpack_from(image, layout.KERNEL_GS_BASE)
-        (hidden,) = _DWORD.unpack_from(image, layout.HFLAGS)
+        (state.kernel_gs_base,) = _QWORD.unpack_from(self._image, layout.KERNEL_GS_BASE)
         self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
         if not hidden & layout.INHIBIT_INTERRUPTS:
             state.shadow = Shadow.NONE

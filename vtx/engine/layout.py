@@ -6,6 +6,7 @@ on the versions in `native.SUPPORTED_VERSIONS`; `selfcheck` verifies them at sta
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Final
 
@@ -42,8 +43,11 @@ VMCB: Final = STATE + 5504
 INTERCEPTS: Final = STATE + 5520
 
 SEGMENT: Final = struct.Struct("<I4xQII")
+ALL_SEGMENTS: Final = struct.Struct("<" + 10 * "I4xQII")
 REGISTERS: Final = struct.Struct("<17Q")  # GPRs and RIP
 FLAGS: Final = struct.Struct("<QQQQIiII")  # EFLAGS, cc_dst, cc_src, cc_src2, cc_op, direction, hflags, hflags2
+HEAD: Final = struct.Struct("<17QQQQQIiI")  # from the GPRs to the hidden flags, without a gap
+PRIVILEGE: Final = struct.Struct("<Q32xI")  # from EFLAGS: it, hflags
 PLACE: Final = struct.Struct("<Q40xI36xQ")  # from RIP: it, hflags, base of CS
 
 CC_OP_EFLAGS: Final = 1
@@ -107,19 +111,17 @@ TRAP_UNDEFINED: Final = TRAP_EXCEPTION + Vector.UD
 TRAPS_OF_INSTRUCTIONS: Final = frozenset((TRAP_UNDEFINED, *range(TRAP_BASE, TRAP_EXCEPTION), *range(0x160, 0x1A0)))
 
 
-def hidden_flags(state: CpuState, *, svm: int = SVM_ENABLED | GUEST_MODE) -> int:
-    """The hflags word for ``state``."""
-    flags = svm | state.cpl | (state.cr0 & CR0_TASK_BITS) << TASK_SWITCHED_SHIFT
-    cs, ss = state.segments[1].access_rights, state.segments[2].access_rights
-    if state.cr0 & 1:
+@functools.lru_cache(maxsize=1 << 10)
+def _mode_flags(cr0: int, cr4: int, efer: int, cs: int, ss: int) -> int:
+    """What control registers and access rights say in the hflags word."""
+    flags = SVM_ENABLED | GUEST_MODE | (cr0 & CR0_TASK_BITS) << TASK_SWITCHED_SHIFT
+    if cr0 & 1:
         flags |= PROTECTED
-    if state.cr4 & Cr4.OSFXSR:
+    if cr4 & Cr4.OSFXSR:
         flags |= OSFXSR
-    if state.cr4 & Cr4.SMAP:
+    if cr4 & Cr4.SMAP:
         flags |= SMAP_ENABLED
-    if state.shadow:
-        flags |= INHIBIT_INTERRUPTS
-    if state.efer & Efer.LMA:
+    if efer & Efer.LMA:
         flags |= LONG_MODE_ACTIVE
         if cs & AccessRights.LONG:
             return flags | CS32 | SS32 | CODE64
@@ -127,13 +129,25 @@ def hidden_flags(state: CpuState, *, svm: int = SVM_ENABLED | GUEST_MODE) -> int
         flags |= CS32
     if ss & AccessRights.DEFAULT_BIG:
         flags |= SS32
+    return flags
+
+
+def hidden_flags(state: CpuState) -> int:
+    """The hflags word for ``state``."""
     segments = state.segments
+    flags = _mode_flags(state.cr0, state.cr4, state.efer, segments[1].access_rights, segments[2].access_rights)
+    flags |= state.cpl
+    if state.shadow:
+        flags |= INHIBIT_INTERRUPTS
+    if flags & CODE64:
+        return flags
     based = segments[0].base | segments[2].base | segments[3].base
     if based or not state.cr0 & 1 or state.rflags & Rflags.VM or not flags & CS32:
         flags |= ADD_SEGMENT
     return flags
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def segment_flags(access_rights: int) -> int:
     """Access rights as the engine stores them: the high doubleword of a descriptor; 0 for an unusable segment."""
     if access_rights & AccessRights.UNUSABLE:

@@ -82,8 +82,8 @@ class _StoppedBefore:
 class UnicornEngine:
     """One processor's execution engine (see `vtx.x86.execution.ExecutionEngine`).
 
-    Engines of one machine share its ``coherence``. Without ``answers``, every sensitive instruction ends the run instead
-    of being offered to the client on the spot; nothing else differs.
+    Engines of one machine share its ``coherence``. Without ``answers``, every sensitive instruction ends the run
+    instead of being offered to the client on the spot; nothing else differs.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class UnicornEngine:
         self._callback_address: int | None = None
         self._probed: int | None = None
         self.answers = answers
-        self._answers = self._answered = False
+        self._answers = self._answered = self._answering = False
         self._state: CpuState
 
     def close(self) -> None:
@@ -210,9 +210,15 @@ class UnicornEngine:
             self._library.uc_emu_stop(self._handle)
             return
         self._context.save()
-        may_answer = self._answers and number in layout.TRAPS_OF_INSTRUCTIONS
-        if may_answer and self._guarded(False, self._answer, number != layout.TRAP_UNDEFINED):
-            return
+        if self._answers and number in layout.TRAPS_OF_INSTRUCTIONS:
+            try:
+                self._answering = True
+                if self._answer(number != layout.TRAP_UNDEFINED):
+                    return
+            except BaseException as failure:
+                self._failure = self._failure or failure
+            finally:
+                self._answering = False
         self._library.uc_emu_stop(self._handle)
         self._trap = number
         if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
@@ -221,16 +227,18 @@ class UnicornEngine:
     def _answer(self, known: bool) -> bool:
         """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
         context, shared, state = self._context, self.clock.shared, self._state
-        linear = context.linear_rip()
-        left = shared.address + shared.size - linear
-        if left > shared.size:
+        linear, kind = context.place()
+        size = shared.size
+        left = shared.address + size - linear
+        if left > size:
             left = 0
-        place = self._code.place(linear, left, context.code_kind(), known=known)
+        place = self._code.place(linear, left, kind, known)
         if place.answers is False or context.store(state, hide_trap_flag=False):
             return False
-        shared.elapsed -= left
-        shared.size -= left
-        shared.instructions -= place.rest
+        if left:
+            shared.elapsed -= left
+            shared.size = size - left
+            shared.instructions -= place.rest
         budget = self._client.answer(place)
         if budget == NOT_ANSWERED:
             return False
@@ -240,6 +248,8 @@ class UnicornEngine:
         if budget == REPLANNED:
             self._prepare(state, self._client.plan, reload=True)
             return True
+        if self._flush_wanted:
+            self._flush_now()
         if shared.instruction_limit != UNLIMITED:
             shared.instruction_limit -= 1
         shared.limit = shared.elapsed + budget
@@ -252,16 +262,21 @@ class UnicornEngine:
             return True
         if self._aborted or self._failure:
             return False
-        return bool(self._guarded(False, self._fill, address, _KINDS[access], entry.contents))
+        try:
+            return self._fill(address, _KINDS[access], entry.contents)
+        except BaseException as failure:
+            self._failure = failure
+            self._library.uc_emu_stop(self._handle)
+            return False
 
     def _fill(self, address: int, kind: AccessKind, entry: native.TlbEntry) -> bool:
         self._fills += 1
         if self._fills > self._fills_allowed:
             self._fills_allowed = min(2 * self._fills_allowed, native.MOST_FILLS)
             self._flush_now()
-        context = self._context
-        context.save()
-        grant = self._client.fill(address, kind, context.cpl(), context.alignment_check())
+        self._context.save()
+        cpl, alignment_check = self._context.privilege()
+        grant = self._client.fill(address, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
             self._refused = (address, kind, grant)
             return False
@@ -512,7 +527,7 @@ class UnicornEngine:
 
     def flush(self, page: int | None) -> None:
         """Forget translations; the library can only forget all of them."""
-        if self._running:
+        if self._running and not self._answering:
             self._flush_now()
         else:
             self._flush_wanted = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Final, Protocol
@@ -176,6 +177,7 @@ def describe(outcome: Outcome) -> str:
             return str(outcome)
 
 
+@functools.cache
 def _reason_name(number: int) -> str:
     return BY_NUMBER[Reason(number)].name
 

@@ -190,6 +190,10 @@ class PhysicalMemory:
                 return self._qwords[offset >> 3]
         return int.from_bytes(self.read(address, 8), "little")
 
+    def read_at(self, offset: int) -> int:
+        """The 8-byte value at an aligned ``offset`` in RAM (see `ram_offset`)."""
+        return self._qwords[offset >> 3]
+
     def write_u64(self, address: int, value: int) -> None:
         """Store an 8-byte value."""
         if not address & 7:

@@ -53,6 +53,7 @@ from vtx.x86.second_level import (
 )
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
 from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
+from vtx.x86.walk_memory import WalkMemory
 
 PCID_MASK: Final = 0xFFF
 _LARGE_PAGES_NOTED: Final = 4096
@@ -136,7 +137,9 @@ class Mmu:
         self._redirected: PhysicalAddress | None = None
         self.pkru = 0
         self.pkrs = 0
-        self._inputs: tuple[object, ...] = ()
+        self._registers: tuple[int, ...] = ()
+        self._seen_second_level: SecondLevel = self.second_level
+        self._walks = WalkMemory(memory)
         self._large_granted: set[tuple[int, int]] = set()
         self.update(CpuState())
 
@@ -147,7 +150,7 @@ class Mmu:
 
         Invalidates nothing in the TLB: that is a property of the operation that changed them, not of their values.
         """
-        inputs = (
+        registers = (
             state.cr0 & CR0_PAGING,
             state.cr3,
             state.cr4 & CR4_PAGING,
@@ -156,28 +159,32 @@ class Mmu:
             self.pkru,
             self.pkrs,
             self.asid,
-            self.second_level,
         )
-        if inputs == self._inputs:
+        second_level = self.second_level
+        if registers == self._registers and second_level is self._seen_second_level:
             return
-        self._inputs = inputs
-        pdptrs = (state.pdptrs[0], state.pdptrs[1], state.pdptrs[2], state.pdptrs[3])
-        self.context = context = _paging_context(
-            state.cr0 & CR0_PAGING,
-            state.cr3,
-            state.cr4 & CR4_PAGING,
-            state.efer & EFER_PAGING,
-            self.physical_address_width,
-            pdptrs,
-            self.pkru,
-            self.pkrs,
-            self.page1gb,
-            self.second_level.walks_pdptes,
-        )
+        self._registers, self._seen_second_level = registers, second_level
+        self.context = context = self._context_of(registers)
+        self._walks.select(registers, remembers=type(second_level) is IdentitySecondLevel)
         self._permissions = context.permissions
         self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
         self.tlb.select(TlbTag(self.asid, self.second_level.tag, self._pcid(context)))
         self._flush_engine_all()
+
+    def _context_of(self, registers: tuple[int, ...]) -> PagingContext:
+        cr0, cr3, cr4, efer, pdpte0, pdpte1, pdpte2, pdpte3, pkru, pkrs, _ = registers
+        return _paging_context(
+            cr0,
+            cr3,
+            cr4,
+            efer,
+            self.physical_address_width,
+            (pdpte0, pdpte1, pdpte2, pdpte3),
+            pkru,
+            pkrs,
+            self.page1gb,
+            self.second_level.walks_pdptes,
+        )
 
     @staticmethod
     def _pcid(context: PagingContext) -> int:
@@ -344,12 +351,20 @@ class Mmu:
             self._flush_engine_page((linear & self._linear_mask) >> PAGE_SHIFT)
 
     def _walk(self, linear: LinearAddress, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
+        page = linear >> PAGE_SHIFT
+        recalled = self._walks.recall(page)
+        if recalled is not None and self._permissions[privilege][recalled.attributes] & recalled.cacheable & kind:
+            self.tlb.insert(page, recalled)
+            return recalled
         if not is_canonical(self.context, linear):
             # A stack reference would be #SS(0): the one who knows it is one replaces the vector.
             return Fault(Vector.GP, 0)
-        result = walk(self.context, linear, kind, privilege, self.memory, self.second_level)
+        steps: list[WalkStep] | None = [] if self._walks.wants(page) else None
+        result = walk(self.context, linear, kind, privilege, self.memory, self.second_level, steps)
         if isinstance(result, Translation):
-            self.tlb.insert(linear >> PAGE_SHIFT, result)
+            if steps is not None:
+                self._walks.remember(page, result, steps)
+            self.tlb.insert(page, result)
             return result
         self.tlb.invalidate_page(linear >> PAGE_SHIFT)
         if isinstance(result, PageFault):

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from attrs import fields, frozen
 
 from vtx.addresses import PhysicalAddress
-from vtx.x86.processor import Halt, LogicalProcessor
+from vtx.x86.core import Halt
+from vtx.x86.processor import LogicalProcessor
 from vtx.x86.state import CpuState, DescriptorTable, Segment
 from vtx.x86.tlb import SavedTlb
 

@@ -62,6 +62,10 @@ class _Space:
         if translation.size > PAGE_SIZE:
             self._note_large(page, translation.size)
 
+    def clear(self) -> None:
+        self.pages.clear()
+        self.large.clear()
+
     def discard(self, page: int) -> None:
         self.pages.pop(page, None)
         if self.large:
@@ -70,7 +74,12 @@ class _Space:
                     self.pages.pop(piece, None)
 
     def _note_large(self, page: int, size: int) -> None:
-        self.large.setdefault((size, page // (size >> PAGE_SHIFT)), set()).add(page)
+        key = size, page // (size >> PAGE_SHIFT)
+        pieces = self.large.get(key)
+        if pieces is None:
+            self.large[key] = {page}
+        else:
+            pieces.add(page)
 
     def _evict(self) -> None:
         """Drop the older half: insertion order is deterministic, and halving makes the cost of one insertion small."""
@@ -116,7 +125,8 @@ class Tlb:
         self.tag = tag
         self._local = self._space(tag)
         # With paging disabled there are no global translations; look-ups then see the one space twice.
-        self._global = self._local if tag.pcid == NO_PAGING else self._space(tag._replace(pcid=GLOBAL))
+        asid, second_level, pcid = tag
+        self._global = self._local if pcid == NO_PAGING else self._space(TlbTag(asid, second_level, GLOBAL))
         self._find_local = self._local.pages.get
         self._find_global = self._global.pages.get
         if len(self._spaces) > self._tags:
@@ -178,10 +188,10 @@ class Tlb:
     def clear(self) -> None:
         """Drop everything."""
         self._drop(lambda tag: True)
+
     def flush_asid(self, asid: int, *, keep_global: bool = False) -> None:
         """TLB_CONTROL of VMRUN: all of one ASID, mappings made with paging disabled included."""
         self._drop(lambda tag: tag.asid == asid and not (keep_global and tag.pcid == GLOBAL))
-
 
     def save(self) -> SavedTlb:
         """All that is cached; later changes do not reach it."""
@@ -213,9 +223,13 @@ class Tlb:
         return space
 
     def _drop(self, selects: Callable[[TlbTag], bool]) -> None:
-        for tag in [tag for tag in self._spaces if selects(tag)]:
-            del self._spaces[tag]
-        self.select(self.tag)
+        in_use = (self._local, self._global)
+        for tag, space in list(self._spaces.items()):
+            if selects(tag):
+                if space in in_use:
+                    space.clear()
+                else:
+                    del self._spaces[tag]
 
     def _discard(self, page: int, selects: Callable[[TlbTag], bool]) -> None:
         for tag, space in self._spaces.items():
