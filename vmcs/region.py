@@ -49,6 +49,10 @@ def slots(capabilities: Capabilities) -> tuple[tuple[int, int, int], ...]:
     return tuple(layout)
 
 
+_ZEROS: Final = {each.encoding: 0 for each in FIELDS}
+_MASKS: Final = {each.encoding: each.mask for each in FIELDS}
+
+
 class LaunchState(enum.IntEnum):
     """The launch state of a VMCS, with its encoding in the image."""
 
@@ -68,8 +72,8 @@ class Vmcs:
 
     def __init__(self, capabilities: Capabilities) -> None:
         self.capabilities = capabilities
-        self.values: dict[int, int] = {each.encoding: 0 for each in FIELDS}
-        self.changed: dict[int, int] = {each.encoding: each.mask for each in FIELDS}
+        self.values: dict[int, int] = _ZEROS.copy()
+        self.changed: dict[int, int] = _MASKS.copy()
         self.launch_state = LaunchState.CLEAR
         self.shadow = False
         self.abort_indicator = 0

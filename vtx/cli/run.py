@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from vtx.cli.console import SerialOutput, whole_input
 from vtx.cli.failures import Failures
-from vtx.cli.images import Image, Unusable, find_image, read_file
+from vtx.cli.images import Unusable, find_image, read_file
 from vtx.cli.options import memory_size, wall_time
 from vtx.cli.status import GUEST_DIED, LIMIT_REACHED, ExitConvention, guest_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from vtx.cli.session import Ended
     from vtx.machine import Machine
@@ -25,7 +26,7 @@ _DEFAULT_PROFILE = "skylake-server"
 
 
 @click.command()
-@click.argument("image", metavar="IMAGE|BUNDLED-NAME")
+@click.argument("image", metavar="IMAGE|BUNDLED-NAME", required=False)
 @click.argument("guest_args", metavar="[GUEST ARGS]...", nargs=-1)
 @click.option("--profile", default=_DEFAULT_PROFILE, show_default=True, metavar="NAME", help="Processor to be.")
 @click.option("--memory", default="128M", show_default=True, callback=memory_size, help="RAM: 64M (or 64), 2G.")
@@ -40,6 +41,8 @@ _DEFAULT_PROFILE = "skylake-server"
 @click.option("--trace", "trace_file", metavar="FILE", help="Write what happens as JSON lines.")
 @click.option("--max-instructions", type=click.IntRange(min=1), metavar="N", help="Stop after N guest instructions.")
 @click.option("--timeout", type=float, callback=wall_time, metavar="SECONDS", help="Stop after this much wall time.")
+@click.option("--save-snapshot", metavar="FILE", help="When the run ends, write the machine as it then is to FILE.")
+@click.option("--from-snapshot", metavar="FILE", help="Go on from there instead of booting an image.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option(
     "--exit-convention",
@@ -48,8 +51,10 @@ _DEFAULT_PROFILE = "skylake-server"
     show_default=True,
     help="What a value V written to the debug-exit port becomes: V, or (V << 1) | 1 as with QEMU.",
 )
+@click.pass_context
 def run(
-    image: str,
+    context: click.Context,
+    image: str | None,
     guest_args: tuple[str, ...],
     profile: str,
     memory: int,
@@ -58,6 +63,8 @@ def run(
     trace_file: str | None,
     max_instructions: int | None,
     timeout: float | None,
+    save_snapshot: str | None,
+    from_snapshot: str | None,
     as_json: bool,
     exit_convention: str,
 ) -> int:
@@ -65,7 +72,8 @@ def run(
 
     IMAGE is a bundled guest (see `vtx guests`) or a file: Multiboot 1 or 2, a Linux bzImage or vmlinux, a kernel with a
     PVH entry point, ELF, or a boot sector. GUEST ARGS are its command line; write -- before arguments that begin with a
-    dash. The serial port COM1 is standard input and output, a summary goes to standard error.
+    dash. The serial port COM1 is standard input and output, a summary goes to standard error. With --from-snapshot
+    there is no IMAGE, and the machine is that of the snapshot.
 
     \b
     Exit status:
@@ -75,14 +83,21 @@ def run(
       130  interrupted from the keyboard
       2    wrong usage, or an image that cannot be booted
     """
-    from vtx.cli.session import Session  # noqa: PLC0415 - not before the options are known to be good
+    _check_origin(context, image, from_snapshot)
+    from vtx.cli import building  # noqa: PLC0415 - not before the options are known to be good
+    from vtx.cli.session import Session  # noqa: PLC0415
 
-    found = find_image(image)
+    found = find_image(image) if image is not None else None
     modules = [(name, read_file(name)) for name in initrds]
     output = SerialOutput(sys.stdout.buffer)
     failures = Failures(None if as_json else _complain)
     with _trace_to(trace_file) as tracer:
-        machine = _boot(found, modules, " ".join(guest_args), profile, memory, cpus, output, tracer, failures)
+        surroundings = building.Surroundings(output.write, tracer, failures.take)
+        if found is not None:
+            machine = building.boot(surroundings.build(profile, memory, cpus), found, " ".join(guest_args), modules)
+        else:
+            assert from_snapshot is not None
+            machine = building.resume(from_snapshot, profile if _given(context, "profile") else None, surroundings)
         session = Session(machine, output)
         given = whole_input()
         if given is None:
@@ -90,7 +105,26 @@ def run(
         elif given:
             machine.feed(given)
         ended = session.run(max_instructions=max_instructions, timeout=timeout)
+    if save_snapshot is not None:
+        building.save(machine, save_snapshot)
     return _conclude(machine, ended, failures, ExitConvention(exit_convention), timeout, as_json=as_json)
+
+
+def _given(context: click.Context, option: str) -> bool:
+    return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def _check_origin(context: click.Context, image: str | None, from_snapshot: str | None) -> None:
+    """A run begins with an image, on a machine as the options say, or with a snapshot, which has both."""
+    if from_snapshot is None:
+        if image is None:
+            raise click.UsageError("Missing argument 'IMAGE|BUNDLED-NAME'.", context)
+        return
+    if image is not None:
+        raise click.UsageError("--from-snapshot goes on with the guest of the snapshot: there is no IMAGE.", context)
+    for option, flag in (("memory", "--memory"), ("cpus", "--smp"), ("initrds", "--initrd")):
+        if _given(context, option):
+            raise click.UsageError(f"--from-snapshot has the machine of the snapshot: there is no {flag}.", context)
 
 
 def _complain(explanation: str) -> None:
@@ -110,40 +144,6 @@ def _trace_to(path: str | None) -> Iterator[JsonLinesTracer | None]:
             yield tracer
     except TraceError as error:
         raise Unusable(str(error)) from None
-
-
-def _boot(
-    image: Image,
-    modules: Sequence[tuple[str, bytes]],
-    command_line: str,
-    profile: str,
-    memory: int,
-    cpus: int,
-    output: SerialOutput,
-    tracer: JsonLinesTracer | None,
-    failures: Failures,
-) -> Machine:
-    from vtx.boot.image import BootError, Module  # noqa: PLC0415 - see `run`
-    from vtx.machine import Machine  # noqa: PLC0415
-    from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
-
-    try:
-        machine = Machine(
-            profile=profile, memory=memory, cpus=cpus, serial=output.write, tracer=tracer, explain=failures.take
-        )
-        machine.load(
-            image.data,
-            name=image.name,
-            command_line=command_line,
-            modules=[Module(data, name) for name, data in modules],
-        )
-    except ProfileError as error:
-        raise Unusable(f"profile {error}") from None
-    except BootError as error:
-        raise Unusable(f"cannot boot {image.name!r}: {error}") from None
-    except OSError as error:
-        raise Unusable(f"cannot have {memory >> 20} MiB of RAM: {error.strerror}") from None
-    return machine
 
 
 def _conclude(

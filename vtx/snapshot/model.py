@@ -6,12 +6,14 @@ configuration. The run after it is the same each time: whatever influences it is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from attrs import asdict, frozen
 
+from vtx.board import SavedDevices
 from vtx.boot.image import BootOptions
 from vtx.vmx.saved import SavedVmx, restore_vmx, save_vmx
 from vtx.x86.memory_image import MemoryImage
@@ -82,12 +84,12 @@ class SavedRun:
 
 @frozen(eq=False)
 class Snapshot:
-    """The whole machine between two instructions; ``devices`` are the devices' states by name."""
+    """The whole machine between two instructions."""
 
     configuration: Configuration
     run: SavedRun
     cpus: tuple[SavedCpu, ...]
-    devices: Mapping[str, object]
+    devices: SavedDevices
     ram: MemoryImage
 
 
@@ -131,6 +133,7 @@ def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:
     cpu.init_pending = saved.init_pending
 
 
+@functools.lru_cache(maxsize=16)
 def _digest(profile: Profile) -> str:
     """The same for equal profiles, in every process."""
     parts = asdict(profile, recurse=False)

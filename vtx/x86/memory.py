@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from attrs import frozen
@@ -170,17 +170,16 @@ class PhysicalMemory:
             address += length
             position += length
 
-    def put_pages(self, pages: Iterable[tuple[int, bytes]]) -> None:
-        """Store whole pages of RAM, given by page number."""
-        view, code_pages = self._bytes, self.code_pages
-        for page, data in pages:
-            offset = self.ram_offset(page << PAGE_SHIFT)
-            if offset is None:
-                raise ValueError(f"there is no RAM at page {page:#x}")
-            view[offset : offset + PAGE_SIZE] = data
-            self.dirty.add(page)
-            if page in code_pages:
-                self.code_written(page)
+    def put_pages(self, pages: Collection[int], contents: Callable[[int], bytes]) -> None:
+        """Store what ``contents`` gives for each of the RAM pages of these numbers. Not noted in ``dirty``."""
+        view, low_end = self._bytes, self._low_end
+        for page in pages:
+            offset = page << PAGE_SHIFT
+            if offset >= low_end:
+                offset += low_end - HIGH_RAM_START
+            view[offset : offset + PAGE_SIZE] = contents(page)
+        for page in sorted(self.code_pages.intersection(pages)):
+            self.code_written(page)
 
     def read_u64(self, address: int) -> int:
         """The 8-byte value at ``address``."""

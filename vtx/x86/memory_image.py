@@ -57,7 +57,8 @@ class RamHistory:
         """Make memory what it was; the number of pages that had to be looked at."""
         pages = self._memory.dirty if image is self._base else self._memory.dirty | _differing(self._base, image)
         count = len(pages)
-        self._memory.put_pages((page, image.pages.get(page, ZERO_PAGE)) for page in sorted(pages))
+        contents = image.pages
+        self._memory.put_pages(pages, lambda page: contents.get(page, ZERO_PAGE))
         self._rebase(image)
         return count
 
