@@ -83,7 +83,7 @@ _SECONDARY: Final = (
 )
 
 # Controls a profile could advertise that this model does not carry out.
-_UNMODELLED: Final = (
+UNMODELLED: Final = (
     c.ENABLE_ENCLS_EXITING,
     c.ENABLE_XSAVES_XRSTORS,
     c.PASID_TRANSLATION,
@@ -203,7 +203,7 @@ def unmodelled_control(view: ControlView) -> Control | None:
         c.ControlWord.SECONDARY_EXIT: view.secondary_exit,
         c.ControlWord.ENTRY: view.entry,
     }
-    return next((control for control in _UNMODELLED if words[control.word] & control.mask), None)
+    return next((control for control in UNMODELLED if words[control.word] & control.mask), None)
 
 
 def _plain_exits(primary: int, secondary: int) -> dict[Plain, Reason]:
