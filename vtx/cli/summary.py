@@ -120,6 +120,6 @@ def summarize(
 
 
 def entry_failure(machine: Machine) -> str | None:
-    """What broke the last VM entry that failed: rule, fields and citation of each violation; None if none failed."""
-    failure = machine.cpu.vmx.last_failure
+    """What broke the last VM entry or VMRUN that failed: rule, fields and citation of each violation, or None."""
+    failure = machine.cpu.svm.last_failure if machine.profile.is_amd else machine.cpu.vmx.last_failure
     return None if failure is None else str(failure)

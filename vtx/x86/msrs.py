@@ -143,7 +143,7 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
         current = state()
         if (value ^ current.efer) & Efer.LME and current.cr0 & Cr0.PG:
             return False
-        if value & Efer.NXE and msrs.values[IA32_MISC_ENABLE] & MISC_ENABLE_XD_DISABLE:
+        if value & Efer.NXE and msrs.values.get(IA32_MISC_ENABLE, 0) & MISC_ENABLE_XD_DISABLE:
             return False
         current.efer = value
         changed()
