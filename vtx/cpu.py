@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vtx.machine import Machine
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
-_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base"})
+_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base", "debugctl", "last_branch"})
 
 
 class Cpu(LogicalProcessor):

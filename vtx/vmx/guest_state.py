@@ -20,6 +20,7 @@ from vtx.vmx.record import VmExit
 from vtx.vmx.timer import remaining
 from vtx.vmx.view import ControlView
 from vtx.x86 import msr_table as m
+from vtx.x86.branches import BTF
 from vtx.x86.outcome import NotModelled
 from vtx.x86.state import MASK32, Activity, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Shadow
 
@@ -67,6 +68,8 @@ _PAE: Final = int(Cr4.PAE)
 _LMA: Final = int(Efer.LMA)
 _LME: Final = int(Efer.LME)
 _RF: Final = int(Rflags.RF)
+_TF: Final = int(Rflags.TF)
+_PENDING_BS: Final = 1 << 14
 
 # Controls that load or save an MSR with a field of its own; an absent MSR makes the control unmodelled.
 _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
@@ -109,7 +112,7 @@ def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: I
     _load_control_registers(state, values, view)
     if view.entry & c.ENTRY_LOAD_DEBUG_CONTROLS.mask:
         state.dr7 = values[_DR7] & ~_DR7_ALWAYS_0 & MASK32 | DR7_ALWAYS_1
-        processor.msrs.values[m.IA32_DEBUGCTL] = values[_DEBUGCTL]
+        state.debugctl = values[_DEBUGCTL]
     _load_msr_fields(operation, values, view)
     _load_segments(state, values)
     state.rip = values[_RIP]
@@ -222,7 +225,7 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
     state, exit_controls = operation.processor.state, view.exit
     saved: list[tuple[int, int]] = []
     if exit_controls & c.EXIT_SAVE_DEBUG_CONTROLS.mask:
-        saved += ((_DR7, state.dr7), (_DEBUGCTL, msrs[m.IA32_DEBUGCTL]))
+        saved += ((_DR7, state.dr7), (_DEBUGCTL, state.debugctl))
     if exit_controls & c.EXIT_SAVE_IA32_EFER.mask:
         saved.append((_EFER, state.efer))
     if exit_controls & c.EXIT_SAVE_IA32_PAT.mask:
@@ -260,7 +263,8 @@ def _pending_debug(state: CpuState, record: VmExit) -> int:
     if record.reason in _KEEPS_PENDING_DEBUG:
         return state.pending_debug
     if state.shadow is not Shadow.NONE and state.shadow & Shadow.MOV_SS and not record.is_debug_exception:
-        return state.pending_debug
+        single_step = state.rflags & _TF and not state.debugctl & BTF
+        return state.pending_debug | _PENDING_BS if single_step else state.pending_debug
     return 0
 
 

@@ -84,7 +84,7 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
     is_64_bit = bool(view.exit & c.EXIT_HOST_ADDRESS_SPACE_SIZE.mask)
     _load_control_registers(state, values, view, is_64_bit)
     msrs = processor.msrs.values
-    msrs[m.IA32_DEBUGCTL] = 0
+    state.debugctl = 0
     for index, source in _SYSENTER:
         msrs[index] = values[source]
     if view.exit & c.EXIT_LOAD_IA32_PAT.mask:

@@ -30,8 +30,8 @@ from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
 from vtx.x86.timing import EVENT_TICKS, TICKS_PER_BYTE
 from vtx.x86.tracing import ProcessorTracing
 from vtx.x86.virtualization import Virtualization
+from vtx.x86.watch import PENDING_SINGLE_STEP
 
-PENDING_SINGLE_STEP: Final = 1 << 14  # BS in CpuState.pending_debug, which has the layout of the VMCS field
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
 

@@ -15,6 +15,7 @@ from typing import Final
 from attrs import frozen
 
 from vtx.x86 import descriptors
+from vtx.x86.branches import BTF, LBR, record_event
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
 from vtx.x86.event import Event, EventKind
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
@@ -29,6 +30,7 @@ _IDT_BIT: Final = 2
 _DR6_BREAKPOINTS: Final = 0xF
 _DR6_CAUSES: Final = 0xE00F  # B0 to B3, BD, BS and BT
 _DR7_GENERAL_DETECT: Final = 1 << 13
+_DEBUGCTL_CLEARED: Final = LBR | BTF
 
 _INTERRUPT_GATES: Final = frozenset({SystemType.INTERRUPT_GATE_16, SystemType.INTERRUPT_GATE_32})
 _GATES_16: Final = frozenset({SystemType.INTERRUPT_GATE_16, SystemType.TRAP_GATE_16})
@@ -98,7 +100,7 @@ def deliver(
     ``block_nmi`` is False where delivery of an NMI does not block further ones. ``hooks`` are those of a task switch
     through a task gate. Raises `InstructionAborted` with the exception met during delivery, ``state`` unchanged.
     """
-    delivery = _Delivery(state, memory, event)
+    delivery, origin = _Delivery(state, memory, event), state.rip
     if not state.protected:
         _through_ivt(delivery, state.idtr.base, _saved_flags(delivery))
     elif _is_redirected(delivery):
@@ -112,12 +114,14 @@ def deliver(
         else:
             _through_gate(delivery, gate)
     recognize(state, event, block_nmi=block_nmi)
+    if state.debugctl & LBR:
+        record_event(state, event, origin)
     state.shadow = Shadow.NONE
     state.activity = Activity.ACTIVE
 
 
 def recognize(state: CpuState, event: Event, *, block_nmi: bool = True) -> None:
-    """Record ``event`` where software can see it: CR2, DR6 and DR7, blocking by NMI.
+    """Record ``event`` where software can see it: CR2, DR6, DR7 and IA32_DEBUGCTL, blocking by NMI.
 
     The processor does this before it looks at the IDT, so the effects last even if delivery itself faults; they are
     idempotent. Spec: SDM Vol. 3, "Debug Status Register (DR6)", "Interrupt 14—Page-Fault Exception (#PF)", "Handling
@@ -125,8 +129,10 @@ def recognize(state: CpuState, event: Event, *, block_nmi: bool = True) -> None:
     """
     if event.kind == EventKind.NMI and block_nmi:
         state.nmi_blocked = True
-    if event.kind == EventKind.PRIVILEGED_SOFTWARE_EXCEPTION and event.debug:
-        state.dr6 = state.dr6 & ~_DR6_BREAKPOINTS | event.debug
+    if event.kind == EventKind.PRIVILEGED_SOFTWARE_EXCEPTION and event.debug is not None:
+        if event.debug:
+            state.dr6 = state.dr6 & ~_DR6_BREAKPOINTS | event.debug
+        state.debugctl &= ~_DEBUGCTL_CLEARED
     if event.kind != EventKind.HARDWARE_EXCEPTION:
         return
     if event.vector == Vector.PF and event.address is not None:
@@ -134,6 +140,7 @@ def recognize(state: CpuState, event: Event, *, block_nmi: bool = True) -> None:
     if event.vector == Vector.DB and event.debug is not None:
         state.dr6 = state.dr6 & ~_DR6_BREAKPOINTS | event.debug & _DR6_CAUSES
         state.dr7 &= ~_DR7_GENERAL_DETECT
+        state.debugctl &= ~_DEBUGCTL_CLEARED
 
 
 def _saved_flags(delivery: _Delivery) -> int:

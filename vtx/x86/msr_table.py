@@ -33,6 +33,7 @@ IA32_SYSENTER_EIP: Final = 0x176
 IA32_MCG_CAP: Final = 0x179
 IA32_MISC_ENABLE: Final = 0x1A0
 IA32_DEBUGCTL: Final = 0x1D9
+MSR_LASTBRANCHFROMIP: Final = 0x1DB
 IA32_PAT: Final = 0x277
 IA32_TSC_DEADLINE: Final = 0x6E0
 IA32_PKRS: Final = 0x6E1
@@ -222,10 +223,10 @@ _TABLE: Final[tuple[Msr, ...]] = (
         ),
         intel_only=True,
     ),
-    # LBR and BTF. Branches are not recorded: the record below stays zero.
+    # LBR and BTF.
     Msr(IA32_DEBUGCTL, "IA32_DEBUGCTL", writable=0b11, writable_with=(("BUS_LOCK_DETECT", 1 << 2),)),
     # A last-branch record of one entry, as the P6 family has it, and the branch before the last exception.
-    Msr(0x1DB, "MSR_LASTBRANCHFROMIP", read_only=True),
+    Msr(MSR_LASTBRANCHFROMIP, "MSR_LASTBRANCHFROMIP", read_only=True),
     Msr(0x1DC, "MSR_LASTBRANCHTOIP", read_only=True),
     Msr(0x1DD, "MSR_LER_FROM_LIP", read_only=True),
     Msr(0x1DE, "MSR_LER_TO_LIP", read_only=True),

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, fields, frozen
 
 from vtx.x86.cpuid import MISC_ENABLE_XD_DISABLE
 from vtx.x86.msr_table import (
     APIC_BASE_BSP,
     APIC_BASE_EXTD,
     IA32_APIC_BASE,
+    IA32_DEBUGCTL,
     IA32_EFER,
     IA32_FS_BASE,
     IA32_GS_BASE,
@@ -27,11 +28,12 @@ from vtx.x86.msr_table import (
     IA32_PKRS,
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
+    MSR_LASTBRANCHFROMIP,
     X2APIC_MSRS,
     msrs_of,
 )
 from vtx.x86.profile import Profile
-from vtx.x86.state import MASK64, CpuState, Cr0, Efer, SegmentRegister
+from vtx.x86.state import MASK64, CpuState, Cr0, Efer, LastBranch, SegmentRegister
 
 Reader = Callable[[int], int | None]
 """Value of the MSR of an index, or None for a general-protection fault."""
@@ -130,9 +132,9 @@ class MsrFile:
 
 
 def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callable[[], None]) -> None:
-    """Bind IA32_EFER, IA32_FS_BASE, IA32_GS_BASE and IA32_KERNEL_GS_BASE to the processor's current ``state``.
+    """Bind the MSRs that are views of the processor's current ``state``.
 
-    ``changed`` is called after one of the first three was written.
+    ``changed`` is called after IA32_EFER, IA32_FS_BASE or IA32_GS_BASE was written.
 
     While IA32_MISC_ENABLE disables execute-disable pages, IA32_EFER.NXE is reserved.
 
@@ -157,11 +159,25 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
 
         msrs.bind(index, lambda index: state().segments[register].base, write)
 
+    def bind_last_branch(index: int, name: str) -> None:
+        def write(index: int, value: int) -> bool:
+            state().last_branch = evolve(state().last_branch, **{name: value})
+            return True
+
+        msrs.bind(index, lambda index: getattr(state().last_branch, name), write)
+
+    def write_debugctl(index: int, value: int) -> bool:
+        state().debugctl = value
+        return True
+
     def write_kernel_gs_base(index: int, value: int) -> bool:
         state().kernel_gs_base = value
         return True
 
     msrs.bind(IA32_EFER, lambda index: state().efer, write_efer)
+    msrs.bind(IA32_DEBUGCTL, lambda index: state().debugctl, write_debugctl)
+    for offset, field in enumerate(fields(LastBranch)):
+        bind_last_branch(MSR_LASTBRANCHFROMIP + offset, field.name)
     bind_segment(IA32_FS_BASE, SegmentRegister.FS)
     bind_segment(IA32_GS_BASE, SegmentRegister.GS)
     msrs.bind(IA32_KERNEL_GS_BASE, lambda index: state().kernel_gs_base, write_kernel_gs_base)

@@ -58,7 +58,7 @@ class Fault:
 
 @frozen
 class Exited:
-    """A VM exit took the place of what was about to happen; nothing is left to commit."""
+    """Something else, a VM exit for example, took the place of what was about to happen; nothing is left to commit."""
 
 
 class InstructionAborted(Exception):  # noqa: N818 - not an error: the control transfer of a faulting access

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vtx.x86 import refusal, watch
-from vtx.x86.core import PENDING_SINGLE_STEP, Halt, ProcessorCore
+from vtx.x86.core import Halt, ProcessorCore
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import (
@@ -34,13 +34,14 @@ from vtx.x86.execution import (
 from vtx.x86.instructions.table import HANDLERS, has_earlier_fault, is_answered, is_quiet
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
-from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import Activity, Rflags, Shadow
 from vtx.x86.timing import IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
 from vtx.x86.virtualization import Virtualization
+from vtx.x86.watch import PENDING_SINGLE_STEP
 
 _DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP
 _DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP  # the bits it shares with DR6
@@ -298,24 +299,27 @@ class LogicalProcessor(ProcessorCore):
     def _holds_nmis(self) -> bool:
         return self.virtualization is not None and self.virtualization.holds_nmis
 
-    def handle(self, event: EngineEvent, until: int | None = None) -> None:
-        """Do what the engine stopped for."""
+    def handle(self, event: EngineEvent, until: int | None = None) -> bool:
+        """Do what the engine stopped for; False if the instruction at RIP ran into a fault, or is to be tried again."""
         if isinstance(event, InstructionTrap):
-            self.execute()
-        elif isinstance(event, ExceptionTrap):
+            return self.execute()
+        if isinstance(event, ExceptionTrap):
             if event.vector == Vector.UD:
-                self.execute("not known to the engine")
-            elif event.vector == Vector.DB:
+                return self.execute("not known to the engine")
+            if event.vector == Vector.DB:
                 self.state.pending_debug |= PENDING_SINGLE_STEP
             elif event.vector == Vector.GP and self.state.cpl and self._has_earlier_fault():
-                self.execute("privileged instruction")
+                return self.execute("privileged instruction")
             else:
                 self.raise_fault(_fault(event))
+                return False
         elif isinstance(event, RefusedFill):
             refusal.handle(self, event)
+            return False
         elif isinstance(event, BudgetSpent):
             self._approached = self._next_deadline(until)
             self.step_next = True  # the limit may also be that of instructions
+        return True
 
     def _has_earlier_fault(self) -> bool:
         try:
@@ -324,12 +328,14 @@ class LogicalProcessor(ProcessorCore):
             return False
         return instruction is None or has_earlier_fault(instruction)
 
-    def execute(self, why: str = "sensitive instruction") -> None:
-        """Execute the instruction at RIP in the model."""
+    def execute(self, why: str = "sensitive instruction") -> bool:
+        """Execute the instruction at RIP in the model; False if it ran into a fault."""
         try:
             self._perform(self.fetch(), why)
         except InstructionAborted as aborted:
             self.abort(aborted.cause)
+            return False
+        return True
 
     def _perform(self, instruction: Instruction | None, why: str) -> None:
         if self.tracing is not None:
@@ -414,7 +420,8 @@ class LogicalProcessor(ProcessorCore):
         self.reload = True
         if isinstance(event, InstructionTrap):
             raise InstructionAborted(Fault(Vector.UD))
-        self.handle(event)
+        if not self.handle(event):
+            raise InstructionAborted(Exited())
 
 
 _WAKEABLE: Final = (Activity.ACTIVE, Activity.HLT)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 MASK64: Final = (1 << 64) - 1
 MASK32: Final = (1 << 32) - 1
@@ -115,6 +115,16 @@ class DescriptorTable:
 
     base: int = 0
     limit: int = 0xFFFF
+
+
+@frozen
+class LastBranch:
+    """The last branch taken, and the last one before an exception or interrupt, as recorded: offsets into CS."""
+
+    from_ip: int = 0
+    to_ip: int = 0
+    exception_from_ip: int = 0
+    exception_to_ip: int = 0
 
 
 class Activity(enum.IntEnum):
@@ -255,6 +265,8 @@ class CpuState:
     dr: list[int] = field(factory=lambda: [0, 0, 0, 0])
     dr6: int = 0xFFFF_0FF0
     dr7: int = 0x400
+    debugctl: int = 0  # IA32_DEBUGCTL
+    last_branch: LastBranch = field(factory=LastBranch)
     xcr0: int = 1
     pdptrs: list[int] = field(factory=lambda: [0, 0, 0, 0])
     kernel_gs_base: int = 0

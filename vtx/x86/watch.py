@@ -1,17 +1,22 @@
-"""What only a look at every single instruction can find: breakpoints and misaligned accesses.
+"""What only a look at every single instruction can find: breakpoints, branches and misaligned accesses.
 
-The engine knows neither debug registers nor alignment checks. While either can matter, the processor executes one
-instruction at a time and looks at its address and memory operands first; guests that use neither pay nothing.
+The engine knows neither debug registers nor branch records nor alignment checks. While one of them can matter, the
+processor executes one instruction at a time and looks at its address and memory operands first, and at where it went
+afterwards; guests that use none of them pay nothing.
 
-Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Interrupt 17—Alignment Check Exception (#AC)".
+Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches"; "Interrupt 17—Alignment Check
+Exception (#AC)".
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vtx.x86 import access
-from vtx.x86.execution import STEP, ExceptionTrap, RefusedFill
+from iced_x86 import Decoder, FlowControl, Mnemonic
+
+from vtx.x86 import access, branches
+from vtx.x86.decode import Instruction
+from vtx.x86.execution import STEP
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import CpuState, Cr0, Cr4, Rflags, Shadow
 
@@ -22,11 +27,23 @@ _ENABLES: Final = 0xFF  # L0, G0 ... L3, G3 of DR7
 _AM: Final = int(Cr0.AM)
 _AC: Final = int(Rflags.AC)
 _RF: Final = int(Rflags.RF)
+_TF: Final = int(Rflags.TF)
 _DE: Final = int(Cr4.DE)
 _LENGTHS: Final = (1, 2, 8, 4)
 _EXECUTE, _WRITE, _PORT, _READ_WRITE = range(4)
 _LARGEST_ALIGNMENT: Final = 8
-ENABLED_BREAKPOINT: Final = 1 << 12  # of the pending debug exceptions
+# Of CpuState.pending_debug, which has the layout of the VMCS field.
+ENABLED_BREAKPOINT: Final = 1 << 12
+PENDING_SINGLE_STEP: Final = 1 << 14
+
+_ALWAYS_TAKEN: Final = frozenset(
+    (
+        *(FlowControl.UNCONDITIONAL_BRANCH, FlowControl.INDIRECT_BRANCH, FlowControl.RETURN),
+        *(FlowControl.CALL, FlowControl.INDIRECT_CALL),
+    )
+)
+# VMX instructions, whose flow of control is no branch of the program.
+_NO_BRANCH: Final = frozenset((Mnemonic.VMLAUNCH, Mnemonic.VMRESUME, Mnemonic.VMCALL, Mnemonic.VMMCALL, Mnemonic.VMRUN))
 
 
 def checks_alignment(state: CpuState) -> bool:
@@ -36,7 +53,11 @@ def checks_alignment(state: CpuState) -> bool:
 
 def is_needed(state: CpuState) -> bool:
     """Whether instructions must be looked at one by one."""
-    return bool(state.dr7 & _ENABLES) or (bool(state.cr0 & _AM) and checks_alignment(state))
+    return (
+        bool(state.dr7 & _ENABLES)
+        or (bool(state.debugctl) and branches.are_watched(state))
+        or (bool(state.cr0 & _AM) and checks_alignment(state))
+    )
 
 
 def _breakpoints(state: CpuState, kinds: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
@@ -78,8 +99,10 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
 
 
 def step(processor: LogicalProcessor) -> None:
-    """Execute one instruction with breakpoints and alignment checks."""
+    """Execute one instruction with breakpoints, branch records and alignment checks."""
+    state, extension = processor.state, processor.virtualization
     try:
+        instruction = processor.fetch()
         fault, hits = before(processor)
     except InstructionAborted as aborted:
         processor.abort(aborted.cause)
@@ -87,14 +110,39 @@ def step(processor: LogicalProcessor) -> None:
     if fault is not None:
         processor.raise_fault(fault)
         return
-    transitions = processor.transitions_seen
+    rip, traps, transitions = state.rip, state.rflags & _TF, extension and extension.transitions
+    debugctl = state.debugctl
     reload, processor.reload = processor.reload, False
-    event = processor.engine.run(processor.state, STEP, reload=reload)
+    event = processor.engine.run(state, STEP, reload=reload)
     processor.forget_implicit_accesses()
-    processor.handle(event)
-    faulted = isinstance(event, RefusedFill) or (isinstance(event, ExceptionTrap) and event.vector != Vector.DB)
-    if hits and not faulted and processor.transitions_seen == transitions:
-        processor.state.pending_debug |= hits | ENABLED_BREAKPOINT
+    if not processor.handle(event) or (extension and extension.transitions) != transitions:
+        return  # it did not complete, or what follows is on the other side of a VM entry or VM exit
+    if hits:
+        state.pending_debug |= hits | ENABLED_BREAKPOINT
+    if debugctl and instruction is not None:
+        _follow_branch(state, instruction, rip, single_step_on_branches=bool(debugctl & branches.BTF and traps))
+
+
+def _is_taken(instruction: Instruction, rip: int, after: int) -> bool:
+    """Whether ``instruction`` at ``rip``, which completed with RIP ``after``, was a branch, and taken.
+
+    A conditional branch to the very next instruction counts as not taken.
+    """
+    if instruction.mnemonic in _NO_BRANCH:
+        return False
+    flow = Decoder(instruction.bits, instruction.encoding).decode().flow_control
+    if flow in _ALWAYS_TAKEN:
+        return True
+    return flow == FlowControl.CONDITIONAL_BRANCH and after != rip + instruction.length
+
+
+def _follow_branch(state: CpuState, instruction: Instruction, rip: int, *, single_step_on_branches: bool) -> None:
+    """``instruction`` at ``rip`` completed: record it if it is a branch taken, and trap on nothing else if asked to."""
+    if _is_taken(instruction, rip, state.rip):
+        if state.debugctl & branches.LBR:
+            branches.record(state, rip)
+    elif single_step_on_branches:
+        state.pending_debug &= ~PENDING_SINGLE_STEP
 
 
 def port_hits(state: CpuState, port: int, size: int) -> int:

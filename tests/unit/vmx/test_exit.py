@@ -65,7 +65,7 @@ def test_loads_the_host() -> None:
     state.tr, state.idtr.limit, state.gdtr.limit = Segment(0x99, 0x9999, 0x999, 0x83), 9, 9
     state.cr0, state.cr3, state.cr4, state.rflags = 0x33, 0x9000, 0x26A0, 0x10246
     processor.state.dr7 = 0x4FF
-    processor.msrs.values[0x1D9] = 3
+    processor.state.debugctl = 3
     processor.state.activity = Activity.HLT
     processor.state.shadow = Shadow.STI
     processor.state.ldtr = Segment(0x30, 0x3000, 0x7F, 0x82)
@@ -117,7 +117,7 @@ def test_records_only_what_the_exit_defines() -> None:
 def test_debug_controls__saved_if_asked_for(save: bool) -> None:
     processor, vmx, _ = launch(*((c.EXIT_SAVE_DEBUG_CONTROLS,) if save else ()))
     processor.state.dr7 = 0x4AA
-    processor.msrs.values[0x1D9] = 1
+    processor.state.debugctl = 1
     vmx.vmcall()
     assert read(vmx, f.GUEST_DR7, f.GUEST_IA32_DEBUGCTL) == ([0x4AA, 1] if save else [0x400, 0])
 
@@ -176,6 +176,16 @@ def test_pending_debug_exceptions(record: VmExit, shadow: Shadow, saved: bool) -
     vmx.exit(record)
     assert read(vmx, f.GUEST_PENDING_DEBUG_EXCEPTIONS) == [0x4000 if saved else 0]
     assert processor.state.pending_debug == 0
+
+
+@pytest.mark.parametrize(("debugctl", "saved"), [(0, 0x4000), (2, 0)], ids=["each instruction", "branches"])
+def test_single_step_in_the_shadow_of_mov_ss__is_saved_as_pending(debugctl: int, saved: int) -> None:
+    """VM entry demands it of a guest in that state."""
+    processor, vmx, _ = launch()
+    processor.state.shadow, processor.state.debugctl = Shadow.MOV_SS, debugctl
+    processor.state.rflags |= 1 << 8
+    vmx.exit(VmExit(Reason.CPUID))
+    assert read(vmx, f.GUEST_PENDING_DEBUG_EXCEPTIONS) == [saved]
 
 
 @pytest.mark.parametrize("flag", [None, 0, 1])
