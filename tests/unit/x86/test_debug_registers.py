@@ -77,6 +77,16 @@ class TestHeldBackByMovSs:
         bench.run()
         assert (bench.state.dr6, bench.memory.read_u64(STACK - 40)) == (DR6_RESET | 0x4002, CODE + 1)
 
+    @pytest.mark.parametrize("faulting", ["0f0b", "0f21c0"], ids=["UD2", "general detect"])
+    def test_single_step_of_mov_ss__is_lost_if_the_next_instruction_faults(self, faulting: str) -> None:
+        state = long_mode()
+        state.dr7, state.rflags = state.dr7 | GD, state.rflags | TF
+        bench = delivering_bench("8ed0" + faulting, state, 1, 6)  # MOV SS, AX
+        bench.state.gpr[0] = 0x10
+        bench.run()
+        assert bench.state.gpr[4] == STACK - 40  # one frame
+        assert bench.state.dr6 == (DR6_RESET | BD if faulting != "0f0b" else DR6_RESET)
+
     def test_int1_while_single_stepping__does_not_report_the_step(self) -> None:
         bench = delivering_bench("8ed0f1", long_mode(), 1)  # MOV SS, AX; INT1
         bench.state.gpr[0] = 0x10

@@ -22,6 +22,7 @@ from vtx.x86.linear import LinearMemory
 from vtx.x86.outcome import Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import CpuState, Gpr, Segment, SegmentRegister, Shadow
+from vtx.x86.watch import PENDING_SINGLE_STEP
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -55,6 +56,13 @@ def _load(cpu: LogicalProcessor, selector: int) -> None:
     cpu.changed_system_state()
 
 
+def _cast_shadow(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """Retire the instruction, without the single-step trap: it is not held back like data breakpoints, but lost."""
+    cpu.retire(instruction)
+    cpu.state.pending_debug &= ~PENDING_SINGLE_STEP
+    cpu.state.shadow = Shadow.MOV_SS
+
+
 def is_stack_segment_load(instruction: Instruction) -> bool:
     """Whether a MOV is one to SS."""
     return instruction.code in _MOVES_TO_SEGMENT and instruction.system_registers[0] == _SS
@@ -63,8 +71,7 @@ def is_stack_segment_load(instruction: Instruction) -> bool:
 def move(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """MOV to SS."""
     _load(cpu, read_operand(cpu, instruction, 1, 2))
-    cpu.retire(instruction)
-    cpu.state.shadow = Shadow.MOV_SS
+    _cast_shadow(cpu, instruction)
 
 
 def pop(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -72,8 +79,7 @@ def pop(cpu: LogicalProcessor, instruction: Instruction) -> None:
     stack = Stack.of(cpu.state, cpu.mmu)
     _load(cpu, stack.pop(instruction.operand_size) & 0xFFFF)
     cpu.state.gpr[Gpr.RSP] = stack.pointer
-    cpu.retire(instruction)
-    cpu.state.shadow = Shadow.MOV_SS
+    _cast_shadow(cpu, instruction)
 
 
 def load_far_pointer(cpu: LogicalProcessor, instruction: Instruction) -> None:
