@@ -45,7 +45,7 @@ from vtx.vmx.view import ControlView
 from vtx.vmx.vm_functions import vmfunc
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
-from vtx.x86.operations import Operation, TaskSwitch
+from vtx.x86.operations import Operation, TaskSwitch, WriteMsrList
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import SecondLevelFault, SubPageWrite
 from vtx.x86.state import MASK64, Activity
@@ -57,7 +57,8 @@ _CR0_SHADOW: Final = f.CR0_READ_SHADOW.encoding
 _CR4_SHADOW: Final = f.CR4_READ_SHADOW.encoding
 _TSC_FRACTION_BITS: Final = 48
 
-# Instructions that a clear secondary control turns into invalid opcodes.
+_TERTIARY: Final = 32  # where the tertiary controls begin, above the secondary ones
+# Instructions that a clear secondary or tertiary control turns into invalid opcodes.
 _ENABLED_BY: Final[dict[int, int]] = {
     Mnemonic.RDTSCP: c.ENABLE_RDTSCP.mask,
     Mnemonic.RDPID: c.ENABLE_RDTSCP.mask,
@@ -69,6 +70,8 @@ _ENABLED_BY: Final[dict[int, int]] = {
     Mnemonic.TPAUSE: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
     Mnemonic.UMONITOR: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
     Mnemonic.UMWAIT: c.ENABLE_USER_WAIT_AND_PAUSE.mask,
+    Mnemonic.RDMSRLIST: c.ENABLE_MSR_LIST_INSTRUCTIONS.mask << _TERTIARY,
+    Mnemonic.WRMSRLIST: c.ENABLE_MSR_LIST_INSTRUCTIONS.mask << _TERTIARY,
 }
 
 
@@ -226,7 +229,7 @@ class Vmx:
         """See `Virtualization.is_disabled`."""
         needed = _ENABLED_BY.get(instruction.mnemonic)
         view = self.operation.view
-        return needed is not None and view is not None and not view.secondary & needed
+        return needed is not None and view is not None and not (view.secondary | view.tertiary << _TERTIARY) & needed
 
     def intercept(self, operation: Operation, instruction: Instruction) -> bool:
         """See `Virtualization.intercept`."""
@@ -242,6 +245,8 @@ class Vmx:
             )
         if type(operation) is TaskSwitch:
             record = events.task_switch_exit(record, operation.delivering)
+        elif type(operation) is WriteMsrList:
+            active.vmcs[f.MSR_DATA] = operation.value
         self._exit(record)
         return True
 

@@ -144,6 +144,21 @@ class WriteMsr:
 
 
 @frozen
+class ReadMsrList:
+    """RDMSRLIST comes to the MSR of ``index``."""
+
+    index: int
+
+
+@frozen
+class WriteMsrList:
+    """WRMSRLIST comes to the MSR of ``index``, with ``value`` for it."""
+
+    index: int
+    value: int
+
+
+@frozen
 class PortIo:
     """IN, OUT, INS or OUTS of ``size`` bytes; ``linear`` is the address of a string operand's memory."""
 
@@ -199,6 +214,8 @@ Operation = (
     | SoftwareInterrupt
     | ReadMsr
     | WriteMsr
+    | ReadMsrList
+    | WriteMsrList
     | PortIo
     | TaskSwitch
     | RaiseException
