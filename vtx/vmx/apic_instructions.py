@@ -56,6 +56,12 @@ def virtualize(operation: VmxOperation, action: Operation, instruction: Instruct
     return True
 
 
+def is_virtual_register(operation: VmxOperation, index: int) -> bool:
+    """Whether MSR ``index`` may stand for a register on the virtual-APIC page."""
+    view = operation.view
+    return view is not None and bool(view.secondary & _X2APIC_MODE) and _FIRST_MSR <= index <= _LAST_MSR
+
+
 def _is_read_virtually(apic: VirtualApic, index: int) -> bool:
     return index == _TPR_MSR or (apic.register_virtualization and _FIRST_MSR <= index <= _LAST_MSR)
 

@@ -173,6 +173,18 @@ def _wrmsr(guest: Guest, operation: op.WriteMsr, instruction: Instruction) -> Vm
     return _of_instruction(Reason.WRMSR, instruction) if _msr_exits(guest, operation.index, 0x800) else None
 
 
+def _rdmsrlist(guest: Guest, operation: op.ReadMsrList, instruction: Instruction) -> VmExit | None:
+    if not _msr_exits(guest, operation.index, 0):
+        return None
+    return _of_instruction(Reason.RDMSRLIST, instruction, operation.index)
+
+
+def _wrmsrlist(guest: Guest, operation: op.WriteMsrList, instruction: Instruction) -> VmExit | None:
+    if not _msr_exits(guest, operation.index, 0x800):
+        return None
+    return _of_instruction(Reason.WRMSRLIST, instruction, operation.index)
+
+
 def _port_exits(guest: Guest, port: int, size: int) -> bool:
     if guest.view.io_bitmaps is None:
         return bool(guest.view.primary & c.UNCONDITIONAL_IO_EXITING.mask)
@@ -281,6 +293,8 @@ _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | Non
     op.SoftwareInterrupt: _never,
     op.ReadMsr: _rdmsr,
     op.WriteMsr: _wrmsr,
+    op.ReadMsrList: _rdmsrlist,
+    op.WriteMsrList: _wrmsrlist,
     op.PortIo: _port_io,
     op.TaskSwitch: _task_switch,
     op.RaiseException: _exception,

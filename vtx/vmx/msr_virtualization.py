@@ -10,12 +10,13 @@ from typing import Final
 
 from vmcs import controls as c
 from vmcs import fields as f
+from vtx.vmx.apic_instructions import is_virtual_register
 from vtx.vmx.execution import complete
 from vtx.vmx.operation import VmxOperation
 from vtx.x86.decode import Instruction
 from vtx.x86.msr_table import IA32_SPEC_CTRL
-from vtx.x86.operations import Operation, ReadMsr, WriteMsr
-from vtx.x86.outcome import gp
+from vtx.x86.operations import Operation, ReadMsr, ReadMsrList, WriteMsr, WriteMsrList
+from vtx.x86.outcome import NotModelled, gp
 from vtx.x86.state import MASK32, Gpr
 
 _VIRTUALIZE: Final = c.VIRTUALIZE_IA32_SPEC_CTRL.mask
@@ -36,6 +37,10 @@ def virtualize(operation: VmxOperation, action: Operation, instruction: Instruct
                 return False
             if not written:
                 raise gp(0)
+        case ReadMsrList(index=index) | WriteMsrList(index=index):
+            if _is_virtualized(operation, index) or is_virtual_register(operation, index):
+                raise NotModelled("RDMSRLIST or WRMSRLIST of an MSR that is virtualized")
+            return False
         case _:
             return False
     complete(operation.processor.state, instruction)

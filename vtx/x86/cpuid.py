@@ -173,10 +173,11 @@ def _monitor(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
 
 
 def _structured_features(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
+    more = profile.feature_words.get((7, 1), ZERO)
     if subleaf:
-        return ZERO
-    eax, ebx, ecx, edx = profile.feature_words.get((7, 0), ZERO)
-    return eax, ebx, ecx | (OSPKE if dynamic.cr4 & Cr4.PKE else 0), edx
+        return more if subleaf == 1 else ZERO
+    _, ebx, ecx, edx = profile.feature_words.get((7, 0), ZERO)
+    return int(more != ZERO), ebx, ecx | (OSPKE if dynamic.cr4 & Cr4.PKE else 0), edx
 
 
 def _topology(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:

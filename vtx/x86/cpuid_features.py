@@ -156,6 +156,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
         {4: "FSRM", 5: "UINTR", 10: "MD_CLEAR", 20: "CET_IBT", 26: "SPEC_CTRL", 27: "STIBP", 28: "L1D_FLUSH"}
         | {29: "ARCH_CAPABILITIES", 31: "SSBD"},
     ),
+    (7, 1, EAX, {27: "MSRLIST"}),
     (0xD, 1, EAX, {0: "XSAVEOPT", 1: "XSAVEC", 2: "XGETBV_1", 3: "XSAVES"}),
     (0x8000_0001, 0, ECX, {0: "LAHF64", 2: "SVM", 4: "AltMovCr8", 5: "LZCNT", 8: "PREFETCHW", 12: "SKINIT"}),
     (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 22: "MmxExt", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),

@@ -233,6 +233,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(IA32_PAT, "IA32_PAT", reset=_PAT_RESET, features=("PAT",), check=_pat),
     Msr(0x2FF, "IA32_MTRR_DEF_TYPE", writable=0xCFF, features=("MTRR",), check=_mtrr_type),
     Msr(IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE", features=("TSC-Deadline",)),
+    Msr(0x2F, "IA32_BARRIER", writable=0, features=("MSRLIST",)),
     Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
     Msr(0xDA0, "IA32_XSS", writable=0, features=("XSAVES",)),

@@ -48,6 +48,7 @@ CONTROL_FEATURES: Final = {
     "load PKRS": "PKS",
     "load IA32_SPEC_CTRL": "SPEC_CTRL",
     "virtualize IA32_SPEC_CTRL": "SPEC_CTRL",
+    "enable MSR-list instructions": "MSRLIST",
     "clear UINV": "UINTR",
     "load UINV": "UINTR",
 }

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
 
+def read_msr(cpu: LogicalProcessor, index: int) -> int:
+    """The value of an MSR for software that may have it; #GP(0) if there is none."""
+    value = cpu.msrs.read(index)
+    if value is None:
+        raise gp(0)
+    extension = cpu.virtualization
+    if index == IA32_TIME_STAMP_COUNTER and extension is not None and extension.non_root:
+        value = extension.guest_tsc(value)
+    return value
+
+
 def rdmsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RDMSR. In non-root operation the time-stamp counter is offset as for RDTSC."""
     require_ring_0(cpu)
@@ -24,12 +35,7 @@ def rdmsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     index = gpr[Gpr.RCX] & MASK32
     if cpu.intercepts(ReadMsr(index), instruction):
         return
-    value = cpu.msrs.read(index)
-    if value is None:
-        raise gp(0)
-    extension = cpu.virtualization
-    if index == IA32_TIME_STAMP_COUNTER and extension is not None and extension.non_root:
-        value = extension.guest_tsc(value)
+    value = read_msr(cpu, index)
     gpr[Gpr.RAX], gpr[Gpr.RDX] = value & MASK32, value >> 32
     cpu.retire(instruction)
 

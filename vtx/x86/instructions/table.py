@@ -15,6 +15,7 @@ from vtx.x86.instructions import (
     identification,
     missing,
     msr,
+    msr_list,
     port_io,
     stack_segment,
     system,
@@ -31,7 +32,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, stack_segment, descriptor_tables, flow, tasks),
-        *(port_io, missing, wait),
+        *(port_io, missing, wait, msr_list),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
