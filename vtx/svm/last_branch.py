@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Final
 from vmcs.vmcb import layouts
 from vtx.svm import control_block
 from vtx.svm import places as at
-from vtx.x86.msr_table import IA32_DEBUGCTL
+from vtx.x86.state import CpuState, LastBranch
 
 if TYPE_CHECKING:
     from vtx.svm.operation import SvmOperation
 
-# In the order of the fields from DBGCTL on.
-RECORD_MSRS: Final = (IA32_DEBUGCTL, 0x1DB, 0x1DC, 0x1DD, 0x1DE)
+_PLACES: Final = range(at.DBGCTL, at.DBGCTL + 5)  # up to LASTEXCPTO
 
 
 def is_virtualized(operation: SvmOperation) -> bool:
@@ -30,18 +29,28 @@ def swap_in(operation: SvmOperation) -> None:
     """At VMRUN: put the host's record aside, load the guest's."""
     operation.host_branches = None
     if is_virtualized(operation):
-        msrs, values = operation.processor.msrs.values, operation.vmcb.values
-        operation.host_branches = tuple(msrs[index] for index in RECORD_MSRS)
-        for place, index in enumerate(RECORD_MSRS, at.DBGCTL):
-            msrs[index] = values[place]
+        state, values = operation.processor.state, operation.vmcb.values
+        operation.host_branches = _of(state)
+        _load(state, tuple(values[place] for place in _PLACES))
 
 
 def swap_out(operation: SvmOperation) -> None:
     """At #VMEXIT: store the guest's record, load the host's."""
     if operation.host_branches is None:
         return
-    msrs, values = operation.processor.msrs.values, operation.vmcb.values
-    for place, index in enumerate(RECORD_MSRS, at.DBGCTL):
-        values[place] = msrs[index]
+    state, values = operation.processor.state, operation.vmcb.values
+    for place, value in zip(_PLACES, _of(state), strict=True):
+        values[place] = value
     control_block.write(operation.processor.memory, operation.address, values, (control_block.LAST_BRANCH,))
-    msrs.update(zip(RECORD_MSRS, operation.host_branches, strict=True))
+    _load(state, operation.host_branches)
+
+
+def _of(state: CpuState) -> tuple[int, ...]:
+    """DebugCtl and the record, in the order of the fields."""
+    last = state.last_branch
+    return state.debugctl, last.from_ip, last.to_ip, last.exception_from_ip, last.exception_to_ip
+
+
+def _load(state: CpuState, values: tuple[int, ...]) -> None:
+    state.debugctl = values[0]
+    state.last_branch = LastBranch(*values[1:])
