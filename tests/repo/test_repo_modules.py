@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 from repository import Module, modules
@@ -57,3 +58,9 @@ def test_reads_no_clock_and_rolls_no_dice(module: Module) -> None:
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
     }
     assert not imported & {"time", "datetime", "random", "secrets", "uuid"}
+
+
+def test_ram_is_written_past_the_memory_only_where_that_is_noted() -> None:
+    """What writes to ``PhysicalMemory.backing`` must tell, or snapshots and translated code miss it."""
+    users = {module.name for module in modules() if re.search(r"\b_?memory\.backing\b", module.path.read_text())}
+    assert users == {"vtx.engine.unicorn_engine", "vtx.svm.control_block"}

@@ -15,6 +15,7 @@ from attrs import asdict, frozen
 
 from vtx.board import SavedDevices
 from vtx.boot.image import BootOptions
+from vtx.svm.saved import SavedSvm, restore_svm, save_svm
 from vtx.vmx.saved import SavedVmx, restore_vmx, save_vmx
 from vtx.x86.memory_image import MemoryImage
 from vtx.x86.profile import Profile
@@ -59,10 +60,11 @@ class Configuration:
 
 @frozen
 class SavedCpu:
-    """One processor with its virtualization extension."""
+    """One processor with its virtualization extension, of which it has one."""
 
     processor: SavedProcessor
-    vmx: SavedVmx
+    vmx: SavedVmx | None
+    svm: SavedSvm | None
     init_pending: bool
 
 
@@ -106,7 +108,7 @@ def capture(machine: Machine) -> Snapshot:
             planned=machine.scheduler.planned,
             image=machine.image,
         ),
-        cpus=tuple(SavedCpu(save_processor(cpu), save_vmx(cpu.vmx), cpu.init_pending) for cpu in machine.cpus),
+        cpus=tuple(_save_cpu(cpu) for cpu in machine.cpus),
         devices=machine.board.save(),
         ram=machine.history.save(),
     )
@@ -127,8 +129,21 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     machine.set_time(run.running, run.latest)
 
 
+def _save_cpu(cpu: Cpu) -> SavedCpu:
+    amd = cpu.profile.is_amd
+    return SavedCpu(
+        processor=save_processor(cpu),
+        vmx=None if amd else save_vmx(cpu.vmx),
+        svm=save_svm(cpu.svm) if amd else None,
+        init_pending=cpu.init_pending,
+    )
+
+
 def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:
-    restore_vmx(cpu.vmx, saved.vmx)
+    if saved.vmx is not None:
+        restore_vmx(cpu.vmx, saved.vmx)
+    if saved.svm is not None:
+        restore_svm(cpu.svm, saved.svm)
     restore_processor(cpu, saved.processor)
     cpu.init_pending = saved.init_pending
 

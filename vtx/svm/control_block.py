@@ -81,8 +81,7 @@ def write(memory: PhysicalMemory, address: int, values: Sequence[int], parts: Se
         assert offset is not None
         for part in parts:
             part.packing.pack_into(memory.backing, offset + part.offset, *values[part.first : part.end])
-        if address >> PAGE_SHIFT in memory.code_pages:
-            memory.code_written(address >> PAGE_SHIFT)
+        memory.note_written(address >> PAGE_SHIFT)
         return
     for part in parts:
         memory.write(address + part.offset, part.packing.pack(*values[part.first : part.end]))

@@ -63,6 +63,7 @@ class NestedPaging:
         gmet: bool,
     ) -> None:
         self.memory = memory
+        self.host_cr4, self.host_efer = host.cr4, host.efer
         self._gmet = gmet
         self._context = PagingContext(
             int(Cr0.PG | Cr0.WP),

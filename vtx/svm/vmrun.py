@@ -28,7 +28,7 @@ from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA
 from vtx.x86.outcome import Vector
 from vtx.x86.paging import load_pdptrs
 from vtx.x86.second_level import SecondLevel
-from vtx.x86.state import MASK64, Cr0, Cr4, Efer, Rflags
+from vtx.x86.state import MASK64, CpuState, Cr0, Cr4, Efer, Rflags
 
 _PG: Final = int(Cr0.PG)
 _PAE: Final = int(Cr4.PAE)
@@ -103,13 +103,14 @@ def _pdptes(operation: SvmOperation) -> tuple[int, int, int, int] | None:
     return found if isinstance(found, tuple) else None
 
 
-def _second_level(operation: SvmOperation) -> SecondLevel:
+def second_level_of(operation: SvmOperation, host: CpuState) -> SecondLevel:
+    """The nested paging of the guest, for the host's control registers as they are in ``host``, or none."""
     if not operation.nested_paging:
         return NO_SECOND_LEVEL
     processor, values = operation.processor, operation.vmcb.values
     return NestedPaging(
         values[at.N_CR3],
-        processor.state,
+        host,
         processor.memory,
         processor.profile.physical_address_width,
         page1gb=processor.profile.has("PAGE1GB"),
@@ -121,7 +122,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
     """Past the point where VMRUN can fail: load the guest, switch translation, inject."""
     processor, values = operation.processor, operation.vmcb.values
     state = processor.state
-    second_level = _second_level(operation)
+    second_level = second_level_of(operation, state)
     operation.guest_mode = True
     operation.transitions += 1
     operation.read_intercepts()

@@ -170,6 +170,12 @@ class PhysicalMemory:
             address += length
             position += length
 
+    def note_written(self, page: int) -> None:
+        """Somebody stored to RAM through ``backing``, in the page of this number: has to be called every time."""
+        self.dirty.add(page)
+        if page in self.code_pages:
+            self.code_written(page)
+
     def put_pages(self, pages: Collection[int], contents: Callable[[int], bytes]) -> None:
         """Store what ``contents`` gives for each of the RAM pages of these numbers. Not noted in ``dirty``."""
         view, low_end = self._bytes, self._low_end

@@ -6,11 +6,15 @@ from flat_guest import COUNTER, EXIT_0, ICR, SOFTWARE_ENABLE, START, machine_wit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmcs.vmcb.fields import BY_NAME, Vmcb
 from vtx.events import TraceEvent
 from vtx.machine import Machine, StopReason
 from vtx.snapshot import SnapshotError
+from vtx.svm.operation import SvmOperation
+from vtx.svm.saved import SavedSvm
 from vtx.vmx.operation import ActiveVmcs, VmxOperation
 from vtx.x86.profile import load_profile
+from vtx.x86.state import Segment
 
 MIB = 1 << 20
 # 16-bit: XOR AX, AX; MOV DS, AX; again: LOCK INC WORD [COUNTER]; PAUSE; CMP WORD [COUNTER], 600; JB again; HLT
@@ -224,3 +228,77 @@ def test_every_field_of_vmx_is_accounted_for() -> None:
     assert {each.name for each in fields(VmxOperation)} == set(f"{saved} {built_in} {derived}".split())
     derived = "view second_level virtual_apic context checked"
     assert {each.name for each in fields(ActiveVmcs)} == set(f"pointer vmcs {derived}".split())
+
+
+# --- A guest of SVM with nested paging ---
+
+VMCB, HOST_SAVE, GUEST_CODE, NESTED_TABLE = 0x5000, 0x6000, 0x3000, 0x4000
+RUN_GUEST = bytes.fromhex(
+    "b9800000c0 b800100000 31d2 0f30"  # EFER.SVME
+    "b9170101c0 b800600000 0f30"  # VM_HSAVE_PA = HOST_SAVE
+    "b800500000 0f01d8"  # VMRUN of VMCB
+    "a170500000 baf4000000 ef f4"  # OUT 0F4H, EXITCODE
+)
+COUNT_AND_CALL = bytes.fromhex("b964000000 ff0500900000 49 75f7 0f01d9")  # 100 times INC DWORD [COUNTER]; VMMCALL
+
+
+def svm_machine() -> Machine:
+    machine = Machine(memory=1 << 20, profile="zen-server")
+    vmcb = Vmcb()
+    for name in ("ES", "CS", "SS", "DS"):
+        vmcb[BY_NAME[f"{name} attributes"]] = 0xC9B if name == "CS" else 0xC93
+        vmcb[BY_NAME[f"{name} limit"]] = 0xFFFF_FFFF
+    intercepts = {"intercept vector 3": 1 << 24, "intercept vector 4": 0b11}  # HLT; VMRUN and VMMCALL
+    state = {
+        "EFER": 0x1000,
+        "CR0": 0x11,
+        "RFLAGS": 2,
+        "RIP": GUEST_CODE,
+        "RSP": 0x8000,
+        "DR6": 0xFFFF0FF0,
+        "DR7": 0x400,
+    }
+    nested = {
+        "guest ASID": 1,
+        "nested paging and encryption control": 1,
+        "N_CR3": NESTED_TABLE,
+        "G_PAT": 0x7040600070406,
+    }
+    for name, value in (intercepts | state | nested).items():
+        vmcb[BY_NAME[name]] = value
+    for address, data in (
+        (VMCB, vmcb.to_image()),
+        (NESTED_TABLE, (0x87).to_bytes(4, "little")),
+        (GUEST_CODE, COUNT_AND_CALL),
+        (0x1000, RUN_GUEST),
+    ):
+        machine.memory.write(address, data)
+    cpu = machine.cpu.state
+    cpu.cr0, cpu.cr3, cpu.cr4, cpu.rip = 0x8000_0011, NESTED_TABLE, 0x10, 0x1000
+    cpu.segments[:] = [Segment(0x10, 0, 0xFFFF_FFFF, 0xC093) for _ in range(6)]
+    cpu.segments[1] = Segment(8, 0, 0xFFFF_FFFF, 0xC09B)
+    machine.cpu.load_control_state()
+    return machine
+
+
+@pytest.mark.parametrize("instructions", [5, 9, 10, 11, 150, 308, 311])
+def test_svm_guest_continues_alike(instructions: int) -> None:
+    machine, whole = svm_machine(), svm_machine()
+    result = whole.run(max_instructions=1000)
+    assert result.exit_value == 0x81
+    assert whole.memory.read_u32(COUNTER) == 100
+    machine.run(max_instructions=instructions)
+    assert machine.cpu.svm.non_root == (9 <= instructions <= 310)
+    snapshot = machine.snapshot()
+    other = Machine(memory=1 << 20, profile="zen-server")
+    for each in (machine, other):
+        for _ in range(2):
+            each.restore(snapshot)
+            assert each.run(max_instructions=1000) == result
+            assert each.memory.read_u32(COUNTER) == 100
+
+
+def test_every_field_of_svm_is_accounted_for() -> None:
+    built_in, derived = {"processor", "features", "observer"}, {"last_failure"}
+    saved = {each.name for each in fields(SavedSvm)} - {"host_cr4", "host_efer"}
+    assert {each.name for each in fields(SvmOperation)} == saved | built_in | derived
