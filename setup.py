@@ -1,9 +1,10 @@
-"""The one thing pyproject.toml cannot say: an optional C extension (without a compiler the Python fallback serves)."""
+"""The one thing pyproject.toml cannot say: optional C extensions (without a compiler their twins in Python serve)."""
 
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
-        Extension("vtx.engine._blockclock", ["vtx/engine/_blockclock.c"], optional=True, extra_compile_args=["-O2"])
+        Extension(f"vtx.engine.{name}", [f"vtx/engine/{name}.c"], optional=True, extra_compile_args=["-O2"])
+        for name in ("_blockclock", "_transfer")
     ]
 )

@@ -105,11 +105,9 @@ class Cpu(LogicalProcessor):
         extension = self.virtualization
         return extension is not None and extension.init_is_blocked
 
-    def run_once(self, until: int | None = None) -> None:
-        """As every processor; a pending INIT comes first."""
-        if self.init_pending and self._take_init():
-            return
-        super().run_once(until)
+    def _is_ready(self) -> bool:
+        """As for every processor; a pending INIT comes first."""
+        return not (self.init_pending and self._take_init()) and super()._is_ready()
 
     def _take_init(self) -> bool:
         if not self.init_pending or self._init_is_blocked():

@@ -12,16 +12,24 @@ from typing import Any, Final
 
 from vtx.engine import layout, native
 from vtx.engine.code_view import SWITCHES_TASKS
+from vtx.engine.transfer import register_transfer
 from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 
 _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
 _AC: Final = int(Rflags.AC)
-_LAZY: Final = layout.ARITHMETIC_FLAGS | _DF  # not in EFLAGS while the engine runs
 _AM: Final = int(Cr0.AM)
 _QWORD: Final = struct.Struct("<Q")
 _DWORD: Final = struct.Struct("<I")
 _CONTROL_REGISTERS: Final = struct.Struct("<5Q")
+
+
+def _kind(hidden: int) -> int:
+    if hidden & layout.CODE64:
+        return 64
+    bits = 32 if hidden & layout.CS32 else 16
+    tasks = hidden & layout.PROTECTED and not hidden & layout.LONG_MODE_ACTIVE
+    return bits | SWITCHES_TASKS if tasks else bits
 
 
 class Context:
@@ -31,19 +39,18 @@ class Context:
     block.
     """
 
-    def __init__(self, handle: ctypes.c_void_p, vmcb_frame: int) -> None:
+    def __init__(self, handle: ctypes.c_void_p, vmcb_frame: int, *, allow_compiled: bool) -> None:
         self._handle = handle
         self._library: Any = native.library
         self._context = ctypes.c_void_p()
         native.check(self._library.uc_context_alloc(handle, ctypes.byref(self._context)), "a context")
         self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
         self._image = image = memoryview(self._buffer).cast("B")
-        self._flags = ctypes.c_uint64()
-        self._flags_pointer = ctypes.byref(self._flags)
+        self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
         self._rflags = 0
         self._segments = image[layout.SEGMENTS : layout.SEGMENTS_END]
         self._segment_bytes = b""
-        self._hidden_flags = 0
+        self._hidden = self._hidden_flags = 0
         self._traps_popf = False
         self.save()
         self.power_up_fpu = self.fpu()
@@ -59,11 +66,11 @@ class Context:
 
     def save(self) -> None:
         """Take the state out of the processor."""
-        self._library.uc_context_save(self._handle, self._context)
+        self._transfer.save()
 
     def restore(self) -> None:
         """Put the state into the processor."""
-        self._library.uc_context_restore(self._handle, self._context)
+        self._transfer.restore()
 
     def copy(self) -> bytes:
         """The saved state, for `restore_copy`."""
@@ -88,16 +95,7 @@ class Context:
     def code_kind(self) -> int:
         """Kind of the code (see `vtx.engine.code_view`)."""
         (hidden,) = _DWORD.unpack_from(self._image, layout.HFLAGS)
-        if hidden & layout.CODE64:
-            return 64
-        bits = 32 if hidden & layout.CS32 else 16
-        tasks = hidden & layout.PROTECTED and not hidden & layout.LONG_MODE_ACTIVE
-        return bits | SWITCHES_TASKS if tasks else bits
-
-    def place(self) -> tuple[int, int]:
-        """Linear address of the next instruction, and kind of the code."""
-        rip, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
-        return (rip, 64) if hidden & layout.CODE64 else (self.linear_rip(), self.code_kind())
+        return _kind(hidden)
 
     def privilege(self) -> tuple[int, bool]:
         """Current privilege level, and RFLAGS.AC."""
@@ -159,18 +157,9 @@ class Context:
             _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
         self.restore()
 
-    def reload_registers(self, state: CpuState) -> None:
-        """Put GPRs, RIP and RFLAGS back into the processor, after `store` in the middle of a run."""
-        image, rflags = self._image, state.rflags
-        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
-        if rflags != self._rflags:
-            # Nothing derives the lazy flags from EFLAGS in the middle of a run.
-            arithmetic, direction = rflags & layout.ARITHMETIC_FLAGS, rflags & _DF
-            eager = rflags & ~_LAZY | 2
-            layout.LAZY_FLAGS.pack_into(
-                image, layout.EFLAGS, eager, 0, arithmetic, 0, layout.CC_OP_EFLAGS, -1 if direction else 1
-            )
-        self.restore()
+    def give(self, state: CpuState) -> None:
+        """Put GPRs, RIP and RFLAGS back into the processor, after `take` in the middle of a run."""
+        self._transfer.give(state.gpr, state.rip, state.rflags)
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
@@ -197,28 +186,34 @@ class Context:
         _QWORD.pack_into(self._image, layout.XCR0, state.xcr0)
         self.restore()
 
+    def take(self, state: CpuState) -> tuple[int, int]:
+        """Put GPRs, RIP and RFLAGS into ``state``; linear address and kind of the code at RIP. `take_rest` must follow."""
+        state.rip, state.rflags, self._hidden, linear = self._transfer.take(state.gpr)
+        return linear, _kind(self._hidden)
+
     def store(self, state: CpuState, *, hide_trap_flag: bool) -> bool:
         """Put the saved state into ``state``, with RFLAGS.TF clear if it was set for a step only.
+
+        Returns what `take_rest` does.
+        """
+        self.take(state)
+        self._rflags = state.rflags
+        if hide_trap_flag:
+            state.rflags &= ~_TF
+        return self.take_rest(state)
+
+    def take_rest(self, state: CpuState) -> bool:
+        """Put what is left after `take` into ``state``.
 
         Returns whether interrupts are blocked by an instruction that was executed in the run; ``state.shadow`` is then
         for the caller to set.
         """
-        head = layout.HEAD.unpack_from(self._image, layout.GPR)
-        state.gpr[:] = head[:16]
-        state.rip = head[16]
-        eager, _, carried, _, operation, direction, hidden = head[17:]
-        if operation == layout.CC_OP_EFLAGS:
-            rflags = eager & ~_LAZY | carried & layout.ARITHMETIC_FLAGS | direction & _DF
-        else:
-            self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
-            rflags = self._flags.value
-        self._rflags = rflags
-        state.rflags = rflags & ~_TF if hide_trap_flag else rflags
         segments = self._segments.tobytes()
         if segments != self._segment_bytes:
             self._segment_bytes = segments
             self._store_segments(state, segments)
         (state.kernel_gs_base,) = _QWORD.unpack_from(self._image, layout.KERNEL_GS_BASE)
+        hidden = self._hidden
         self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
         if not hidden & layout.INHIBIT_INTERRUPTS:
             state.shadow = Shadow.NONE

@@ -46,7 +46,7 @@ SEGMENT: Final = struct.Struct("<I4xQII")
 ALL_SEGMENTS: Final = struct.Struct("<" + 10 * "I4xQII")
 REGISTERS: Final = struct.Struct("<17Q")  # GPRs and RIP
 FLAGS: Final = struct.Struct("<QQQQIiII")  # EFLAGS, cc_dst, cc_src, cc_src2, cc_op, direction, hflags, hflags2
-HEAD: Final = struct.Struct("<17QQQQQIiI")  # from the GPRs to the hidden flags, without a gap
+HEAD: Final = struct.Struct("<17QQQQQIiII32xQ")  # those and these, hflags and hflags2, and the base of CS
 PRIVILEGE: Final = struct.Struct("<Q32xI")  # from EFLAGS: it, hflags
 PLACE: Final = struct.Struct("<Q40xI36xQ")  # from RIP: it, hflags, base of CS
 

@@ -108,7 +108,7 @@ class UnicornEngine:
         native.control(self._handle, native.CTL_USE_EXITS, 1)
         self._keep: list[Any] = []
         self._map_memory()
-        self._context = Context(self._handle, VMCB_FRAME)
+        self._context = Context(self._handle, VMCB_FRAME, allow_compiled=allow_compiled)
         self.coherence = coherence or Coherence()
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
         self._code = CodeView(memory)
@@ -227,13 +227,13 @@ class UnicornEngine:
     def _answer(self, known: bool) -> bool:
         """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
         context, shared, state = self._context, self.clock.shared, self._state
-        linear, kind = context.place()
+        linear, kind = context.take(state)
         size = shared.size
         left = shared.address + size - linear
         if left > size:
             left = 0
         place = self._code.place(linear, left, kind, known)
-        if place.answers is False or context.store(state, hide_trap_flag=False):
+        if place.answers is False or context.take_rest(state):
             return False
         if left:
             shared.elapsed -= left
@@ -253,7 +253,7 @@ class UnicornEngine:
         if shared.instruction_limit != UNLIMITED:
             shared.instruction_limit -= 1
         shared.limit = shared.elapsed + budget
-        context.reload_registers(state)
+        context.give(state)
         return True
 
     def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:

@@ -5,6 +5,7 @@ Spec: APM Vol. 2, "Secure Virtual Machine".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from attrs import evolve
@@ -114,6 +115,10 @@ class Svm:
     def execute(self, instruction: Instruction) -> bool:
         """See `Virtualization.execute`."""
         return instructions.execute(self.operation, instruction)
+
+    def shortcut(self, instruction: Instruction) -> Callable[[], bool] | None:
+        """See `Virtualization.shortcut`."""
+        return None
 
     def is_disabled(self, instruction: Instruction) -> bool:
         """SVM has no control that makes an instruction invalid."""

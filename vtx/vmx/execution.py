@@ -147,6 +147,65 @@ def _invalidation(
     return execute
 
 
+# VMREAD and VMWRITE between registers, which every VM exit brings a dozen of, once more without detours. What is out of
+# the ordinary in any way is left to the functions above.
+
+
+def shortcut(operation: VmxOperation, instruction: Instruction) -> Callable[[], bool] | None:
+    """A function that executes ``instruction`` if nothing about it is special, and returns whether it did."""
+    reads = instruction.mnemonic == Mnemonic.VMREAD
+    if instruction.memory is not None or not (reads or instruction.mnemonic == Mnemonic.VMWRITE):
+        return None
+    first, second = instruction.registers[0], instruction.registers[1]
+    if first is None or second is None or first.size != 8:
+        return None
+    destination, source, length = first.number, second.number, instruction.length
+    field_of, writes_any = operation.capabilities.fields.get, operation.capabilities.vmwrite_any_field
+    processor = operation.processor
+
+    def is_special(state: CpuState) -> bool:
+        return (
+            operation.non_root
+            or operation.current is None
+            or operation.vmxon_pointer is None
+            or (operation.observer is not None and operation.observer.traces)
+            or not state.in_64_bit_mode
+            or state.cpl != 0
+            or bool(state.rflags & _TF)
+        )
+
+    def vmread_registers() -> bool:
+        state = processor.state
+        if is_special(state):
+            return False
+        assert operation.current is not None
+        value = operation.current.vmcs.read(state.gpr[source])
+        if value is None:
+            return False
+        state.gpr[destination] = value
+        return succeed(state)
+
+    def vmwrite_registers() -> bool:
+        state = processor.state
+        if is_special(state):
+            return False
+        assert operation.current is not None
+        encoding = state.gpr[destination]
+        field = field_of(encoding)
+        if field is None or (field.read_only and not writes_any):
+            return False
+        operation.current.vmcs.write(encoding, state.gpr[source])
+        return succeed(state)
+
+    def succeed(state: CpuState) -> bool:
+        state.rflags &= ~(_STATUS_FLAGS | _RF)
+        state.rip = state.rip + length & MASK64
+        state.shadow = Shadow.NONE
+        return True
+
+    return vmread_registers if reads else vmwrite_registers
+
+
 ROWS: Final[dict[int, Row]] = {
     Mnemonic.VMXON: Row("VMXON", Reason.VMXON, i.admit_vmxon, _with_address(i.vmxon)),
     Mnemonic.VMXOFF: Row("VMXOFF", Reason.VMXOFF, i.admit, _without_operand(i.vmxoff)),

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Callbacks, each made after the fact; they must not change the machine."""
 
+    @property
+    def traces(self) -> bool:
+        """Whether `vm_instruction` has to be told of instructions that succeed."""
+        ...
+
     def vm_instruction(self, name: str, outcome: Outcome) -> None:
         """A VMX instruction was executed (or called from Python) with this outcome."""
         ...

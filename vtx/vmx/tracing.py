@@ -74,6 +74,11 @@ class VmxTracing:
         self.exit_counts = exit_counts
         self.tracer = tracer
 
+    @property
+    def traces(self) -> bool:
+        """See `Observer.traces`."""
+        return self.tracer is not None
+
     def vm_instruction(self, name: str, outcome: Outcome) -> None:
         """See `Observer.vm_instruction`."""
         if self.explain is not None and isinstance(outcome, VmFailInvalid | VmFailValid):

@@ -9,6 +9,7 @@ Spec: SDM Vol. 3, "Introduction to Virtual Machine Extensions".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from iced_x86 import Mnemonic
@@ -33,7 +34,7 @@ from vtx.vmx import (
 from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.ept import EptMisconfiguration
-from vtx.vmx.execution import execute_directly, execute_instruction
+from vtx.vmx.execution import execute_directly, execute_instruction, shortcut
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.guest_state import always_saved_msrs
 from vtx.vmx.intercepts import Guest, exit_of
@@ -224,6 +225,10 @@ class Vmx:
     def execute(self, instruction: Instruction) -> bool:
         """See `Virtualization.execute`."""
         return execute_instruction(self.operation, instruction)
+
+    def shortcut(self, instruction: Instruction) -> Callable[[], bool] | None:
+        """See `Virtualization.shortcut`."""
+        return shortcut(self.operation, instruction)
 
     def is_disabled(self, instruction: Instruction) -> bool:
         """See `Virtualization.is_disabled`."""

@@ -6,6 +6,7 @@ instructions or before one, with one of the events below; ``CpuState`` then hold
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from attrs import define, frozen
@@ -102,7 +103,7 @@ class Place:
 
     ``rest`` is the number of instructions from here to the end of the engine's block, ``known`` whether the engine
     knows the instruction at all. The other attributes are the client's: what it found here, whether it answers such
-    instructions (None before it looked), and whether they are quiet.
+    instructions (None before it looked), whether they are quiet, and a quicker way to execute them.
     """
 
     rest: int
@@ -110,6 +111,7 @@ class Place:
     instruction: Instruction | None = None
     answers: bool | None = None
     quiet: bool = False
+    shortcut: Callable[[], bool] | None = None
 
 
 class EngineClient(Protocol):

@@ -10,6 +10,7 @@ Spec: SDM Vol. 3, "VMX Non-Root Operation", "Instructions That Cause VM Exits"; 
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 from attrs import field, frozen
 
@@ -45,9 +46,12 @@ class Plain(enum.Enum):
 
 @frozen
 class Simple:
-    """An operation of `Plain`."""
+    """An operation of `Plain`; `SIMPLE` has one of each."""
 
     kind: Plain
+
+
+SIMPLE: Final = {kind: Simple(kind) for kind in Plain}
 
 
 @frozen

@@ -363,16 +363,13 @@ class LogicalProcessor(ProcessorCore):
         After a quiet instruction the rest of the run needs no new planning as long as time stays short of what the run
         was planned for.
         """
-        instruction = place.instruction
-        if instruction is None:
-            try:
-                instruction = place.instruction = self.fetch()
-            except InstructionAborted:
-                return NOT_ANSWERED
-            place.answers = instruction is not None and is_answered(instruction)
-            place.quiet = place.answers and instruction is not None and is_quiet(instruction)
+        instruction = place.instruction or self._look_at(place)
         if not place.answers or instruction is None:
             return NOT_ANSWERED
+        if place.shortcut is not None and self.tracing is None and place.shortcut():
+            self.retired += 1
+            self._extra_ticks += TRAP_TICKS + instruction.length * TICKS_PER_BYTE
+            return self._budget_left()
         try:
             self._perform(instruction, "sensitive instruction" if place.known else "not known to the engine")
         except InstructionAborted as aborted:
@@ -380,6 +377,23 @@ class LogicalProcessor(ProcessorCore):
             return self._replan()
         if self.reload or not place.quiet or self.state.pending_debug:
             return self._replan()
+        return self._budget_left()
+
+    def _look_at(self, place: Place) -> Instruction | None:
+        """Note what is at ``place``; None if its fetch faults, for the ordinary way to find out."""
+        try:
+            instruction = place.instruction = self.fetch()
+        except InstructionAborted:
+            return None
+        place.answers = instruction is not None and is_answered(instruction)
+        if instruction is not None and place.answers:
+            place.quiet = is_quiet(instruction)
+            if self.virtualization is not None:
+                place.shortcut = self.virtualization.shortcut(instruction)
+        return instruction
+
+    def _budget_left(self) -> int:
+        """What is left of the budget of the current run, in bytes of code."""
         planned = self._planned
         if planned is None:
             return UNPLANNED

@@ -9,6 +9,7 @@ Spec: SDM Vol. 3, "VMX Non-Root Operation"; APM Vol. 2, "Secure Virtual Machine"
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -166,6 +167,14 @@ class Virtualization(Protocol):
 
         False if the instruction is not the extension's (the processor then raises #UD). Faults are raised as
         `InstructionAborted`.
+        """
+        ...
+
+    def shortcut(self, instruction: Instruction) -> Callable[[], bool] | None:
+        """A quicker way to `execute` this very instruction again and again, if there is one.
+
+        The function does what `execute` would do and returns True, or returns False and does nothing. It never causes
+        a fault, a VM entry or a VM exit, and what it does goes unobserved.
         """
         ...
 

@@ -191,7 +191,7 @@ SAVED = {
 }
 BUILT_IN = {
     "Cpu": "index count memory profile platform tracing machine socket",
-    "Mmu": "memory physical_address_width page1gb flush_engine",
+    "Mmu": "memory physical_address_width page1gb flush_engine amd",
     "Tlb": "_capacity _tags",
     "Vmx": "",
     "Machine": "profile uart tracer _explain _compiled _coherence history power",

@@ -22,7 +22,7 @@ from vtx.x86.msr_table import (
     IA32_SYSENTER_EIP,
     IA32_SYSENTER_ESP,
 )
-from vtx.x86.operations import Operation, Plain, Simple, SoftwareInterrupt
+from vtx.x86.operations import SIMPLE, Operation, Plain, SoftwareInterrupt
 from vtx.x86.outcome import NotModelled, Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import Cr4, Gpr, Rflags
@@ -58,7 +58,7 @@ def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def debug_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INT1. Data breakpoints that MOV SS holds back are reported by its debug exception: there is one, not two."""
-    if _intercepts(cpu, Simple(Plain.ICEBP), instruction):
+    if _intercepts(cpu, SIMPLE[Plain.ICEBP], instruction):
         return
     kind, held_back = EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, cpu.state.pending_debug & BREAKPOINTS
     cpu.state.pending_debug = 0
@@ -75,7 +75,7 @@ def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """IRET in all its sizes."""
-    if _intercepts(cpu, Simple(Plain.IRET), instruction):
+    if _intercepts(cpu, SIMPLE[Plain.IRET], instruction):
         return
     cpu.changed_system_state()
     traps = cpu.state.rflags & Rflags.TF
@@ -156,7 +156,7 @@ def _require_flags_access(cpu: LogicalProcessor, size: int) -> None:
 
 def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """PUSHF in all its sizes: the engine's own would push RF and VM, which read as zero."""
-    if _intercepts(cpu, Simple(Plain.PUSHF), instruction):
+    if _intercepts(cpu, SIMPLE[Plain.PUSHF], instruction):
         return
     size = _flags_size(instruction)
     _require_flags_access(cpu, size)
@@ -168,7 +168,7 @@ def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def pop_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """POPF in all its sizes; comes here only while single-stepping, or where it may be intercepted."""
-    if _intercepts(cpu, Simple(Plain.POPF), instruction):
+    if _intercepts(cpu, SIMPLE[Plain.POPF], instruction):
         return
     state, size = cpu.state, _flags_size(instruction)
     _require_flags_access(cpu, size)

@@ -9,7 +9,7 @@ from iced_x86 import Mnemonic
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR, Dynamic, cpuid
 from vtx.x86.decode import Instruction
 from vtx.x86.msr_table import IA32_MISC_ENABLE
-from vtx.x86.operations import Plain, Simple
+from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.state import MASK32, Gpr
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def execute_cpuid(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """CPUID."""
-    if cpu.intercepts(Simple(Plain.CPUID), instruction):
+    if cpu.intercepts(SIMPLE[Plain.CPUID], instruction):
         return
     gpr = cpu.state.gpr
     misc_enable = cpu.msrs.values.get(IA32_MISC_ENABLE, MISC_ENABLE_MONITOR)

@@ -12,7 +12,7 @@ from iced_x86 import Mnemonic
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import read_linear, require_feature, require_ring_0
 from vtx.x86.msr_table import IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
-from vtx.x86.operations import Plain, Simple
+from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
 
@@ -34,14 +34,14 @@ _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.
 def hlt(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """HLT."""
     require_ring_0(cpu)
-    if not cpu.intercepts(Simple(Plain.HLT), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.HLT], instruction):
         cpu.retire(instruction)
         cpu.state.activity = Activity.HLT
 
 
 def pause(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """PAUSE."""
-    if not cpu.intercepts(Simple(Plain.PAUSE), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.PAUSE], instruction):
         rip, streak = cpu.spinning
         streak = min(streak + 1, SPIN_LIMIT) if rip == cpu.state.rip else 0
         cpu.spinning = cpu.state.rip, streak
@@ -52,14 +52,14 @@ def pause(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def invd(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INVD: there are no caches."""
     require_ring_0(cpu)
-    if not cpu.intercepts(Simple(Plain.INVD), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.INVD], instruction):
         cpu.retire(instruction)
 
 
 def wbinvd(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """WBINVD: there are no caches."""
     require_ring_0(cpu)
-    if not cpu.intercepts(Simple(Plain.WBINVD), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.WBINVD], instruction):
         cpu.charge(WBINVD_TICKS)
         cpu.retire(instruction)
 
@@ -70,7 +70,7 @@ def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     require_feature(cpu, "MONITOR")
     if state.cpl:
         raise ud()
-    if cpu.intercepts(Simple(Plain.MONITOR), instruction):
+    if cpu.intercepts(SIMPLE[Plain.MONITOR], instruction):
         return
     if state.gpr[Gpr.RCX] & MASK32:
         raise gp(0)
@@ -87,7 +87,7 @@ def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
     require_feature(cpu, "MONITOR")
     if cpu.state.cpl:
         raise ud()
-    if cpu.intercepts(Simple(Plain.MWAIT), instruction):
+    if cpu.intercepts(SIMPLE[Plain.MWAIT], instruction):
         return
     if cpu.state.gpr[Gpr.RCX] & MASK32 & ~1:
         raise gp(0)
@@ -112,7 +112,7 @@ def _require_time_stamp_access(cpu: LogicalProcessor) -> None:
 def rdtsc(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RDTSC."""
     _require_time_stamp_access(cpu)
-    if not cpu.intercepts(Simple(Plain.RDTSC), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.RDTSC], instruction):
         _time_stamp(cpu)
         cpu.retire(instruction)
 
@@ -121,7 +121,7 @@ def rdtscp(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RDTSCP."""
     require_feature(cpu, "RDTSCP")
     _require_time_stamp_access(cpu)
-    if not cpu.intercepts(Simple(Plain.RDTSCP), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.RDTSCP], instruction):
         _time_stamp(cpu)
         cpu.state.gpr[Gpr.RCX] = cpu.msrs.values.get(IA32_TSC_AUX, 0) & MASK32
         cpu.retire(instruction)
@@ -140,7 +140,7 @@ def rdpmc(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RDPMC: only profiles of AMD processors have performance counters; elsewhere every index is invalid."""
     if cpu.state.cpl and cpu.state.protected and not cpu.state.cr4 & Cr4.PCE:
         raise gp(0)
-    if cpu.intercepts(Simple(Plain.RDPMC), instruction):
+    if cpu.intercepts(SIMPLE[Plain.RDPMC], instruction):
         return
     gpr = cpu.state.gpr
     number = gpr[Gpr.RCX] & MASK32
@@ -162,7 +162,7 @@ def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
     state = cpu.state
     _require_osxsave(cpu)
     require_ring_0(cpu)
-    if cpu.intercepts(Simple(Plain.XSETBV), instruction):
+    if cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
         return
     value = (state.gpr[Gpr.RDX] & MASK32) << 32 | state.gpr[Gpr.RAX] & MASK32
     if state.gpr[Gpr.RCX] & MASK32 or value & ~cpu.profile.xcr0_supported or not value & 1:
@@ -189,7 +189,7 @@ def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind: Plain) -> None:
     require_feature(cpu, feature)
-    if cpu.intercepts(Simple(kind), instruction):
+    if cpu.intercepts(SIMPLE[kind], instruction):
         return
     register = instruction.registers[0]
     assert register is not None
@@ -219,7 +219,7 @@ def rdseed(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def rsm(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """RSM outside SMM."""
-    if not cpu.intercepts(Simple(Plain.RSM), instruction):
+    if not cpu.intercepts(SIMPLE[Plain.RSM], instruction):
         raise ud()
 
 
