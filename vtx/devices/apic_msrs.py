@@ -23,8 +23,13 @@ def apic_profile(profile: Profile, apic_id: int, bootstrap: bool) -> ApicProfile
         x2apic=profile.has("x2APIC"),
         tsc_deadline=profile.has("TSC-Deadline"),
         max_physical_address=profile.physical_address_width,
-        timer_input_ticks=crystal_ticks if profile.highest_basic_leaf >= TSC_AND_CRYSTAL_LEAF else 1,
+        timer_input_ticks=crystal_ticks if _has_slow_clock(profile) else 1,
     )
+
+
+def _has_slow_clock(profile: Profile) -> bool:
+    """Whether the timer counts another clock than the time-stamp counter; AMD processors do not tell its frequency."""
+    return profile.is_amd or profile.highest_basic_leaf >= TSC_AND_CRYSTAL_LEAF
 
 
 def bind_local_apic(msrs: MsrFile, apic: LocalApic) -> None:

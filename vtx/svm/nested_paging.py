@@ -73,6 +73,7 @@ class NestedPaging:
             physical_address_width,
             page1gb=page1gb,
             pdptes_in_memory=True,
+            amd=True,
         )
         self._limit = _ADDRESS_BITS[self._context.mode]
         self._tag = n_cr3 & ((1 << 52) - 0x1000) | self._configuration(host)
@@ -85,6 +86,7 @@ class NestedPaging:
                 physical_address_width,
                 page1gb=page1gb,
                 pdptes_in_memory=True,
+                amd=True,
             )
 
     def _configuration(self, host: CpuState) -> int:

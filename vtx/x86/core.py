@@ -71,7 +71,8 @@ class ProcessorCore:
         self.profile = profile
         self.platform = platform
         self.msrs = MsrFile(profile, bootstrap=index == 0)
-        self.mmu = Mmu(memory, profile.physical_address_width, page1gb=profile.has("PAGE1GB"))
+        page1gb, width = profile.has("PAGE1GB"), profile.physical_address_width
+        self.mmu = Mmu(memory, width, page1gb=page1gb, amd=profile.is_amd)
         self.virtualization: Virtualization | None = None
         self.tracing: ProcessorTracing | None = None
         self.random_state = seed & MASK64

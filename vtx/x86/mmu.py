@@ -123,12 +123,14 @@ class Mmu:
         physical_address_width: int,
         *,
         page1gb: bool = True,
+        amd: bool = False,
         flush_engine: Callable[[int | None], None] = lambda page: None,
         tlb: Tlb | None = None,
     ) -> None:
         self.memory = memory
         self.physical_address_width = physical_address_width
         self.page1gb = page1gb
+        self.amd = amd
         self.flush_engine = flush_engine
         self.tlb = tlb or Tlb()
         self.second_level: SecondLevel = IdentitySecondLevel()
@@ -184,6 +186,7 @@ class Mmu:
             pkrs,
             self.page1gb,
             self.second_level.walks_pdptes,
+            self.amd,
         )
 
     @staticmethod

@@ -114,13 +114,15 @@ def _levels_32(width: int, pse: bool) -> tuple[Level, ...]:
     )
 
 
-def _levels_64(mode: PagingMode, width: int, nxe: bool, page1gb: bool) -> tuple[Level, ...]:
+def _levels_64(mode: PagingMode, width: int, nxe: bool, page1gb: bool, amd: bool) -> tuple[Level, ...]:
     # PAE entries reserve everything above the address but XD; in IA-32e modes bits 62:52 are ignored (or the key).
     high = _bits(62, width) if mode is PagingMode.PAE else _bits(51, width)
     high |= 0 if nxe else XD
+    # Where no page can be mapped, AMD processors reserve the global bit too.
+    never_pages = high | PAGE_SIZE_BIT | (GLOBAL if amd else 0)
     levels = (
-        Level("PML5E", 48, NEVER, high | PAGE_SIZE_BIT, 0),
-        Level("PML4E", 39, NEVER, high | PAGE_SIZE_BIT, 0),
+        Level("PML5E", 48, NEVER, never_pages, 0),
+        Level("PML4E", 39, NEVER, never_pages, 0),
         Level("PDPTE", 30, PAGE_SIZE_BIT, high, high | _bits(29, 13))
         if page1gb
         else Level("PDPTE", 30, NEVER, high | PAGE_SIZE_BIT, 0),
@@ -132,7 +134,7 @@ def _levels_64(mode: PagingMode, width: int, nxe: bool, page1gb: bool) -> tuple[
 
 
 @functools.lru_cache(maxsize=64)
-def geometry(mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool) -> Geometry:
+def geometry(mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool, amd: bool = False) -> Geometry:
     """The paging structures of ``mode`` with physical addresses of ``width`` bits.
 
     Spec: SDM Vol. 3, "32-Bit Paging", "PAE Paging", "4-Level Paging and 5-Level Paging" (the tables of entry formats).
@@ -142,7 +144,7 @@ def geometry(mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool) 
     if mode is PagingMode.BITS_32:
         return Geometry(mode, _levels_32(width, pse), 2, 0x3FF, _bits(31, 0), _bits(31, 12))
     linear_bits = {PagingMode.PAE: 32, PagingMode.LEVEL_4: 48, PagingMode.LEVEL_5: 57}[mode]
-    levels = _levels_64(mode, width, nxe, page1gb)
+    levels = _levels_64(mode, width, nxe, page1gb, amd)
     return Geometry(mode, levels, 3, 0x1FF, _bits(linear_bits - 1, 0), _bits(width - 1, 12))
 
 
@@ -162,7 +164,8 @@ class PagingContext:
     """Everything but memory that a translation depends on.
 
     ``pdptrs`` are the four PDPTE registers of PAE paging, unless ``pdptes_in_memory``: then each walk reads its PDPTE,
-    as in nested paging (APM Vol. 2, "Legacy PAE Mode"). ``physical_address_width`` is MAXPHYADDR, in bits.
+    as in nested paging (APM Vol. 2, "Legacy PAE Mode"). ``amd``: reserved bits are those of AMD processors.
+    ``physical_address_width`` is MAXPHYADDR, in bits.
     The attributes below the blank line are derived.
 
     Spec: SDM Vol. 3, "Paging Modes and Control Bits".
@@ -178,6 +181,7 @@ class PagingContext:
     pkrs: int = 0
     page1gb: bool = True
     pdptes_in_memory: bool = False
+    amd: bool = False
 
     mode: PagingMode = field(init=False, eq=False)
     geometry: Geometry = field(init=False, eq=False)
@@ -194,7 +198,7 @@ class PagingContext:
     @geometry.default
     def _geometry(self) -> Geometry:
         nxe, pse = bool(self.efer & Efer.NXE), bool(self.cr4 & Cr4.PSE)
-        return geometry(self.mode, self.physical_address_width, nxe, pse, self.page1gb)
+        return geometry(self.mode, self.physical_address_width, nxe, pse, self.page1gb, self.amd)
 
     @root.default
     def _root(self) -> int:
