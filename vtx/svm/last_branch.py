@@ -5,7 +5,8 @@ Spec: APM Vol. 2, "Last Branch Record Virtualization".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmcs.vmcb import layouts
 from vtx.svm import control_block
@@ -14,8 +15,6 @@ from vtx.x86.state import CpuState, LastBranch
 
 if TYPE_CHECKING:
     from vtx.svm.operation import SvmOperation
-
-_PLACES: Final = range(at.DBGCTL, at.DBGCTL + 5)  # up to LASTEXCPTO
 
 
 def is_virtualized(operation: SvmOperation) -> bool:
@@ -30,8 +29,8 @@ def swap_in(operation: SvmOperation) -> None:
     operation.host_branches = None
     if is_virtualized(operation):
         state, values = operation.processor.state, operation.vmcb.values
-        operation.host_branches = _of(state)
-        _load(state, tuple(values[place] for place in _PLACES))
+        operation.host_branches = _record(state)
+        _load(state, values[at.DBGCTL : at.DBGCTL + at.LAST_BRANCH_FIELDS])
 
 
 def swap_out(operation: SvmOperation) -> None:
@@ -39,18 +38,17 @@ def swap_out(operation: SvmOperation) -> None:
     if operation.host_branches is None:
         return
     state, values = operation.processor.state, operation.vmcb.values
-    for place, value in zip(_PLACES, _of(state), strict=True):
-        values[place] = value
+    values[at.DBGCTL : at.DBGCTL + at.LAST_BRANCH_FIELDS] = _record(state)
     control_block.write(operation.processor.memory, operation.address, values, (control_block.LAST_BRANCH,))
     _load(state, operation.host_branches)
 
 
-def _of(state: CpuState) -> tuple[int, ...]:
-    """DebugCtl and the record, in the order of the fields."""
+def _record(state: CpuState) -> tuple[int, ...]:
+    """DebugCtl and the record, in the order of the fields of the VMCB."""
     last = state.last_branch
     return state.debugctl, last.from_ip, last.to_ip, last.exception_from_ip, last.exception_to_ip
 
 
-def _load(state: CpuState, values: tuple[int, ...]) -> None:
-    state.debugctl = values[0]
-    state.last_branch = LastBranch(*values[1:])
+def _load(state: CpuState, values: Sequence[int]) -> None:
+    state.debugctl, *record = values
+    state.last_branch = LastBranch(*record)

@@ -79,8 +79,8 @@ class SvmOperation:
     In guest mode, ``vmcb`` holds the fields of the control block at ``address`` as VMRUN read them, kept up to date in
     what the guest changes; ``intercepts`` has bit n set for the intercept of that number. ``host_if`` is RFLAGS.IF,
     ``host_nmi_blocked`` the blocking by NMI and ``host_pat`` the PAT as they were at VMRUN; ``host_branches`` is the
-    host's last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs. ``pauses`` is
-    what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE.
+    host's DebugCtl and last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs.
+    ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE.
     """
 
     processor: Processor

@@ -51,3 +51,5 @@ STAR: Final = BY_NAME["STAR"].encoding
 CR2: Final = BY_NAME["CR2"].encoding
 G_PAT: Final = BY_NAME["G_PAT"].encoding
 DBGCTL: Final = BY_NAME["DBGCTL"].encoding
+LAST_BRANCH_FIELDS: Final = 5
+"""DebugCtl and the last-branch record are five fields, from DBGCTL on."""
