@@ -10,7 +10,7 @@ import ctypes
 import struct
 from typing import Any, Final
 
-from vtx.engine import layout, native
+from vtx.engine import layout, native, x87_sse
 from vtx.engine.code_view import SWITCHES_TASKS
 from vtx.engine.transfer import register_transfer
 from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
@@ -53,6 +53,7 @@ class Context:
         self._hidden = self._hidden_flags = 0
         self._traps_popf = False
         self.save()
+        self.set_legacy_area(x87_sse.POWER_UP)
         self.power_up_fpu = self.fpu()
         struct.pack_into("<i", image, layout.OLD_EXCEPTION, -1)
         _QWORD.pack_into(image, layout.VMCB, vmcb_frame)
@@ -127,6 +128,22 @@ class Context:
     def set_fpu(self, fpu: bytes) -> None:
         """Replace the x87/SSE state; it reaches the processor with the next `load`."""
         self._image[layout.FPU : layout.FPU_END] = fpu
+
+    def legacy_area(self) -> bytes:
+        """The x87/SSE state as FXSAVE64 stores it."""
+        return x87_sse.legacy_area(self._image)
+
+    def set_legacy_area(self, area: bytes) -> None:
+        """Replace the x87/SSE state by that of ``area``."""
+        control, mxcsr = x87_sse.set_legacy_area(self._image, area)
+        self.restore()
+        # The library derives the rounding and the like of its arithmetic from these two when they are written.
+        for register, value in (
+            (native.REG_FPCW, ctypes.c_uint16(control)),
+            (native.REG_MXCSR, ctypes.c_uint32(mxcsr)),
+        ):
+            self._library.uc_reg_write(self._handle, register, ctypes.byref(value))
+        self.save()
 
     # From and to the architectural state.
 

@@ -38,6 +38,8 @@ INSN_SYSCALL: Final = x86_const.UC_X86_INS_SYSCALL
 INSN_SYSENTER: Final = x86_const.UC_X86_INS_SYSENTER
 
 REG_EFLAGS: Final = x86_const.UC_X86_REG_EFLAGS
+REG_FPCW: Final = x86_const.UC_X86_REG_FPCW
+REG_MXCSR: Final = x86_const.UC_X86_REG_MXCSR
 
 # No model with RDRAND may serve: it would run natively and make runs differ. A model's lack of SVM does not matter,
 # because the engine sets the guest-mode flag itself.

@@ -518,6 +518,14 @@ class UnicornEngine:
         """The x87/SSE state as opaque bytes, as the last run left it."""
         return self._context.fpu()
 
+    def legacy_area(self) -> bytes:
+        """The x87/SSE state as FXSAVE64 stores it, as the last run left it."""
+        return self._context.legacy_area()
+
+    def set_legacy_area(self, area: bytes) -> None:
+        """Replace the x87/SSE state by that of ``area``."""
+        self._context.set_legacy_area(area)
+
     def resume(self, elapsed: int, instructions: int, fpu: bytes) -> None:
         """Go on from another moment: with these counters and this x87/SSE state."""
         self.clock.set_counters(elapsed, instructions)

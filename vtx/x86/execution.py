@@ -176,6 +176,14 @@ class ExecutionEngine(Protocol):
         """The x87/SSE state as opaque bytes."""
         ...
 
+    def legacy_area(self) -> bytes:
+        """Between runs: the x87/SSE state in the layout of FXSAVE64, 416 bytes."""
+        ...
+
+    def set_legacy_area(self, area: bytes) -> None:
+        """Between runs: replace the x87/SSE state by that of ``area``."""
+        ...
+
     def resume(self, elapsed: int, instructions: int, fpu: bytes) -> None:
         """Go on from another moment, whose counters and x87/SSE state these are."""
         ...

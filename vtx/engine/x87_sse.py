@@ -1,0 +1,82 @@
+"""The x87 and SSE registers inside a saved context, from and to the layout that FXSAVE64 gives them in memory.
+
+Spec: SDM Vol. 1, "Managing State Using the XSAVE Feature Set", "XSAVE Area" (the legacy region).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from vtx.engine import layout
+
+LEGACY_AREA: Final = 416
+"""Bytes of the area with a meaning: up to XMM15."""
+
+_TOP: Final = layout.FPU + 4  # 32 bits; then the status word without TOP, and the control word
+_STATUS: Final = layout.FPU + 8
+_CONTROL: Final = layout.FPU + 10
+_TAGS: Final = layout.FPU + 12  # a byte for each physical register, 1 for an empty one
+_REGISTERS: Final = layout.FPU + 24  # 16 bytes for each physical register, of which 10 are used
+_OPCODE: Final = layout.FPU + 152
+_POINTERS: Final = layout.FPU + 160  # of the last instruction, and of its operand
+_MXCSR: Final = layout.FPU + 216
+_XMM_STRIDE: Final = 64
+
+_HEAD: Final = struct.Struct("<HHBxHQQII")  # FCW FSW FTW FOP FIP FDP MXCSR MXCSR_MASK
+_TOP_SHIFT: Final = 11
+_TOP_MASK: Final = 7 << _TOP_SHIFT
+_MXCSR_MASK: Final = 0xFFFF
+_REGISTER_BYTES: Final = 10
+
+# What a processor holds when it is switched on: masked exceptions, all x87 registers +0.
+POWER_UP: Final = _HEAD.pack(0x0040, 0, 0xFF, 0, 0, 0, 0x1F80, _MXCSR_MASK).ljust(LEGACY_AREA, b"\0")
+
+
+def _unpack(image: memoryview, form: str, offset: int) -> int:
+    (value,) = struct.unpack_from(form, image, offset)
+    return int(value)
+
+
+def legacy_area(image: memoryview) -> bytes:
+    """The registers in a context's ``image`` as FXSAVE64 stores them, `LEGACY_AREA` bytes."""
+    top = _unpack(image, "<I", _TOP) & 7
+    status = _unpack(image, "<H", _STATUS) & ~_TOP_MASK | top << _TOP_SHIFT
+    tags = sum(1 << number for number in range(8) if not image[_TAGS + number])
+    area = bytearray(LEGACY_AREA)
+    _HEAD.pack_into(
+        area,
+        0,
+        _unpack(image, "<H", _CONTROL),
+        status,
+        tags,
+        _unpack(image, "<H", _OPCODE),
+        _unpack(image, "<Q", _POINTERS),
+        _unpack(image, "<Q", _POINTERS + 8),
+        _unpack(image, "<I", _MXCSR),
+        _MXCSR_MASK,
+    )
+    for number in range(8):
+        start = _REGISTERS + 16 * ((top + number) & 7)
+        area[32 + 16 * number : 42 + 16 * number] = image[start : start + _REGISTER_BYTES]
+    for number in range(16):
+        start = layout.XMM0 + _XMM_STRIDE * number
+        area[160 + 16 * number : 176 + 16 * number] = image[start : start + 16]
+    return bytes(area)
+
+
+def set_legacy_area(image: memoryview, area: bytes) -> tuple[int, int]:
+    """Put the registers of ``area`` into ``image``; control word and MXCSR, which are for the library to set."""
+    control, status, tags, opcode, instruction, operand, mxcsr, _ = _HEAD.unpack_from(area)
+    top = status >> _TOP_SHIFT & 7
+    struct.pack_into("<IH", image, _TOP, top, status & ~_TOP_MASK)
+    image[_TAGS : _TAGS + 8] = bytes(not tags >> number & 1 for number in range(8))
+    struct.pack_into("<H", image, _OPCODE, opcode)
+    struct.pack_into("<QQ", image, _POINTERS, instruction, operand)
+    for number in range(8):
+        start = _REGISTERS + 16 * ((top + number) & 7)
+        image[start : start + _REGISTER_BYTES] = area[32 + 16 * number : 42 + 16 * number]
+    for number in range(16):
+        start = layout.XMM0 + _XMM_STRIDE * number
+        image[start : start + 16] = area[160 + 16 * number : 176 + 16 * number]
+    return control, mxcsr
