@@ -12,11 +12,13 @@ from typing import Final
 
 from attrs import frozen
 
-from vtx.addresses import PAGE_OFFSET_MASK, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, GuestPhysicalAddress, LinearAddress, PhysicalAddress
+from vtx.x86.memory import PhysicalMemory
 from vtx.x86.page_rights import USER, Privilege
-from vtx.x86.paging import PagedMemory, PageFault, PageFaultError, PagingContext, PagingMode, Translation, walk
+from vtx.x86.paging import PageFault, PageFaultError, PagingContext, PagingMode, Translation, WalkStep, walk
 from vtx.x86.second_level import AccessKind, IdentitySecondLevel, SecondLevelFault, SecondLevelPage
 from vtx.x86.state import CpuState, Cr0, Cr4, Efer
+from vtx.x86.walk_memory import WalkMemory
 
 FINAL_TRANSLATION: Final = 1 << 32
 """EXITINFO1 of #NPF: the fault came while translating the guest's final physical address."""
@@ -48,6 +50,9 @@ class NestedPaging:
 
     With ``gmet`` (guest mode execute trap), instruction fetches of the guest's supervisor pages are checked as
     supervisor-mode ones, which must not execute user pages, and U/S means nothing to other accesses.
+
+    Walks are remembered together with the entries they read, and where guest page tables are until `begin`: processors
+    cache nested translations too, and hypervisors that change them flush before the next VMRUN.
     """
 
     walks_pdptes = True
@@ -56,7 +61,7 @@ class NestedPaging:
         self,
         n_cr3: int,
         host: CpuState,
-        memory: PagedMemory,
+        memory: PhysicalMemory,
         physical_address_width: int,
         *,
         page1gb: bool,
@@ -64,6 +69,10 @@ class NestedPaging:
     ) -> None:
         self.memory = memory
         self.host_cr4, self.host_efer = host.cr4, host.efer
+        self.inputs = n_cr3, host.cr4, host.efer, gmet
+        self._walks = WalkMemory(memory)
+        self._walks.select((), remembers=True)
+        self._structures: dict[int, int] = {}
         self._gmet = gmet
         self._context = PagingContext(
             int(Cr0.PG | Cr0.WP),
@@ -99,6 +108,10 @@ class NestedPaging:
             | (_TAG_GMET if self._gmet else 0)
         )
 
+    def begin(self) -> None:
+        """A VMRUN begins: forget where guest page tables are."""
+        self._structures.clear()
+
     @property
     def tag(self) -> int | None:
         """The root, and what of the host's paging mode matters."""
@@ -108,10 +121,13 @@ class NestedPaging:
         self, address: GuestPhysicalAddress, update: bool, linear: LinearAddress | None
     ) -> PhysicalAddress | SecondLevelFault:
         """Translate the address of a guest paging-structure entry: always a write (see `SecondLevel`)."""
-        result = self._walk(address, AccessKind.WRITE, user_fetch=True)
-        if isinstance(result, int):
-            return NestedPageFault(address, linear, result | TABLE_WALK)
-        return PhysicalAddress(result.physical | address & PAGE_OFFSET_MASK)
+        page = self._structures.get(address >> PAGE_SHIFT)
+        if page is None:
+            result = self._walk(address, AccessKind.WRITE, user_fetch=True)
+            if isinstance(result, int):
+                return NestedPageFault(address, linear, result | TABLE_WALK)
+            page = self._structures[address >> PAGE_SHIFT] = result.physical
+        return PhysicalAddress(page | address & PAGE_OFFSET_MASK)
 
     def translate(
         self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
@@ -143,8 +159,15 @@ class NestedPaging:
                 privilege = Privilege.SUPERVISOR
         if address >> self._limit:
             return _US | (PageFaultError.WR.value if kind is AccessKind.WRITE else 0)
-        found = walk(context, LinearAddress(address), kind, privilege, self.memory, NO_SECOND_LEVEL)
+        page = address >> PAGE_SHIFT
+        recalled = self._walks.recall(page)
+        if recalled is not None and context.permissions[privilege][recalled.attributes] & recalled.cacheable & kind:
+            return recalled
+        steps: list[WalkStep] | None = [] if self._walks.wants(page) else None
+        found = walk(context, LinearAddress(address), kind, privilege, self.memory, NO_SECOND_LEVEL, steps)
         if isinstance(found, Translation):
+            if steps is not None:
+                self._walks.remember(page, found, steps)
             return found
         assert isinstance(found, PageFault)
         if kind is not AccessKind.EXECUTE or not self._gmet:

@@ -14,6 +14,7 @@ from vmcs.vmcb.fields import Vmcb
 from vmcs.vmcb.intercepts import INTERCEPT_WORDS
 from vmcs.vmcb.model import Violation
 from vtx.svm import places as at
+from vtx.svm.nested_paging import NestedPaging
 from vtx.svm.observer import Observer
 from vtx.x86.msr_table import TSC_RATIO, TSC_RATIO_RESET
 from vtx.x86.profile import Profile
@@ -80,7 +81,8 @@ class SvmOperation:
     what the guest changes; ``intercepts`` has bit n set for the intercept of that number. ``host_if`` is RFLAGS.IF,
     ``host_nmi_blocked`` the blocking by NMI and ``host_pat`` the PAT as they were at VMRUN; ``host_branches`` is the
     host's DebugCtl and last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs.
-    ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE.
+    ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE. ``nested`` is the
+    nested paging last used.
     """
 
     processor: Processor
@@ -97,6 +99,7 @@ class SvmOperation:
     pauses: int = 0
     last_pause: int | None = None
     smi_pending: bool = False
+    nested: NestedPaging | None = None
     transitions: int = 0
     last_failure: VmrunFailure | None = None
     observer: Observer | None = None

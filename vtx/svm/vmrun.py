@@ -107,15 +107,21 @@ def second_level_of(operation: SvmOperation, host: CpuState) -> SecondLevel:
     """The nested paging of the guest, for the host's control registers as they are in ``host``, or none."""
     if not operation.nested_paging:
         return NO_SECOND_LEVEL
-    processor, values = operation.processor, operation.vmcb.values
-    return NestedPaging(
-        values[at.N_CR3],
-        host,
-        processor.memory,
-        processor.profile.physical_address_width,
-        page1gb=processor.profile.has("PAGE1GB"),
-        gmet=operation.features.gmet and bool(values[at.NESTED_CONTROL] & layouts.GMET_ENABLE),
-    )
+    processor, values, nested = operation.processor, operation.vmcb.values, operation.nested
+    gmet = operation.features.gmet and bool(values[at.NESTED_CONTROL] & layouts.GMET_ENABLE)
+    inputs = values[at.N_CR3], host.cr4, host.efer, gmet
+    if nested is None or nested.inputs != inputs:
+        profile = processor.profile
+        nested = operation.nested = NestedPaging(
+            values[at.N_CR3],
+            host,
+            processor.memory,
+            profile.physical_address_width,
+            page1gb=profile.has("PAGE1GB"),
+            gmet=gmet,
+        )
+    nested.begin()
+    return nested
 
 
 def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
