@@ -25,6 +25,7 @@ from vtx.devices.acpi_pm import AcpiPm
 from vtx.devices.apic_bus import InterruptBus
 from vtx.devices.apic_core import ProcessorPins
 from vtx.devices.apic_msrs import apic_profile, bind_local_apic
+from vtx.devices.apic_registers import Register
 from vtx.devices.clock import Clock
 from vtx.devices.debug_exit import DebugExit
 from vtx.devices.fw_cfg import FwCfg, standard_items
@@ -35,6 +36,12 @@ from vtx.devices.io_apic import PINS, IoApic
 from vtx.devices.keyboard_controller import KeyboardController
 from vtx.devices.local_apic import LocalApic
 from vtx.devices.pci_config import PciConfig
+from vtx.devices.performance_counters import (
+    PerformanceCounters,
+    Work,
+    bind_performance_counters,
+    freeze_on_interrupt,
+)
 from vtx.devices.pic import PicPair
 from vtx.devices.pit import Pit8254, SystemControlPort
 from vtx.devices.ports import PortDevice
@@ -304,6 +311,9 @@ class Board:
         parts |= {f"pit channel {number}": channel for number, channel in enumerate(self.pit.channels)}
         parts |= {f"legacy timer {number}": switch for number, switch in enumerate(self._legacy_timers)}
         parts |= {f"local apic {number}": socket.apic for number, socket in enumerate(self.sockets)}
+        for number, socket in enumerate(self.sockets):
+            if socket.counters is not None:
+                parts[f"performance counters {number}"] = socket.counters
         return parts
 
     # Time.
@@ -375,19 +385,28 @@ class Socket:
     """One processor's place on the board: its local APIC, and the board as it sees it (`Platform`)."""
 
     apic: LocalApic
+    counters: PerformanceCounters | None = None
 
     def __init__(self, board: Board) -> None:
         self.board = board
 
-    def insert(self, profile: Profile, index: int, clock: Clock, pins: ProcessorPins, msrs: MsrFile) -> None:
-        """Give the processor ``index`` its local APIC and connect it; processor 0 is the bootstrap processor."""
-        self.apic = LocalApic(apic_profile(profile, index, bootstrap=index == 0), clock, self.board.bus, pins)
+    def insert(self, profile: Profile, index: int, work: Work, pins: ProcessorPins, msrs: MsrFile) -> None:
+        """Give the processor ``index`` its local APIC and performance counters; processor 0 is the bootstrap one."""
+        self.apic = LocalApic(apic_profile(profile, index, bootstrap=index == 0), work, self.board.bus, pins)
         bind_local_apic(msrs, self.apic)
+        if profile.performance is not None:
+            self.counters = PerformanceCounters(profile.performance, work, lambda: self._counter_overflowed(msrs))
+            bind_performance_counters(msrs, self.counters)
         self.board.bus.attach(self.apic)
         self.board.sockets.append(self)
         if index == 0:
             self.apic.set_virtual_wire_mode()
             self.board.select(self)
+
+    def _counter_overflowed(self, msrs: MsrFile) -> None:
+        assert self.counters is not None
+        freeze_on_interrupt(msrs, self.counters)
+        self.apic.signal(Register.LVT_PERFORMANCE)
 
     def port_read(self, port: int, size: int) -> int:
         """Value of ``size`` bytes at an I/O port."""
@@ -423,8 +442,10 @@ class Socket:
         return self.apic.acknowledge()
 
     def next_deadline(self) -> int | None:
-        """The tick at which the local APIC or a device of the board next acts by itself, or None."""
+        """The tick at which the local APIC, a counter or a device of the board next acts by itself, or None."""
         mine, others = self.apic.next_deadline(), self.board.next_deadline()
+        if self.counters is not None and (counted := self.counters.deadline) is not None:
+            others = counted if others is None else min(counted, others)
         if mine is None or others is None:
             return others if mine is None else mine
         return min(mine, others)
@@ -433,6 +454,8 @@ class Socket:
         """Let devices do what is due at tick ``now``."""
         self.apic.advance(now)
         self.board.advance(now)
+        if self.counters is not None:
+            self.counters.advance(now)
 
     @property
     def apic_enabled(self) -> bool:

@@ -231,7 +231,7 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
     if exit_controls & c.EXIT_SAVE_IA32_PAT.mask:
         saved.append((_PAT, msrs[m.IA32_PAT]))
     if exit_controls & c.EXIT_SAVE_IA32_PERF_GLOBAL_CTRL.mask:
-        saved.append((f.GUEST_IA32_PERF_GLOBAL_CTRL.encoding, msrs[0x38F]))
+        saved.append((f.GUEST_IA32_PERF_GLOBAL_CTRL.encoding, operation.processor.msrs.read(0x38F) or 0))
     if exit_controls & c.EXIT_SAVE_VMX_PREEMPTION_TIMER_VALUE.mask and operation.timer_deadline is not None:
         shift = operation.capabilities.preemption_timer_shift
         saved.append((_TIMER, remaining(operation.processor.tsc(), operation.timer_deadline, shift) & MASK32))

@@ -79,6 +79,7 @@ class ProcessorCore:
         self.halt: Halt | None = None
         self.spinning = (0, 0)  # RIP of the last PAUSE and how often it has been repeated
         self.retired = 0
+        self.halted = 0  # ticks
         self._nmi = False
         self._extra_ticks = 0
         self.reload = True

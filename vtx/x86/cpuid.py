@@ -180,6 +180,10 @@ def _structured_features(profile: Profile, subleaf: int, dynamic: Dynamic) -> Re
     return int(more != ZERO), ebx, ecx | (OSPKE if dynamic.cr4 & Cr4.PKE else 0), edx
 
 
+def _performance_monitoring(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
+    return profile.performance.cpuid if profile.performance is not None else ZERO
+
+
 def _topology(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
     if subleaf == 0:  # one logical processor per core
         return 0, 1, 1 << 8, dynamic.apic_id
@@ -264,6 +268,7 @@ _LEAVES: Final[Mapping[int, Callable[[Profile, int, Dynamic], Registers]]] = Map
         0x4: _cache_parameters,
         0x5: _monitor,
         0x7: _structured_features,
+        0xA: _performance_monitoring,
         0xB: _topology,
         0xD: _extended_state,
         0x15: _tsc_and_crystal,

@@ -15,6 +15,7 @@ from attrs import evolve, field, frozen
 from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
 from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR, MISC_ENABLE_XD_DISABLE
+from vtx.x86.performance import FREEZE_LBRS_ON_PMI, FREEZE_PERFMON_ON_PMI, IA32_PERF_GLOBAL_STATUS
 from vtx.x86.state import MASK32, MASK64, Efer
 
 if TYPE_CHECKING:
@@ -314,6 +315,7 @@ def _machine_check_banks(count: int) -> Iterable[Msr]:
         yield Msr(0x403 + 4 * n, f"IA32_MC{n}_MISC", features=("MCA",))
 
 
+_FREEZE: Final = FREEZE_LBRS_ON_PMI | FREEZE_PERFMON_ON_PMI
 MTRRCAP_FIXED: Final = 1 << 8
 MTRRCAP_WRITE_COMBINING: Final = 1 << 10
 
@@ -323,6 +325,10 @@ def msrs_of(profile: Profile) -> dict[int, Msr]:
     rows = [*_TABLE, *_mtrrs(profile.variable_mtrrs), *_machine_check_banks(profile.machine_check_banks)]
     if profile.is_amd:
         rows = [*(row for row in rows if not row.intel_only), *_AMD_TABLE]
+    if profile.performance is not None:
+        rows += (Msr(*row) for row in profile.performance.msrs())
+        rows.append(Msr(IA32_PERF_GLOBAL_STATUS, "IA32_PERF_GLOBAL_STATUS", read_only=True))
+        rows = [evolve(row, writable=row.writable | _FREEZE) if row.index == IA32_DEBUGCTL else row for row in rows]
     resets = {
         "IA32_MTRRCAP": profile.variable_mtrrs | MTRRCAP_FIXED | MTRRCAP_WRITE_COMBINING,
         "IA32_MCG_CAP": profile.machine_check_banks,

@@ -174,9 +174,14 @@ class LogicalProcessor(ProcessorCore):
 
     def sleep_until(self, tick: int) -> None:
         """Let time pass without executing."""
-        if tick > self.now():
-            self.charge(tick - self.now())
+        self._sleep(tick - self.now())
         self.platform.advance(self.now())
+
+    def _sleep(self, ticks: int) -> None:
+        if ticks > 0:
+            self.charge(ticks)
+            if self.state.activity is not Activity.ACTIVE:
+                self.halted += ticks
 
     def wake_time(self) -> int | None:
         """The tick at which something may wake it by itself, or None."""
@@ -249,9 +254,9 @@ class LogicalProcessor(ProcessorCore):
             if self.count == 1:
                 self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
             self.give_way()
-            self.charge(IDLE_TICKS)
-        elif deadline > self.now():
-            self.charge(deadline - self.now())
+            self._sleep(IDLE_TICKS)
+        else:
+            self._sleep(deadline - self.now())
 
     def _run_engine(self, until: int | None) -> EngineEvent:
         self._until = until

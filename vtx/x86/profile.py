@@ -19,6 +19,7 @@ from attrs import evolve, field, frozen
 from vtx.x86.cpuid import ZERO, Registers
 from vtx.x86.cpuid_features import FEATURES, STATE_COMPONENTS, supported_cr4_bits
 from vtx.x86.msr_table import ARCHITECTURAL_MSRS, Msr
+from vtx.x86.performance import PerformanceMonitoring
 from vtx.x86.state import MASK32, MASK64
 from vtx.x86.toml_section import ProfileError, Section
 from vtx.x86.vmx_profile import capability_msrs
@@ -27,6 +28,8 @@ DEFAULT_PROFILE: Final = "skylake-server"
 
 _AMD_VENDORS: Final = ("AuthenticAMD", "HygonGenuine")
 _LARGEST_ASIDS: Final = 0x1_0000
+
+PERFORMANCE_LEAF: Final = 0xA
 
 CACHE_TYPES: Final = {"data": 1, "instruction": 2, "unified": 3}
 
@@ -61,8 +64,8 @@ class Profile:
 
     ``features`` are keys of `vtx.x86.cpuid_features.FEATURES`. Widths are in bits, frequencies in Hz. ``msrs`` are
     further MSRs, and architectural ones that this model defines otherwise. ``vmx_capabilities`` maps the index of each
-    VMX capability MSR to its value; empty without VMX. ``asids`` is the number of address-space identifiers, 0 without
-    SVM. The derived parts follow from the rest.
+    VMX capability MSR to its value; empty without VMX. ``performance`` is what CPUID leaf 0AH states, if anything.
+    ``asids`` is the number of address-space identifiers, 0 without SVM. The derived parts follow from the rest.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Profile:
     machine_check_banks: int
     msrs: tuple[Msr, ...]
     vmx_capabilities: Mapping[int, int]
+    performance: PerformanceMonitoring | None
     asids: int = 0
     signature: int = field(init=False)
     feature_words: Mapping[tuple[int, int], Registers] = field(init=False, repr=False)
@@ -213,11 +217,17 @@ def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
         machine_check_banks=implementation.integer("machine_check_banks", 0, 32),
         msrs=_msrs(top),
         vmx_capabilities=MappingProxyType(capability_msrs(vmx, features) if vmx else {}),
+        performance=_performance(top),
         asids=svm.integer("asids", 2, _LARGEST_ASIDS) if svm else 0,
     )
     for section in filter(None, (identity, implementation, cpuid, svm, top)):
         section.finish()
     return _checked(top, profile)
+
+
+def _performance(top: Section) -> PerformanceMonitoring | None:
+    section = top.optional_section("performance_monitoring")
+    return PerformanceMonitoring.parse(section) if section else None
 
 
 def _vendor(identity: Section) -> str:
@@ -301,6 +311,8 @@ def _checked(top: Section, profile: Profile) -> Profile:
         )
     if profile.tsc_frequency % profile.crystal_frequency:
         raise top.fail("implementation.tsc_frequency", "a multiple of crystal_frequency")
+    if profile.performance is not None and (profile.is_amd or profile.highest_basic_leaf < PERFORMANCE_LEAF):
+        raise top.fail("performance_monitoring", "no such table for an AMD processor or without CPUID leaf 0AH")
     if profile.linear_address_width == 57 and profile.highest_extended_leaf < 0x8000_0008:
         raise top.fail("cpuid.highest_extended_leaf", "80000008H or higher with LA57")
     return profile

@@ -52,6 +52,7 @@ class SavedProcessor:
     stop_requested: bool
     spinning: tuple[int, int]
     retired: int
+    halted: int
     nmi: bool
     extra_ticks: int
     transitions_seen: int
@@ -70,6 +71,7 @@ def save_processor(processor: LogicalProcessor) -> SavedProcessor:
         stop_requested=processor.stop_requested,
         spinning=processor.spinning,
         retired=processor.retired,
+        halted=processor.halted,
         nmi=processor._nmi,
         extra_ticks=processor._extra_ticks,
         transitions_seen=processor.transitions_seen,
@@ -87,6 +89,7 @@ def restore_processor(processor: LogicalProcessor, saved: SavedProcessor) -> Non
     processor.stop_requested = saved.stop_requested
     processor.spinning = saved.spinning
     processor.retired = saved.retired
+    processor.halted = saved.halted
     processor._nmi = saved.nmi
     processor._extra_ticks = saved.extra_ticks
     processor.transitions_seen = saved.transitions_seen

@@ -2,6 +2,7 @@
 
 from vtx.events import Tracer
 from vtx.machine import Machine
+from vtx.x86.profile import DEFAULT_PROFILE
 from vtx.x86.state import Segment
 
 ICR = 0xFEE0_0300
@@ -27,10 +28,15 @@ COUNT_AND_HALT = bytes.fromhex("31c0 8ed8 f0ff060090 f4 ebfd")  # 16-bit: XOR AX
 
 
 def machine_with(
-    cpus: int, code: bytes, start_up_code: bytes = COUNT_AND_HALT, tracer: Tracer | None = None
+    cpus: int,
+    code: bytes,
+    start_up_code: bytes = COUNT_AND_HALT,
+    tracer: Tracer | None = None,
+    *,
+    profile: str = DEFAULT_PROFILE,
 ) -> Machine:
     """Processor 0 is about to execute ``code`` in flat 32-bit protected mode; the others find theirs at 8000H."""
-    machine = Machine(cpus=cpus, memory=1 << 20, tracer=tracer)
+    machine = Machine(profile=profile, cpus=cpus, memory=1 << 20, tracer=tracer)
     machine.memory.write(0x1000, code)
     machine.memory.write(0x8000, start_up_code)
     state = machine.cpu.state

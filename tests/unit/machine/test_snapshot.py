@@ -180,7 +180,7 @@ def test_profiles_of_one_name_are_told_apart() -> None:
 # --- Nothing is forgotten ---
 
 SAVED = {
-    "Cpu": "state msrs mmu engine random_state halt stop_requested spinning retired _nmi _extra_ticks transitions_seen"
+    "Cpu": "state msrs mmu engine random_state halt stop_requested spinning retired halted _nmi _extra_ticks transitions_seen"
     " init_pending vmx virtualization",
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",

@@ -136,15 +136,23 @@ def rdpid(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.retire(instruction)
 
 
+def _counter_msr(cpu: LogicalProcessor, number: int) -> int | None:
+    profile = cpu.profile
+    if profile.is_amd:
+        return PERF_COUNTER_0 + number if number < PERF_COUNTERS else None
+    return profile.performance.rdpmc(number) if profile.performance is not None else None
+
+
 def rdpmc(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """RDPMC: only profiles of AMD processors have performance counters; elsewhere every index is invalid."""
+    """RDPMC of the counters that the profile has."""
     if cpu.state.cpl and cpu.state.protected and not cpu.state.cr4 & Cr4.PCE:
         raise gp(0)
     if cpu.intercepts(SIMPLE[Plain.RDPMC], instruction):
         return
     gpr = cpu.state.gpr
     number = gpr[Gpr.RCX] & MASK32
-    value = cpu.msrs.read(PERF_COUNTER_0 + number) if cpu.profile.is_amd and number < PERF_COUNTERS else None
+    index = _counter_msr(cpu, number)
+    value = None if index is None else cpu.msrs.read(index)
     if value is None:
         raise gp(0)
     gpr[Gpr.RAX], gpr[Gpr.RDX] = value & MASK32, value >> 32
