@@ -164,7 +164,7 @@ class Board:
         self._power_up = self.save()
 
     def _add_interrupt_controllers(self) -> None:
-        self.bus = InterruptBus(self.due_changed, self._requests_dropped)
+        self.bus = InterruptBus(self._requests_dropped)
         self.io_apic = IoApic(self.bus, identity=pc_map.IO_APIC_ID)
         self.bus.eoi_listeners.append(self.io_apic.end_of_interrupt)
         self.pic = PicPair(self._external_interrupt)

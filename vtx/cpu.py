@@ -49,21 +49,40 @@ class Cpu(LogicalProcessor):
         if self.index:
             self.state.activity = Activity.WAIT_FOR_SIPI
 
+    def observed_time(self) -> int:
+        """`now`, when software looks: a processor that is behind what any has seen catches up."""
+        behind = self.machine.now() - self.now()
+        if behind > 0:
+            self.charge(behind)
+        return self.now()
+
     # Pins.
 
     def nmi(self) -> None:
         """A non-maskable interrupt, perhaps by a store of the running code: no run was planned for it."""
         super().nmi()
-        self.engine.request_stop()
-        self.machine.due_changed()
+        extension = self.virtualization
+        if not self.state.nmi_blocked or (extension is not None and extension.non_root):
+            self._signalled()
 
     def smi(self) -> None:
         """A system-management interrupt."""
         if not self.profile.is_amd:
             raise NotModelled("system-management mode")
         self.svm.smi()
-        self.engine.request_stop()
-        self.machine.due_changed()
+        self._signalled()
+
+    def interrupt_requested(self) -> None:
+        """The local APIC has an interrupt; a run of this processor is planned anew after what can cause one."""
+        if self.machine.running is not self:
+            self.machine.scheduler.signal(self.index)
+
+    def _signalled(self) -> None:
+        """Something arrived that no run was planned for."""
+        if self.machine.running is self:
+            self.engine.request_stop()
+        else:
+            self.machine.scheduler.signal(self.index)
 
     def local_apic_moved(self) -> None:
         """The page of the local APIC is elsewhere, or hidden."""
@@ -73,8 +92,7 @@ class Cpu(LogicalProcessor):
     def init(self) -> None:
         """An INIT signal: latched, and taken at the next boundary at which it is not blocked."""
         self.init_pending = True
-        self.engine.request_stop()
-        self.machine.due_changed()
+        self._signalled()
 
     def start_up(self, vector: int) -> None:
         """A start-up IPI, which only a processor that waits for one takes."""
@@ -89,7 +107,7 @@ class Cpu(LogicalProcessor):
             state.cs.selector, state.cs.base, state.rip = vector << 8, vector << 12, 0
             state.activity = Activity.ACTIVE
             self.changed_system_state()
-        self.machine.due_changed()
+        self._signalled()
 
     @property
     def awake(self) -> bool:

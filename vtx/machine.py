@@ -139,10 +139,8 @@ class Machine:
         self.board.select(self.running.socket)
 
     def due_changed(self) -> None:
-        """A device or another processor did something that the current run was not planned for."""
+        """The running processor did something to a device that its run was not planned for."""
         self.running.device_written()
-        if len(self.cpus) > 1:
-            self.scheduler.reconsider()
 
     def _debug_exit(self, value: int) -> None:
         self.exit_value = value

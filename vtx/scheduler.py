@@ -1,24 +1,41 @@
 """Taking turns: several processors on one thread, in an order that virtual time alone decides.
 
-Each processor has its own clock. The one that is furthest behind runs next, until it is a quantum ahead of the others
-or something concerns another processor (an interprocessor interrupt wakes it). A processor that waits for an interrupt
-takes no turns; when it is woken its clock is set to the time of the event, so nobody ever acts in another's past by
-more than a quantum.
+Each processor has its own clock. The one that is furthest behind runs next, until it is a quantum ahead of the others.
+The quantum is short where processors have to do with each other, and grows while they do not: it starts anew whenever
+one sends something to another, who then has the next turn. A processor that waits for an interrupt takes no turns; when
+it is woken, its clock is set to the time of the event.
+
+A processor that spins gives up its turn, and its clock goes on to where the next one is: until then nothing that it
+waits for can happen. While all of them spin, each time for longer, they wait for something that time brings.
 
 Nothing here depends on the host: the same machine and image give the same order of turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
-QUANTUM: Final = 10_000
-"""Ticks that a processor may run ahead of the slowest one."""
+from attrs import define, field
+
+SHORTEST_QUANTUM: Final = 2_500
+"""Ticks that a processor may run ahead of the slowest one after it has sent something: an interrupt's handler."""
+
+LONGEST_QUANTUM: Final = 1_000_000
+"""The same when nothing has been sent for long: a turn then outweighs what it costs to begin one."""
+
+IDLE_TURN: Final = 1_000
+"""Ticks that a turn takes at most in which a processor does nothing but spin."""
 
 
 class Scheduled(Protocol):
     """A processor as the scheduler sees it."""
+
+    contended: bool
+    """Set by the scheduler for a turn: whether others could run instead."""
+
+    spins: bool
+    """Set by the processor when it gives way because it only waits for others; the scheduler clears it."""
 
     @property
     def awake(self) -> bool:
@@ -43,7 +60,7 @@ class Scheduled(Protocol):
         ...
 
     def run(self, until: int | None = None) -> None:
-        """Run until its time is ``until``, it finishes, or it is told to give way."""
+        """Run until its time is ``until``, it finishes, or it gives way."""
         ...
 
     def give_way(self) -> None:
@@ -51,55 +68,109 @@ class Scheduled(Protocol):
         ...
 
 
-class Scheduler:
-    """Runs ``processors``; ``switch`` is called with the index of the one that runs next.
+@define(slots=True)
+class Turns:
+    """Whose turn it is: what a snapshot needs besides the processors. Processors are indices here.
 
-    ``running`` is the index of the processor whose turn is or was the last, ``planned`` are those that were awake then.
+    ``running`` has or had the last turn, ``runnable`` were awake then. ``signalled`` have been sent something since
+    they last ran, at the tick given. ``quantum`` is in ticks; ``spins`` counts the last turns that were nothing but
+    spinning.
     """
+
+    running: int = 0
+    runnable: frozenset[int] = frozenset()
+    signalled: dict[int, int] = field(factory=dict)
+    quantum: int = SHORTEST_QUANTUM
+    spins: int = 0
+
+
+class Scheduler:
+    """Runs ``processors``; ``switch`` is called with the index of the one that runs next."""
 
     def __init__(self, processors: Sequence[Scheduled], switch: Callable[[int], None]) -> None:
         self._processors = processors
         self._switch = switch
-        self.running = 0
-        self.planned: tuple[int, ...] = ()
+        self.turns = Turns()
+        self._until: int | None = None
 
     def run(self) -> None:
         """Run until a processor finishes or none can ever run again."""
         while not any(processor.finished for processor in self._processors):
-            awake = self._awake()
+            awake = [i for i, processor in enumerate(self._processors) if processor.awake]
             if awake:
                 self._turn(awake)
             elif not self._pass_time():
                 return
 
-    def reconsider(self) -> None:
-        """Something happened that may have woken a processor that takes no turns."""
-        if self._awake() != self.planned:
-            self._processors[self.running].give_way()
+    def signal(self, index: int) -> None:
+        """Something was sent to processor ``index``: unless it sleeps on, it has the next turn, and has it soon."""
+        turns = self.turns
+        if index != turns.running and self._processors[index].awake:
+            running = self._processors[turns.running]
+            now = running.now()
+            turns.signalled.setdefault(index, now)
+            turns.quantum, turns.spins = SHORTEST_QUANTUM, 0
+            if self._until is None or self._until - now > SHORTEST_QUANTUM:
+                running.give_way()
 
-    def _awake(self) -> tuple[int, ...]:
-        return tuple(i for i, processor in enumerate(self._processors) if processor.awake)
+    def _turn(self, awake: list[int]) -> None:
+        processors, turns = self._processors, self.turns
+        chosen = self._choose(awake)
+        processor = processors[chosen]
+        others = [processors[i].now() for i in awake if i != chosen]
+        asleep = [i for i in range(len(processors)) if i not in turns.runnable]
+        begin = processor.now()
+        limits = [max(wake, begin + 1) for i in asleep if (wake := processors[i].wake_time()) is not None]
+        if others:
+            limits.append(max(min(others) + turns.quantum, begin + SHORTEST_QUANTUM))
+        self._until = until = min(limits, default=None)
+        processor.contended = bool(others)
+        self._select(chosen)
+        processor.run(until)
+        end = processor.now()
+        if processor.spins:
+            processor.spins = False
+            turns.spins = turns.spins + 1 if end - begin <= IDLE_TURN else 0
+            self._skip(processor, others)
+        else:
+            turns.spins = 0
+            if until is not None and end >= until:
+                turns.quantum = min(turns.quantum + turns.quantum // len(awake), LONGEST_QUANTUM)
+        self._wake(asleep, end)
 
-    def _turn(self, awake: tuple[int, ...]) -> None:
-        processors = self._processors
-        latest = max(processors[i].now() for i in self.planned) if self.planned else 0
-        for i in awake:
-            if i not in self.planned and processors[i].now() < latest:
-                processors[i].sleep_until(latest)
-        self.planned = awake
-        times = sorted((processors[i].now(), i) for i in awake)
-        self.running = times[0][1]
-        self._switch(self.running)
-        wakes = [wake for i, processor in enumerate(processors) if i not in awake and (wake := processor.wake_time())]
-        limits = [max(wake, times[0][0] + 1) for wake in wakes]
-        if len(times) > 1:
-            limits.append(times[1][0] + QUANTUM)
-        processors[self.running].run(min(limits, default=None))
-        for i, processor in enumerate(processors):
-            wake = None if i in awake else processor.wake_time()
-            if wake is not None and wake <= processors[self.running].now():
-                self._switch(i)
-                processor.sleep_until(wake)
+    def _choose(self, awake: Iterable[int]) -> int:
+        """Who runs next: one that was sent something, else the one furthest behind."""
+        processors, turns = self._processors, self.turns
+        signalled = {i: tick for i, tick in turns.signalled.items() if i in awake}
+        for i, tick in signalled.items():
+            if i not in turns.runnable and processors[i].now() < tick:
+                processors[i].sleep_until(tick)
+        chosen = min(signalled or awake, key=lambda i: (processors[i].now(), i))
+        signalled.pop(chosen, None)
+        turns.signalled, turns.runnable = signalled, frozenset(awake)
+        return chosen
+
+    def _skip(self, processor: Scheduled, others: Sequence[int]) -> None:
+        """``processor`` spins: nothing it waits for can happen before ``others`` run, but for what devices do.
+
+        If all of them spin, it is time that they wait for.
+        """
+        tick = min(others, default=-1) + 1  # so that the other is next
+        rounds = self.turns.spins // (len(others) + 1)
+        if rounds:
+            tick = max(tick, processor.now() + min(SHORTEST_QUANTUM << rounds, LONGEST_QUANTUM))
+        wakes = [wake for each in self._processors if (wake := each.wake_time()) is not None]
+        tick = min([tick, *wakes])
+        if tick > processor.now():
+            processor.sleep_until(tick)
+
+    def _wake(self, asleep: Iterable[int], now: int) -> None:
+        """Let those asleep have the events that are due by ``now``."""
+        for i in asleep:
+            wake = self._processors[i].wake_time()
+            if wake is not None and wake <= now:
+                self._select(i)
+                self._processors[i].sleep_until(wake)
 
     def _pass_time(self) -> bool:
         """Nobody runs: go to the next moment at which somebody may wake. False if there is none."""
@@ -109,6 +180,10 @@ class Scheduler:
         if not wakes:
             return False
         wake, i = min(wakes)
-        self._switch(i)
+        self._select(i)
         self._processors[i].sleep_until(wake)
         return True
+
+    def _select(self, index: int) -> None:
+        self.turns.running = index
+        self._switch(index)

@@ -17,14 +17,10 @@ from vtx.devices.local_apic import LocalApic
 class InterruptBus:
     """Connects what is attached.
 
-    ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector, ``delivered`` after each message,
-    ``dropped`` when an APIC was reset.
+    ``eoi_listeners`` (I/O APICs) are called with each broadcast EOI's vector, ``dropped`` when an APIC was reset.
     """
 
-    def __init__(
-        self, delivered: Callable[[], None] = lambda: None, dropped: Callable[[], None] = lambda: None
-    ) -> None:
-        self._delivered = delivered
+    def __init__(self, dropped: Callable[[], None] = lambda: None) -> None:
         self._dropped = dropped
         self.apics: list[LocalApic] = []
         self.eoi_listeners: list[Callable[[int], None]] = []
@@ -43,7 +39,6 @@ class InterruptBus:
             able = [apic for apic in targets if apic.software_enabled] or targets
             targets = [min(able, key=lambda apic: (apic.processor_priority(), apic.profile.apic_id))]
         accepted = [apic.receive(message) for apic in targets]
-        self._delivered()
         return any(accepted)
 
     def is_requested(self, message: InterruptMessage) -> bool:

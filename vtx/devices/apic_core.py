@@ -67,6 +67,10 @@ class ProcessorPins(Protocol):
         """An INIT signal becomes pending; the processor calls `LocalApic.init_reset` when it takes it."""
         ...
 
+    def interrupt_requested(self) -> None:
+        """An interrupt is requested, here or from the 8259s; whether the processor takes it is its own affair."""
+        ...
+
     def start_up(self, vector: int) -> None:
         """A start-up IPI (SIPI) arrives; ``vector`` is 8 bits."""
         ...
@@ -243,6 +247,7 @@ class ApicCore:
                 self._pins.start_up(vector)
             case DeliveryMode.EXTINT:
                 self.state.external_message = True
+                self._pins.interrupt_requested()
         return True
 
     def accept_interrupt(self, vector: int, level_triggered: bool) -> bool:
@@ -259,6 +264,7 @@ class ApicCore:
         state = self.state
         state.irr |= bit
         state.tmr = state.tmr | bit if level_triggered else state.tmr & ~bit
+        self._pins.interrupt_requested()
         return True
 
     def detect(self, error: int) -> None:
@@ -278,6 +284,8 @@ class ApicCore:
         """
         rising = asserted and not self.state.local_pins[number]
         self.state.local_pins[number] = asserted
+        if rising and number == 0:
+            self._pins.interrupt_requested()
         if not self.enabled:
             if rising and number == 1:
                 self._pins.nmi()

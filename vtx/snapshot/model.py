@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
 from vtx.board import SavedDevices
 from vtx.boot.image import BootOptions
+from vtx.scheduler import Turns
 from vtx.svm.saved import SavedSvm, restore_svm, save_svm
 from vtx.vmx.saved import SavedVmx, restore_vmx, save_vmx
 from vtx.x86.memory_image import MemoryImage
@@ -72,15 +73,14 @@ class SavedCpu:
 class SavedRun:
     """How far the run has come: what belongs to no processor and no device.
 
-    ``running``, ``scheduled`` and ``planned`` are indices of processors; ``image`` is what a restart boots, and how.
+    ``running`` is the index of a processor; ``image`` is what a restart boots, and how.
     """
 
     exit_value: int | None
     exit_counts: Mapping[str, int]
     latest: int
     running: int
-    scheduled: int
-    planned: tuple[int, ...]
+    turns: Turns
     image: tuple[bytes, BootOptions] | None
 
 
@@ -104,8 +104,7 @@ def capture(machine: Machine) -> Snapshot:
             exit_counts=dict(machine.exit_counts),
             latest=machine.now(),
             running=machine.running.index,
-            scheduled=machine.scheduler.running,
-            planned=machine.scheduler.planned,
+            turns=_copy(machine.scheduler.turns),
             image=machine.image,
         ),
         cpus=tuple(_save_cpu(cpu) for cpu in machine.cpus),
@@ -122,7 +121,7 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     for cpu, saved in zip(machine.cpus, snapshot.cpus, strict=True):
         _restore_cpu(cpu, saved)
     machine.board.restore(snapshot.devices)
-    machine.scheduler.running, machine.scheduler.planned = run.scheduled, run.planned
+    machine.scheduler.turns = _copy(run.turns)
     machine.exit_value, machine.image = run.exit_value, run.image
     machine.exit_counts.clear()
     machine.exit_counts.update(run.exit_counts)
@@ -137,6 +136,10 @@ def _save_cpu(cpu: Cpu) -> SavedCpu:
         svm=save_svm(cpu.svm) if amd else None,
         init_pending=cpu.init_pending,
     )
+
+
+def _copy(turns: Turns) -> Turns:
+    return evolve(turns, signalled=dict(turns.signalled))
 
 
 def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:

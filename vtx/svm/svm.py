@@ -26,11 +26,11 @@ from vtx.svm.vmexit import perform_exit
 from vtx.svm.vmrun import new_context
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
-from vtx.x86.instructions.system import PAUSE_TICKS
 from vtx.x86.msr_table import IA32_EFER, VM_CR, VM_CR_SVMDIS
 from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, Plain, Simple
 from vtx.x86.outcome import Fault, NotModelled
 from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK64, Efer, Rflags, Shadow
 from vtx.x86.virtualization import Processor, RefusedInstruction
 

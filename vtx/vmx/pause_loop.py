@@ -18,8 +18,8 @@ from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
 from vtx.x86.decode import Instruction
-from vtx.x86.instructions.system import PAUSE_TICKS
 from vtx.x86.operations import Operation, Plain, Simple
+from vtx.x86.spinning import PAUSE_TICKS
 
 _PAUSE_LOOP_EXITING: Final = c.PAUSE_LOOP_EXITING.mask
 _GAP: Final = f.PLE_GAP.encoding

@@ -26,6 +26,7 @@ from vtx.x86.outcome import Exited, Fault
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
+from vtx.x86.spinning import Spin
 from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
 from vtx.x86.timing import EVENT_TICKS, TICKS_PER_BYTE
 from vtx.x86.tracing import ProcessorTracing
@@ -77,7 +78,7 @@ class ProcessorCore:
         self.tracing: ProcessorTracing | None = None
         self.random_state = seed & MASK64
         self.halt: Halt | None = None
-        self.spinning = (0, 0)  # RIP of the last PAUSE and how often it has been repeated
+        self.spin = Spin()
         self.retired = 0
         self.halted = 0  # ticks
         self._nmi = False
@@ -85,7 +86,7 @@ class ProcessorCore:
         self.reload = True
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_protection_keys(self.msrs, self._protection_keys_written)
-        bind_clock(self.msrs, self.now, lambda: None)
+        bind_clock(self.msrs, self.observed_time, lambda: None)
         self.engine = engine_factory(memory, self)
         self.mmu.flush_engine = self.engine.flush
 
@@ -102,6 +103,14 @@ class ProcessorCore:
     def tsc(self) -> int:
         """The time-stamp counter without any guest offset."""
         return tsc_of(self.msrs, self.now())
+
+    def observed_time(self) -> int:
+        """`now`, when software looks: never before what another processor has seen."""
+        return self.now()
+
+    def read_tsc(self) -> int:
+        """The time-stamp counter, when software looks."""
+        return tsc_of(self.msrs, self.observed_time())
 
     @property
     def instructions(self) -> int:

@@ -38,6 +38,7 @@ from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind
+from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import Activity, Rflags, Shadow
 from vtx.x86.timing import IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
 from vtx.x86.virtualization import Virtualization
@@ -71,6 +72,7 @@ class LogicalProcessor(ProcessorCore):
         self.transitions_seen = 0  # VM entries and VM exits whose time has passed
         self.implicit_pages: set[int] = set()
         self.plan = Plan()
+        self.spins = self.contended = False
         self._gives_way = False
         self._approached: int | None = None  # the deadline that whole blocks would overshoot
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
@@ -144,17 +146,17 @@ class LogicalProcessor(ProcessorCore):
         state = self.state
         if state.activity is Activity.ACTIVE:
             return True
-        if state.activity is not Activity.HLT:
+        if state.activity is Activity.WAIT_FOR_SIPI:
             return False
         extension = self.virtualization
         non_root = extension is not None and extension.non_root
         timer = extension.next_deadline() if extension is not None else None
-        return bool(
-            (self._nmi and (non_root or not state.nmi_blocked))
-            or state.pending_debug & _DELIVERABLE_DEBUG
+        if (self._nmi and (non_root or not state.nmi_blocked)) or (timer is not None and timer <= self.now()):
+            return True
+        return state.activity is Activity.HLT and bool(
+            state.pending_debug & _DELIVERABLE_DEBUG
             or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
             or (extension is not None and non_root and extension.wants_boundary())
-            or (timer is not None and timer <= self.now())
         )
 
     @property
@@ -185,7 +187,17 @@ class LogicalProcessor(ProcessorCore):
 
     def wake_time(self) -> int | None:
         """The tick at which something may wake it by itself, or None."""
-        return self._next_deadline(None) if self.state.activity in _WAKEABLE else None
+        return None if self.state.activity is Activity.WAIT_FOR_SIPI else self._next_deadline(None)
+
+    def pause(self) -> None:
+        """Let the time of a PAUSE pass; one that is repeated lets other processors run first, if there are any."""
+        now, state = self.now(), self.state
+        if self.spin.pause(now, state.rip, state.gpr, longer=not self.contended) and self.contended:
+            self.spins = self._gives_way = True
+        ticks = self.spin.ticks
+        if self._planned is not None:
+            ticks = min(ticks, max(self._planned - now, PAUSE_TICKS))
+        self._extra_ticks += ticks
 
     def run_once(self, until: int | None = None) -> None:
         """Handle what is pending between instructions, then run the engine to its next event."""
@@ -249,12 +261,14 @@ class LogicalProcessor(ProcessorCore):
         return False
 
     def _idle(self, until: int | None) -> None:
+        if self.count > 1:
+            self._gives_way = True  # time passes while others run
+            if self.awake:
+                self._sleep(IDLE_TICKS)
+            return
         deadline = self._next_deadline(until)
         if deadline is None:
-            if self.count == 1:
-                self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
-            self.give_way()
-            self._sleep(IDLE_TICKS)
+            self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
         else:
             self._sleep(deadline - self.now())
 
@@ -380,7 +394,7 @@ class LogicalProcessor(ProcessorCore):
         except InstructionAborted as aborted:
             self.abort(aborted.cause)
             return self._replan()
-        if self.reload or not place.quiet or self.state.pending_debug:
+        if self.reload or not place.quiet or self.state.pending_debug or self._gives_way:
             return self._replan()
         return self._budget_left()
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import fields, frozen
+from attrs import evolve, fields, frozen
 
 from vtx.addresses import PhysicalAddress
 from vtx.x86.core import Halt
 from vtx.x86.processor import LogicalProcessor
+from vtx.x86.spinning import Spin
 from vtx.x86.state import CpuState, DescriptorTable, Segment
 from vtx.x86.tlb import SavedTlb
 
@@ -50,7 +51,7 @@ class SavedProcessor:
     random_state: int
     halt: Halt | None
     stop_requested: bool
-    spinning: tuple[int, int]
+    spin: Spin
     retired: int
     halted: int
     nmi: bool
@@ -69,7 +70,7 @@ def save_processor(processor: LogicalProcessor) -> SavedProcessor:
         random_state=processor.random_state,
         halt=processor.halt,
         stop_requested=processor.stop_requested,
-        spinning=processor.spinning,
+        spin=evolve(processor.spin),
         retired=processor.retired,
         halted=processor.halted,
         nmi=processor._nmi,
@@ -87,7 +88,7 @@ def restore_processor(processor: LogicalProcessor, saved: SavedProcessor) -> Non
     processor.random_state = saved.random_state
     processor.halt = saved.halt
     processor.stop_requested = saved.stop_requested
-    processor.spinning = saved.spinning
+    processor.spin = evolve(saved.spin)
     processor.retired = saved.retired
     processor.halted = saved.halted
     processor._nmi = saved.nmi

@@ -20,7 +20,7 @@ class RecordingPins:
 
     def __init__(self) -> None:
         self.events: list[object] = []
-        self.moves = 0
+        self.moves = self.requests = 0
 
     def nmi(self) -> None:
         self.events.append("nmi")
@@ -30,6 +30,9 @@ class RecordingPins:
 
     def init(self) -> None:
         self.events.append("init")
+
+    def interrupt_requested(self) -> None:
+        self.requests += 1
 
     def local_apic_moved(self) -> None:
         self.moves += 1

@@ -662,3 +662,17 @@ def test_no_sequence_of_accesses_breaks_the_model(accesses: list[tuple[str, int,
         assert all(0 <= register < 1 << 32 for register in state.registers)
         deadline = apic.next_deadline()
         assert deadline is None or deadline >= 0
+
+
+def test_processor_is_told_of_requests(machine: Machine) -> None:
+    apic, pins = machine.apic, machine.pins[0]
+    assert apic.accept_interrupt(0x50, False)
+    assert pins.requests == 1
+    assert not apic.accept_interrupt(0x0F, False)
+    assert pins.requests == 1
+    for level, requests in ((True, 2), (True, 2), (False, 2), (True, 3)):
+        apic.set_local_pin(0, level)
+        assert pins.requests == requests
+    machine.write(ICR_HIGH, 0)
+    apic.receive(InterruptMessage(DeliveryMode.EXTINT, 0))
+    assert pins.requests == 4

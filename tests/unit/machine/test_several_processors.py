@@ -81,3 +81,54 @@ def test_nmi_to_itself__is_taken_before_what_follows():
     machine.cpu.state.idtr.limit = 0
     assert machine.run(max_instructions=1_000).reason is StopReason.SHUTDOWN
     assert machine.memory.read_u8(COUNTER) == 0
+
+
+LOCK, LAST, BAD, OTHERS, MINE = 0x9100, 0x9104, 0x9108, 0x910A, 0x910C
+# Under a spin lock: RDTSC; compare with what was read last, by whomever; count if it is less; remember it.
+READ_CLOCKS_16 = bytes.fromhex(
+    "31c0 8ed8 b001 86060091 84c0 75f6 0f31 663b060491 7304 fe060891 66a30491 c606009100 fe060a91 ebda"
+)
+READ_CLOCKS_32 = bytes.fromhex(
+    "b001 860500910000 84c0 75f4 0f31 3b0504910000 7306 fe0508910000 a304910000 c6050091000000"
+    "ff050c910000 813d0c910000e8030000 72c6"
+)
+
+
+def test_time_stamp_counters__never_run_behind_what_another_processor_has_read():
+    machine = machine_with(3, START + READ_CLOCKS_32 + EXIT_0, READ_CLOCKS_16)
+    assert machine.run(max_instructions=5_000_000).exit_value == 0
+    assert machine.memory.read_u8(OTHERS) > 0
+    assert machine.memory.read_u8(BAD) == 0
+
+
+def test_interrupt_of_the_8259s__wakes_any_processor_that_listens():
+    machine = machine_with(2, EXIT_0)
+    board, sleeper = machine.board, machine.cpus[1]
+    for port, value in ((0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xDF)):
+        board.port_write(port, 1, value)
+    sleeper.socket.apic.set_virtual_wire_mode()
+    sleeper.state.activity, sleeper.state.rflags = Activity.HLT, 0x202
+    assert not sleeper.awake
+    board.lines.driver(5)(True)
+    assert sleeper.awake
+    assert list(machine.scheduler.turns.signalled) == [1]
+
+
+def test_halting__leaves_the_clock_where_it_is():
+    """A processor that halts while others run is not carried along to the end of its turn."""
+    count_long = bytes.fromhex("b9ffff0000 49 75fd")  # MOV ECX, 0FFFFH; DEC ECX; JNZ
+    machine = machine_with(2, START + wait_for(1) + count_long * 4 + EXIT_0)
+    assert machine.run(max_instructions=5_000_000).exit_value == 0
+    assert machine.cpus[1].now() < 100_000 < machine.cpu.now()
+
+
+def test_nmi__leaves_a_guest_in_the_shutdown_state_to_its_hypervisor():
+    """Among several processors as alone: a guest in the shutdown activity state is awake once an NMI is pending."""
+    machine = machine_with(2, EXIT_0)
+    cpu = machine.cpus[1]
+    cpu.state.activity = Activity.SHUTDOWN
+    assert not cpu.awake
+    cpu.nmi()
+    assert cpu.awake
+    cpu.state.activity = Activity.WAIT_FOR_SIPI
+    assert not cpu.awake

@@ -180,13 +180,13 @@ def test_profiles_of_one_name_are_told_apart() -> None:
 # --- Nothing is forgotten ---
 
 SAVED = {
-    "Cpu": "state msrs mmu engine random_state halt stop_requested spinning retired halted _nmi _extra_ticks transitions_seen"
+    "Cpu": "state msrs mmu engine random_state halt stop_requested spin retired halted _nmi _extra_ticks transitions_seen"
     " init_pending vmx virtualization",
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",
     "Vmx": "operation iret_unblocked_nmi",
     "Machine": "exit_value exit_counts _latest running scheduler cpus cpu board memory image",
-    "Scheduler": "running planned",
+    "Scheduler": "turns",
     "MsrFile": "values",
 }
 BUILT_IN = {
@@ -201,12 +201,12 @@ BUILT_IN = {
 # What is void between two runs, follows from the rest, or is a parameter of the next run.
 DERIVED = {
     "Cpu": "reload step_next _approached _planned _until _planned_waiting _gives_way implicit_pages instruction_limit"
-    " plan",
+    " plan spins contended",
     "Mmu": "context _registers _seen_second_level _walks _permissions _linear_mask _large_granted _redirected",
     "Tlb": "_local _global _find_local _find_global",
     "Vmx": "",
     "Machine": "_interrupted",
-    "Scheduler": "",
+    "Scheduler": "_until",
     "MsrFile": "",
 }
 

@@ -14,17 +14,11 @@ from vtx.x86.instructions.common import read_linear, require_feature, require_ri
 from vtx.x86.msr_table import IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
+from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
-
-PAUSE_TICKS: Final = 140
-"""What the first PAUSE takes, as on recent server parts."""
-
-SPIN_LIMIT: Final = 5
-"""How often the time doubles while the same PAUSE is executed again and again: a processor that spins waits."""
-
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
 
@@ -42,10 +36,7 @@ def hlt(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def pause(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """PAUSE."""
     if not cpu.intercepts(SIMPLE[Plain.PAUSE], instruction):
-        rip, streak = cpu.spinning
-        streak = min(streak + 1, SPIN_LIMIT) if rip == cpu.state.rip else 0
-        cpu.spinning = cpu.state.rip, streak
-        cpu.charge(PAUSE_TICKS << streak)
+        cpu.pause()
         cpu.retire(instruction)
 
 
@@ -97,7 +88,7 @@ def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def _time_stamp(cpu: LogicalProcessor) -> None:
     extension = cpu.virtualization
-    value = cpu.tsc()
+    value = cpu.read_tsc()
     if extension is not None and extension.non_root:
         value = extension.guest_tsc(value)
     cpu.state.gpr[Gpr.RAX] = value & MASK32

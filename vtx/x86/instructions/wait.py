@@ -1,7 +1,7 @@
 """UMONITOR, UMWAIT and TPAUSE: MONITOR, MWAIT and a timed PAUSE for every privilege level.
 
 Interpretations. Waits may end early for reasons of the implementation's own: UMWAIT ends at once, TPAUSE after at most
-the time that a processor spends in a `vtx.x86.instructions.system.pause` that it repeats. UMONITOR arms nothing.
+a few thousand ticks. UMONITOR arms nothing.
 
 Spec: SDM Vol. 2, the instructions' pages; Vol. 4, "Architectural MSRs" (IA32_UMWAIT_CONTROL).
 """
@@ -14,10 +14,10 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction, read_register
 from vtx.x86.instructions.common import read_linear, require_feature
-from vtx.x86.instructions.system import PAUSE_TICKS, SPIN_LIMIT
 from vtx.x86.msr_table import IA32_UMWAIT_CONTROL
 from vtx.x86.operations import Plain, Simple
 from vtx.x86.outcome import gp
+from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK32, Cr4, Gpr, Rflags, SegmentRegister
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 _DEEPEST_STATE: Final = 1  # bit 0 of the operand: C0.1; clear: C0.2
 _TIME_LIMIT: Final = MASK32 & ~3  # of IA32_UMWAIT_CONTROL, in ticks of the time-stamp counter; 0: none
-_LONGEST: Final = PAUSE_TICKS << SPIN_LIMIT
+_LONGEST: Final = PAUSE_TICKS << 5
 
 
 def umonitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
