@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import define
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -32,6 +32,7 @@ _CR4_MASK: Final = f.CR4_GUEST_HOST_MASK.encoding
 _CR0_SHADOW: Final = f.CR0_READ_SHADOW.encoding
 _CR4_SHADOW: Final = f.CR4_READ_SHADOW.encoding
 _EXCEPTION_BITMAP: Final = f.EXCEPTION_BITMAP.encoding
+_XSS_EXITING_BITMAP: Final = f.XSS_EXITING_BITMAP.encoding
 _PAGE_FAULT_MASK: Final = f.PAGE_FAULT_ERROR_CODE_MASK.encoding
 _PAGE_FAULT_MATCH: Final = f.PAGE_FAULT_ERROR_CODE_MATCH.encoding
 
@@ -46,7 +47,7 @@ _MSR_RANGE: Final = 0x2000
 _HIGH_MSRS: Final = 0xC000_0000
 
 
-@frozen
+@define(slots=True, eq=False)
 class Guest:
     """What the decision may look at: the VMCS's fields, its view, memory for the bitmaps, and the guest's registers."""
 
@@ -173,6 +174,13 @@ def _wrmsr(guest: Guest, operation: op.WriteMsr, instruction: Instruction) -> Vm
     return _of_instruction(Reason.WRMSR, instruction) if _msr_exits(guest, operation.index, 0x800) else None
 
 
+def _extended_state(guest: Guest, operation: op.ExtendedStateTransfer, instruction: Instruction) -> VmExit | None:
+    if not operation.supervisor & guest.values[_XSS_EXITING_BITMAP]:
+        return None
+    reason = Reason.XSAVES if operation.save else Reason.XRSTORS
+    return vmx_instruction_exit(reason, instruction, guest.state.rip)
+
+
 def _rdmsrlist(guest: Guest, operation: op.ReadMsrList, instruction: Instruction) -> VmExit | None:
     if not _msr_exits(guest, operation.index, 0):
         return None
@@ -293,6 +301,7 @@ _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | Non
     op.SoftwareInterrupt: _never,
     op.ReadMsr: _rdmsr,
     op.WriteMsr: _wrmsr,
+    op.ExtendedStateTransfer: _extended_state,
     op.ReadMsrList: _rdmsrlist,
     op.WriteMsrList: _wrmsrlist,
     op.PortIo: _port_io,

@@ -85,7 +85,6 @@ _SECONDARY: Final = (
 # Controls a profile could advertise that this model does not carry out.
 UNMODELLED: Final = (
     c.ENABLE_ENCLS_EXITING,
-    c.ENABLE_XSAVES_XRSTORS,
     c.PASID_TRANSLATION,
     c.INTEL_PT_USES_GUEST_PHYSICAL_ADDRESSES,
     c.ENABLE_PCONFIG,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 from vtx.x86 import cpuid_amd
-from vtx.x86.cpuid_features import LEGACY_AND_HEADER_SIZE, STATE_COMPONENTS
+from vtx.x86.cpuid_features import LEGACY_AND_HEADER_SIZE, STATE_COMPONENTS, SUPERVISOR_COMPONENTS
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ MONITOR = 1 << 3  # leaf 1, ECX
 HTT = 1 << 28  # leaf 1, EDX
 APIC_ON_CHIP = 1 << 9  # leaf 1, EDX
 OSPKE = 1 << 4  # leaf 7, ECX
+_SUPERVISOR = 1 << 0  # leaf 0DH, ECX of a state component: IA32_XSS enables it, not XCR0
 SYSCALL = 1 << 11  # leaf 8000_0001H, EDX
 NX = 1 << 20  # leaf 8000_0001H, EDX
 
@@ -64,7 +65,7 @@ class Dynamic:
     """What CPUID reports beyond the profile: the state of the executing processor and the size of the machine.
 
     ``apic_id`` is the initial (x2)APIC id, ``cpus`` the number of logical processors of the one package.
-    ``misc_enable`` is IA32_MISC_ENABLE.
+    ``misc_enable`` is IA32_MISC_ENABLE, ``xss`` IA32_XSS.
     """
 
     apic_id: int = 0
@@ -74,6 +75,7 @@ class Dynamic:
     apic_enabled: bool = True
     misc_enable: int = MISC_ENABLE_MONITOR
     in_64_bit_mode: bool = True
+    xss: int = 0
 
     @classmethod
     def of(cls, state: CpuState, apic_id: int, cpus: int, apic_enabled: bool, misc_enable: int) -> Dynamic:
@@ -198,6 +200,11 @@ def save_area_size(xcr0: int) -> int:
     return max([LEGACY_AND_HEADER_SIZE, *ends])
 
 
+def compacted_area_size(xss: int) -> int:
+    """Bytes of the compacted XSAVE area with the supervisor components enabled in ``xss``."""
+    return LEGACY_AND_HEADER_SIZE + sum(c.size for c in SUPERVISOR_COMPONENTS.values() if xss >> c.bit & 1)
+
+
 def _extended_state(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
     supported = profile.xcr0_supported
     if not supported:
@@ -205,7 +212,13 @@ def _extended_state(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registe
     if subleaf == 0:
         return supported & MASK32, save_area_size(dynamic.xcr0), save_area_size(supported), supported >> 32
     if subleaf == 1:
-        return profile.feature_words.get((0xD, 1), ZERO)
+        features, *_ = profile.feature_words.get((0xD, 1), ZERO)
+        if "XSAVES" not in profile.features:
+            return features, 0, 0, 0
+        return features, compacted_area_size(dynamic.xss), profile.xss_supported & MASK32, profile.xss_supported >> 32
+    for component in SUPERVISOR_COMPONENTS.values():
+        if component.bit == subleaf and profile.xss_supported >> subleaf & 1:
+            return component.size, 0, _SUPERVISOR, 0
     for component in STATE_COMPONENTS.values():
         if component.bit == subleaf and subleaf > 1 and supported >> subleaf & 1:
             return component.size, component.offset, 0, 0

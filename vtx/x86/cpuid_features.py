@@ -101,7 +101,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
             31: "PBE",
         },
     ),
-    (6, 0, EAX, {2: "ARAT"}),
+    (6, 0, EAX, {2: "ARAT", 13: "HDC"}),
     (6, 0, ECX, {0: "APERFMPERF"}),
     (
         7,
@@ -214,6 +214,13 @@ STATE_COMPONENTS: Final[Mapping[str, StateComponent]] = MappingProxyType(
         "PKRU": StateComponent(9, 2688, 8),
     }
 )
+
+X87_STATE: Final = 1 << 0
+SSE_STATE: Final = 1 << 1
+HDC_STATE: Final = 1 << 13
+
+SUPERVISOR_COMPONENTS: Final[Mapping[str, StateComponent]] = MappingProxyType({"HDC": StateComponent(13, 0, 8)})
+"""The state components that IA32_XSS enables, by CPUID feature; the compacted format alone has them."""
 
 # CR4 bits and the feature that makes each one writable.
 CR4_FEATURES: Final[tuple[tuple[Cr4, str], ...]] = (

@@ -38,6 +38,8 @@ MSR_LASTBRANCHFROMIP: Final = 0x1DB
 IA32_PAT: Final = 0x277
 IA32_TSC_DEADLINE: Final = 0x6E0
 IA32_PKRS: Final = 0x6E1
+IA32_XSS: Final = 0xDA0
+IA32_PM_CTL1: Final = 0xDB1
 X2APIC_MSRS: Final = range(0x800, 0x900)
 IA32_EFER: Final = 0xC000_0080
 IA32_STAR: Final = 0xC000_0081
@@ -237,7 +239,11 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(0x2F, "IA32_BARRIER", writable=0, features=("MSRLIST",)),
     Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
-    Msr(0xDA0, "IA32_XSS", writable=0, features=("XSAVES",)),
+    Msr(IA32_XSS, "IA32_XSS", writable=0, writable_with=(("HDC", 1 << 13),), features=("XSAVES",)),
+    # Hardware duty cycling: nothing is ever forced idle.
+    Msr(0xDB0, "IA32_PKG_HDC_CTL", writable=1, features=("HDC",)),
+    Msr(IA32_PM_CTL1, "IA32_PM_CTL1", reset=1, writable=1, features=("HDC",)),
+    Msr(0xDB2, "IA32_THREAD_STALL", read_only=True, features=("HDC",)),
     Msr(
         IA32_EFER,
         "IA32_EFER",

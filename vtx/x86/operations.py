@@ -148,6 +148,14 @@ class WriteMsr:
 
 
 @frozen
+class ExtendedStateTransfer:
+    """XSAVES (``save``) or XRSTORS; ``supervisor`` are the components of IA32_XSS that it is asked for."""
+
+    save: bool
+    supervisor: int
+
+
+@frozen
 class ReadMsrList:
     """RDMSRLIST comes to the MSR of ``index``."""
 
@@ -218,6 +226,7 @@ Operation = (
     | SoftwareInterrupt
     | ReadMsr
     | WriteMsr
+    | ExtendedStateTransfer
     | ReadMsrList
     | WriteMsrList
     | PortIo

@@ -17,7 +17,7 @@ from typing import Any, Final
 from attrs import evolve, field, frozen
 
 from vtx.x86.cpuid import ZERO, Registers
-from vtx.x86.cpuid_features import FEATURES, STATE_COMPONENTS, supported_cr4_bits
+from vtx.x86.cpuid_features import FEATURES, STATE_COMPONENTS, SUPERVISOR_COMPONENTS, supported_cr4_bits
 from vtx.x86.msr_table import ARCHITECTURAL_MSRS, Msr
 from vtx.x86.performance import PerformanceMonitoring
 from vtx.x86.state import MASK32, MASK64
@@ -96,6 +96,7 @@ class Profile:
     feature_words: Mapping[tuple[int, int], Registers] = field(init=False, repr=False)
     cr4_supported: int = field(init=False)
     xcr0_supported: int = field(init=False)
+    xss_supported: int = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "signature", _signature(self.family, self.model, self.stepping))
@@ -103,6 +104,7 @@ class Profile:
         object.__setattr__(self, "cr4_supported", supported_cr4_bits(self.features))
         xcr0 = sum(1 << STATE_COMPONENTS[name].bit for name in self.xsave_components)
         object.__setattr__(self, "xcr0_supported", xcr0)
+        object.__setattr__(self, "xss_supported", _supported_xss(self.features))
 
     def has(self, feature: str) -> bool:
         """Whether CPUID reports ``feature``; KeyError for a name that `vtx.x86.cpuid_features.FEATURES` lacks."""
@@ -118,6 +120,13 @@ class Profile:
     def tsc_crystal_ratio(self) -> tuple[int, int]:
         """TSC frequency over crystal frequency, as numerator and denominator."""
         return self.tsc_frequency // self.crystal_frequency, 1
+
+
+def _supported_xss(features: frozenset[str]) -> int:
+    """The bits of IA32_XSS that a processor with ``features`` lets software set."""
+    if "XSAVES" not in features:
+        return 0
+    return sum(1 << component.bit for name, component in SUPERVISOR_COMPONENTS.items() if name in features)
 
 
 def _signature(family: int, model: int, stepping: int) -> int:
@@ -243,6 +252,8 @@ def _xsave_components(cpuid: Section, features: frozenset[str]) -> tuple[str, ..
         raise cpuid.fail("xsave_components", "at least x87 with the feature XSAVE, none without it")
     if names and "x87" not in names:
         raise cpuid.fail("xsave_components", "x87 among the components")
+    if "XSAVES" in features and set(names) - {"x87", "SSE"}:
+        raise cpuid.fail("xsave_components", "x87 and SSE alone with the feature XSAVES")
     if ("PKRU" in names) != ("XSAVE" in features and "PKU" in features):
         raise cpuid.fail("xsave_components", "PKRU if and only if cpuid.features has PKU")
     return tuple(names)

@@ -55,8 +55,8 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x48E, 0xFFF9_FFFE_0400_6172),
         (SKYLAKE, 0x48F, 0x007F_EFFF_0003_6DFB),
         (SKYLAKE, 0x490, 0x0000_D3FF_0000_11FB),
-        # mode-based execute control, sub-page permissions, user wait and pause, instruction timeout
-        (EVERYTHING, 0x48B, SKYLAKE.vmx_capabilities[0x48B] | 0x84C0_0000 << 32),
+        # XSAVES, mode-based execute control, sub-page permissions, user wait and pause, instruction timeout
+        (EVERYTHING, 0x48B, SKYLAKE.vmx_capabilities[0x48B] | 0x84D0_0000 << 32),
         # 5-level walks, advanced information for EPT violations
         (EVERYTHING, 0x48C, SKYLAKE.vmx_capabilities[0x48C] | 1 << 7 | 1 << 22),
         (SKYLAKE, 0x491, 1),

@@ -18,6 +18,7 @@ from vtx.x86.instructions import (
     msr_list,
     port_io,
     stack_segment,
+    supervisor_state,
     system,
     tasks,
     wait,
@@ -32,7 +33,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, stack_segment, descriptor_tables, flow, tasks),
-        *(port_io, missing, wait, msr_list),
+        *(port_io, missing, wait, msr_list, supervisor_state),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
