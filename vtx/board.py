@@ -403,6 +403,12 @@ class Socket:
             self.apic.set_virtual_wire_mode()
             self.board.select(self)
 
+    def reset(self) -> None:
+        """Power-up and RESET of what belongs to the processor."""
+        self.apic.reset()
+        if self.counters is not None:
+            self.counters.reset()
+
     def _counter_overflowed(self, msrs: MsrFile) -> None:
         assert self.counters is not None
         freeze_on_interrupt(msrs, self.counters)

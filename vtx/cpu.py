@@ -15,6 +15,7 @@ from vtx.board import Socket
 from vtx.devices.apic_registers import ApicBase
 from vtx.svm import Svm
 from vtx.vmx import Vmx
+from vtx.x86.msrs import bind_clock, tsc_of
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
 from vtx.x86.second_level import IdentitySecondLevel
@@ -40,6 +41,7 @@ class Cpu(LogicalProcessor):
         """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
         self.machine, self.socket = machine, socket
         socket.insert(self.profile, self.index, self, self, self.msrs)
+        bind_clock(self.msrs, self.observed_time, self._tsc_moved)
         if self.profile.is_amd:
             self.svm = Svm(self)
             self.virtualization = self.svm
@@ -55,6 +57,10 @@ class Cpu(LogicalProcessor):
         if behind > 0:
             self.charge(behind)
         return self.now()
+
+    def _tsc_moved(self) -> None:
+        """IA32_TSC_ADJUST changed, and with it the tick at which a TSC deadline is reached."""
+        self.socket.apic.set_tsc_offset(tsc_of(self.msrs, 0))
 
     # Pins.
 
@@ -157,7 +163,8 @@ class Cpu(LogicalProcessor):
         engine = self.engine
         engine.resume(engine.elapsed(), engine.instructions(), engine.power_up_fpu())
         self.msrs.reset()
-        self.socket.apic.reset()
+        self.socket.reset()
+        self._tsc_moved()
         self._leave_guest()
         self.mmu.tlb.clear()
         self.mmu.flush_engine(None)

@@ -69,7 +69,7 @@ class Machine:
     ``profile`` names a CPU profile or is one; ``memory`` is the RAM size in bytes. ``serial`` receives what the guest
     writes to COM1, ``tracer`` every event, ``explain`` what is wrong when a VM entry or a VMX instruction fails or an
     EPT entry is misconfigured. ``exit_counts`` counts VM exits by name. ``compiled=False`` keeps the
-    engine from using its compiled helper (the results are the same).
+    engine from using its compiled helper (the results are the same). RDRAND and RDSEED follow from ``seed`` (64 bits).
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Machine:
         tracer: Tracer | None = None,
         explain: Explain | None = None,
         compiled: bool = True,
+        seed: int = 0,
     ) -> None:
         self.profile = load_profile(profile) if isinstance(profile, str) else profile
         self.memory = PhysicalMemory(memory, firmware.rom())
@@ -104,6 +105,7 @@ class Machine:
         self.tracer = tracer
         self._explain = explain
         self._compiled = compiled
+        self._seed = seed
         self._coherence = Coherence(self.memory.dirty)
         self.history = RamHistory(self.memory, self._coherence.withdraw_writes)
         self._latest = 0
@@ -117,7 +119,15 @@ class Machine:
         def engine_factory(memory: PhysicalMemory, client: LogicalProcessor) -> UnicornEngine:
             return UnicornEngine(memory, client, coherence=self._coherence, allow_compiled=self._compiled)
 
-        cpu = Cpu(self.memory, self.profile, socket, engine_factory, index=index, count=count)
+        cpu = Cpu(
+            self.memory,
+            self.profile,
+            socket,
+            engine_factory,
+            index=index,
+            count=count,
+            seed=_seed_of(self._seed, index),
+        )
         if not index:
             self.running = cpu
         cpu.attach(self, socket)
@@ -239,3 +249,8 @@ class Machine:
             stopped = MachineStopped(0, result.ticks, reason.value, message, result.instructions, result.exit_value)
             self.tracer.emit(stopped)
         return result
+
+
+def _seed_of(seed: int, index: int) -> int:
+    """The seed of processor ``index``: far from the others', and the machine's own for the first."""
+    return seed ^ index << 56

@@ -27,13 +27,14 @@ class Surroundings:
     tracer: Tracer | None
     explain: Explain
 
-    def build(self, profile: str, memory: int, cpus: int) -> Machine:
-        """A machine of that profile, bytes of RAM and number of processors."""
+    def build(self, profile: str, memory: int, cpus: int, seed: int = 0) -> Machine:
+        """A machine of that profile, bytes of RAM, number of processors and seed of random numbers."""
         try:
             return Machine(
                 profile=profile,
                 memory=memory,
                 cpus=cpus,
+                seed=seed,
                 serial=self.serial,
                 tracer=self.tracer,
                 explain=self.explain,

@@ -32,6 +32,14 @@ _DEFAULT_PROFILE = "skylake-server"
 @click.option("--memory", default="128M", show_default=True, callback=memory_size, help="RAM: 64M (or 64), 2G.")
 @click.option("--smp", "cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="Processors.")
 @click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="What RDRAND and RDSEED follow from.",
+)
+@click.option(
     "--initrd",
     "initrds",
     multiple=True,
@@ -59,6 +67,7 @@ def run(
     profile: str,
     memory: int,
     cpus: int,
+    seed: int,
     initrds: tuple[str, ...],
     trace_file: str | None,
     max_instructions: int | None,
@@ -94,7 +103,9 @@ def run(
     with _trace_to(trace_file) as tracer:
         surroundings = building.Surroundings(output.write, tracer, failures.take)
         if found is not None:
-            machine = building.boot(surroundings.build(profile, memory, cpus), found, " ".join(guest_args), modules)
+            machine = building.boot(
+                surroundings.build(profile, memory, cpus, seed), found, " ".join(guest_args), modules
+            )
         else:
             assert from_snapshot is not None
             machine = building.resume(from_snapshot, profile if _given(context, "profile") else None, surroundings)
@@ -122,7 +133,12 @@ def _check_origin(context: click.Context, image: str | None, from_snapshot: str 
         return
     if image is not None:
         raise click.UsageError("--from-snapshot goes on with the guest of the snapshot: there is no IMAGE.", context)
-    for option, flag in (("memory", "--memory"), ("cpus", "--smp"), ("initrds", "--initrd")):
+    for option, flag in (
+        ("memory", "--memory"),
+        ("cpus", "--smp"),
+        ("seed", "--seed"),
+        ("initrds", "--initrd"),
+    ):
         if _given(context, option):
             raise click.UsageError(f"--from-snapshot has the machine of the snapshot: there is no {flag}.", context)
 

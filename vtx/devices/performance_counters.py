@@ -95,8 +95,13 @@ class PerformanceCounters:
         self.facility = facility
         self._work = work
         self._interrupt = interrupt
-        counts, selects = [0] * (facility.general + facility.fixed), [0] * facility.general
-        self.state = PerformanceState(counts, selects, global_control=(1 << facility.general) - 1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Power-up and RESET: all counters clear, and off but for the global enables of the general ones."""
+        general = self.facility.general
+        counts, selects = [0] * (general + self.facility.fixed), [0] * general
+        self.state = PerformanceState(counts, selects, global_control=(1 << general) - 1)
 
     # --- MSRs --------------------------------------------------------------------------------------------------------
 

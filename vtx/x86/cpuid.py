@@ -169,9 +169,15 @@ def _cache_parameters(profile: Profile, subleaf: int, dynamic: Dynamic) -> Regis
     return eax, ebx, cache.sets - 1, cache.inclusive << 1 | cache.complex_indexing << 2
 
 
+_MONITOR_LINE: Final = 64
+# MWAIT takes extensions; interrupts can be break events although they are masked. There is no C-state to choose.
+_MWAIT_EXTENSIONS: Final = 0b11
+
+
 def _monitor(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
-    line = 64 if "MONITOR" in profile.features else 0
-    return line, line, 0, 0
+    if "MONITOR" not in profile.features:
+        return ZERO
+    return _MONITOR_LINE, _MONITOR_LINE, _MWAIT_EXTENSIONS, 0
 
 
 def _structured_features(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:

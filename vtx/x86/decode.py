@@ -38,6 +38,7 @@ _STRING_MEMORY: Final = {
     OpKind.MEMORY_ESEDI: (7, 4),
     OpKind.MEMORY_ESRDI: (7, 8),
 }
+_MONITOR: Final = {Code.MONITORW: 2, Code.MONITORD: 4, Code.MONITORQ: 8}  # its operand is DS:rAX, and not encoded
 
 
 @frozen
@@ -112,6 +113,8 @@ def _memory_operand(raw: IcedInstruction, bits: int) -> MemoryOperand | None:
             register, size = _STRING_MEMORY[kind]
             segment = SegmentRegister.ES if register == 7 else _SEGMENTS[raw.memory_segment]
             return MemoryOperand(segment, register, None, 1, 0, size)
+    if raw.mnemonic == Mnemonic.MONITOR:
+        return MemoryOperand(_SEGMENTS.get(raw.segment_prefix, SegmentRegister.DS), 0, None, 1, 0, _MONITOR[raw.code])
     return None
 
 

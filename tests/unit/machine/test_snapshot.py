@@ -180,8 +180,8 @@ def test_profiles_of_one_name_are_told_apart() -> None:
 # --- Nothing is forgotten ---
 
 SAVED = {
-    "Cpu": "state msrs mmu engine random_state halt stop_requested spin retired halted _nmi _extra_ticks transitions_seen"
-    " init_pending vmx virtualization",
+    "Cpu": "state msrs mmu engine random_state halt stop_requested spin retired halted _nmi _extra_ticks"
+    " transitions_seen init_pending vmx virtualization",
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",
     "Vmx": "operation iret_unblocked_nmi",
@@ -194,7 +194,7 @@ BUILT_IN = {
     "Mmu": "memory physical_address_width page1gb flush_engine amd",
     "Tlb": "_capacity _tags",
     "Vmx": "",
-    "Machine": "profile uart tracer _explain _compiled _coherence history power",
+    "Machine": "profile uart tracer _explain _compiled _seed _coherence history power",
     "Scheduler": "_processors _switch",
     "MsrFile": "profile table _bootstrap _bindings",
 }

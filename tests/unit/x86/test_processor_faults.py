@@ -349,3 +349,12 @@ def test_stack_pointer_is_untouched_by_a_faulting_call() -> None:
     event = bench.event()
     assert (event.address, event.error_code) == (STACK - 8, P | W)
     assert bench.state.gpr[Gpr.RSP] == STACK
+
+
+def test_monitor__reads_through_the_segment_of_its_prefix() -> None:
+    bench = ProcessorBench("650f01c8")  # MONITOR GS:RAX
+    bench.page(ABSENT, 0)
+    bench.state.segments[5].base = ABSENT - 0x100
+    bench.state.gpr[A], bench.state.gpr[C], bench.state.gpr[D] = 0x123, 0, 0
+    event = bench.event()
+    assert (event.vector, event.address) == (Vector.PF, ABSENT + 0x23)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
+from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
-from vtx.x86.instructions.common import read_linear, require_feature, require_ring_0
-from vtx.x86.msr_table import IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
+from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
+from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.spinning import PAUSE_TICKS
@@ -55,27 +56,30 @@ def wbinvd(cpu: LogicalProcessor, instruction: Instruction) -> None:
         cpu.retire(instruction)
 
 
+def _require_monitor(cpu: LogicalProcessor) -> None:
+    """#UD unless CPUID reports MONITOR, which IA32_MISC_ENABLE can switch off."""
+    require_feature(cpu, "MONITOR")
+    if not cpu.msrs.values.get(IA32_MISC_ENABLE, MISC_ENABLE_MONITOR) & MISC_ENABLE_MONITOR:
+        raise ud()
+
+
 def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """MONITOR: checks its address and arms nothing, because MWAIT never waits."""
     state = cpu.state
-    require_feature(cpu, "MONITOR")
+    _require_monitor(cpu)
     if state.cpl:
         raise ud()
     if cpu.intercepts(SIMPLE[Plain.MONITOR], instruction):
         return
     if state.gpr[Gpr.RCX] & MASK32:
         raise gp(0)
-    width = {2: 0xFFFF, 4: MASK32, 8: MASK64}[instruction.address_size]
-    address = state.gpr[Gpr.RAX] & width
-    if not state.in_64_bit_mode:
-        address = (address + state.segments[3].base) & MASK32
-    read_linear(cpu, address, 1)
+    read_linear(cpu, operand_address(cpu, instruction, 1), 1)
     cpu.retire(instruction)
 
 
 def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """MWAIT: wakes at once, which the architecture allows at any time."""
-    require_feature(cpu, "MONITOR")
+    _require_monitor(cpu)
     if cpu.state.cpl:
         raise ud()
     if cpu.intercepts(SIMPLE[Plain.MWAIT], instruction):
