@@ -64,6 +64,10 @@ class Cpu(LogicalProcessor):
 
     # Pins.
 
+    def send_interrupt(self, vector: int, destination: int) -> None:
+        """Have the local APIC send a fixed interrupt to the processor whose APIC ID is ``destination``."""
+        self.socket.apic.send(vector, destination)
+
     def nmi(self) -> None:
         """A non-maskable interrupt, perhaps by a store of the running code: no run was planned for it."""
         super().nmi()

@@ -20,6 +20,7 @@ from attrs import frozen
 from vmcs.exits import Reason
 from vmcs.qualifications import ApicAccessType, apic_access
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE, LinearAddress, PhysicalAddress
+from vtx.vmx import ipi_virtualization
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
@@ -79,7 +80,9 @@ def virtualizes_write(apic: VirtualApic, offset: int, size: int) -> bool:
     """
     if apic.register_virtualization:
         return _fits(offset, size) and offset & ~0xF in _WRITABLE
-    return size <= _LARGEST and (offset == VTPR or (apic.interrupt_delivery and offset in (VEOI, VICR_LOW)))
+    if offset == VICR_LOW:
+        return size <= _LARGEST and (apic.interrupt_delivery or apic.ipi_virtualization)
+    return size <= _LARGEST and (offset == VTPR or (apic.interrupt_delivery and offset == VEOI))
 
 
 def access_exit(operation: VmxOperation, access: ReservedPageAccess, delivering: Event | None) -> VmExit:
@@ -167,5 +170,7 @@ def _perform(operation: VmxOperation, apic: VirtualApic, refused: RefusedInstruc
         completed = refused.execute()
     if completed and operand.writes:
         record = apic.register_written(operand.linear & PAGE_OFFSET_MASK)
+        if record is not None:
+            record = ipi_virtualization.virtualize(operation, apic, record, x2apic=False)
         if record is not None:
             perform_exit(operation, record)

@@ -10,11 +10,12 @@ from typing import Final
 
 from vmcs import controls as c
 from vmcs.exits import Reason
+from vtx.vmx import ipi_virtualization
 from vtx.vmx.execution import complete
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
-from vtx.vmx.virtual_apic import VEOI, VSELF_IPI, VTPR, VirtualApic
+from vtx.vmx.virtual_apic import VEOI, VICR_LOW, VSELF_IPI, VTPR, VirtualApic
 from vtx.x86.decode import Instruction
 from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, ReadMsr, WriteMsr
 from vtx.x86.outcome import gp
@@ -25,6 +26,8 @@ _FIRST_MSR, _LAST_MSR = 0x800, 0x8FF
 _TPR_MSR: Final = 0x808
 _EOI_MSR: Final = 0x80B
 _SELF_IPI_MSR: Final = 0x83F
+_ICR_MSR: Final = 0x830
+_ICR_RESERVED: Final = 0xFFF3_0000 | 1 << 13 | 1 << 12
 
 
 def virtualize(operation: VmxOperation, action: Operation, instruction: Instruction) -> bool:
@@ -48,6 +51,8 @@ def virtualize(operation: VmxOperation, action: Operation, instruction: Instruct
             state.gpr[Gpr.RAX], state.gpr[Gpr.RDX] = value & MASK32, value >> 32
         case WriteMsr(index=index, value=value) if x2apic and _is_written_virtually(apic, index):
             record = _write_msr(apic, index, value)
+            if record is not None:
+                record = ipi_virtualization.virtualize(operation, apic, record, x2apic=True)
         case _:
             return False
     complete(state, instruction)
@@ -67,11 +72,18 @@ def _is_read_virtually(apic: VirtualApic, index: int) -> bool:
 
 
 def _is_written_virtually(apic: VirtualApic, index: int) -> bool:
+    if index == _ICR_MSR:
+        return apic.ipi_virtualization
     return index == _TPR_MSR or (apic.interrupt_delivery and index in (_EOI_MSR, _SELF_IPI_MSR))
 
 
 def _write_msr(apic: VirtualApic, index: int, value: int) -> VmExit | None:
     """Whether the local APIC is in x2APIC mode does not matter."""
+    if index == _ICR_MSR:
+        if value & _ICR_RESERVED:
+            raise gp(0)
+        apic.write(VICR_LOW, value, 8)
+        return VmExit(Reason.APIC_WRITE, VICR_LOW)
     if value >> (0 if index == _EOI_MSR else 8):
         raise gp(0)
     if index == _TPR_MSR:

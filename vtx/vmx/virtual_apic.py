@@ -57,6 +57,7 @@ class VirtualApic:
         self.page = vmcs[f.VIRTUAL_APIC_ADDRESS]
         self.interrupt_delivery = bool(view.secondary & c.VIRTUAL_INTERRUPT_DELIVERY.mask)
         self.register_virtualization = bool(view.secondary & c.APIC_REGISTER_VIRTUALIZATION.mask)
+        self.ipi_virtualization = bool(view.tertiary & c.IPI_VIRTUALIZATION.mask)
         self.pending = False
         self._checks_threshold = bool(view.secondary & c.VIRTUALIZE_APIC_ACCESSES.mask) and not self.interrupt_delivery
         self._window_exiting = bool(view.primary & c.INTERRUPT_WINDOW_EXITING.mask)

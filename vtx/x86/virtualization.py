@@ -60,6 +60,10 @@ class Processor(Protocol):
         """Dismiss the interrupt acknowledged last from the local APIC, as writing its EOI register does."""
         ...
 
+    def send_interrupt(self, vector: int, destination: int) -> None:
+        """Have the local APIC send a fixed interrupt to the processor whose APIC ID is ``destination``."""
+        ...
+
     def nmi_pending(self) -> bool:
         """Whether a non-maskable interrupt waits to be delivered, ignoring blocking."""
         ...

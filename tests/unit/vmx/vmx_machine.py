@@ -52,6 +52,7 @@ class FakeProcessor:
         self.shutdown: str | None = None
         self.control_loads = 0
         self.dismissed = 0
+        self.sent: list[tuple[int, int]] = []
 
     def tsc(self) -> int:
         return self.ticks
@@ -63,6 +64,9 @@ class FakeProcessor:
         self.control_loads += 1
         self.mmu.update(self.state)
 
+    def changed_system_state(self) -> None:
+        self.control_loads += 1
+
     def interrupt_pending(self) -> bool:
         return self.interrupt is not None
 
@@ -73,6 +77,9 @@ class FakeProcessor:
 
     def end_of_interrupt(self) -> None:
         self.dismissed += 1
+
+    def send_interrupt(self, vector: int, destination: int) -> None:
+        self.sent.append((vector, destination))
 
     def fetch(self) -> Instruction | None:
         return decode(self.memory.read(self.mmu.translate(self.state.rip, AccessKind.EXECUTE), 15), 64)
