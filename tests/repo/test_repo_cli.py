@@ -42,7 +42,7 @@ def test_commands_mentioned_exist(page: str) -> None:
     assert mentioned <= listed
 
 
-@pytest.mark.parametrize("command", ["run", "guests", "profiles", "bench", "conformance"])
+@pytest.mark.parametrize("command", ["run", "guests", "profiles", "explain", "bench", "conformance"])
 def test_every_command_has_help(command: str) -> None:
     done = vtx(command, "--help")
     assert done.returncode == 0, done.stderr
