@@ -61,8 +61,8 @@ def _trace(cpu: LogicalProcessor, register: str, old: int, new: int) -> None:
         cpu.tracing.control_write(register, old, new)
 
 
-def write_cr0(cpu: LogicalProcessor, value: int) -> None:
-    """Give CR0 a value software asked for, with all checks and consequences. Raises #GP(0)."""
+def _check_cr0(cpu: LogicalProcessor, value: int) -> None:
+    """#GP(0) for a value that CR0 cannot be given now."""
     state = cpu.state
     if value >> 32:
         raise gp(0)
@@ -72,14 +72,22 @@ def write_cr0(cpu: LogicalProcessor, value: int) -> None:
     extension = cpu.virtualization
     if extension is not None and not extension.control_register_fixed_ok(0, value):
         raise gp(0)
-    efer, old = state.efer, state.cr0
-    if value & Cr0.PG and not old & Cr0.PG and efer & Efer.LME:
+    if value & Cr0.PG and not state.cr0 & Cr0.PG and state.efer & Efer.LME:
         if not state.cr4 & Cr4.PAE or state.cs.access_rights & AccessRights.LONG:
             raise gp(0)
+    elif state.cr0 & Cr0.PG and not value & Cr0.PG and (state.in_64_bit_mode or state.cr4 & Cr4.PCIDE):
+        raise gp(0)
+
+
+def write_cr0(cpu: LogicalProcessor, value: int) -> None:
+    """Give CR0 a value software asked for, with all checks and consequences. Raises #GP(0)."""
+    _check_cr0(cpu, value)
+    state = cpu.state
+    value = value & CR0_DEFINED | Cr0.ET
+    efer, old = state.efer, state.cr0
+    if value & Cr0.PG and not old & Cr0.PG and efer & Efer.LME:
         efer |= Efer.LMA
     elif old & Cr0.PG and not value & Cr0.PG:
-        if state.in_64_bit_mode or state.cr4 & Cr4.PCIDE:
-            raise gp(0)
         efer &= ~int(Efer.LMA)
     if _pae_paging(value, state.cr4, efer) and (value ^ old) & _CR0_RELOADS_PDPTRS:
         state.pdptrs[:] = cpu.mmu.load_pdptrs(state.cr3)
@@ -88,14 +96,21 @@ def write_cr0(cpu: LogicalProcessor, value: int) -> None:
     cpu.control_registers_written()
 
 
-def write_cr3(cpu: LogicalProcessor, value: int) -> None:
-    """Give CR3 a value software asked for. Raises #GP(0)."""
-    state = cpu.state
-    preserve = bool(state.cr4 & Cr4.PCIDE and value & _NO_FLUSH)
-    if preserve:
+def _check_cr3(cpu: LogicalProcessor, value: int) -> None:
+    """#GP(0) for a value that CR3 cannot be given now."""
+    if cpu.state.cr4 & Cr4.PCIDE:
         value &= ~_NO_FLUSH
     if value >> cpu.profile.physical_address_width:
         raise gp(0)
+
+
+def write_cr3(cpu: LogicalProcessor, value: int) -> None:
+    """Give CR3 a value software asked for. Raises #GP(0)."""
+    state = cpu.state
+    _check_cr3(cpu, value)
+    preserve = bool(state.cr4 & Cr4.PCIDE and value & _NO_FLUSH)
+    if preserve:
+        value &= ~_NO_FLUSH
     if _pae_paging(state.cr0, state.cr4, state.efer):
         state.pdptrs[:] = cpu.mmu.load_pdptrs(value)
     _trace(cpu, "CR3", state.cr3, value)
@@ -103,8 +118,8 @@ def write_cr3(cpu: LogicalProcessor, value: int) -> None:
     cpu.mmu.cr3_written(state, preserve=preserve)
 
 
-def write_cr4(cpu: LogicalProcessor, value: int) -> None:
-    """Give CR4 a value software asked for. Raises #GP(0)."""
+def _check_cr4(cpu: LogicalProcessor, value: int) -> None:
+    """#GP(0) for a value that CR4 cannot be given now."""
     state = cpu.state
     changed = value ^ state.cr4
     if value & reserved_cr4_bits(cpu.profile):
@@ -116,6 +131,13 @@ def write_cr4(cpu: LogicalProcessor, value: int) -> None:
     extension = cpu.virtualization
     if extension is not None and not extension.control_register_fixed_ok(4, value):
         raise gp(0)
+
+
+def write_cr4(cpu: LogicalProcessor, value: int) -> None:
+    """Give CR4 a value software asked for. Raises #GP(0)."""
+    _check_cr4(cpu, value)
+    state = cpu.state
+    changed = value ^ state.cr4
     if _pae_paging(state.cr0, value, state.efer) and changed & _CR4_RELOADS_PDPTRS:
         state.pdptrs[:] = cpu.mmu.load_pdptrs(state.cr3)
     _trace(cpu, "CR4", state.cr4, value)
@@ -123,15 +145,21 @@ def write_cr4(cpu: LogicalProcessor, value: int) -> None:
     cpu.control_registers_written()
 
 
-def write_cr8(cpu: LogicalProcessor, value: int) -> None:
-    """Write the task priority. Raises #GP(0)."""
+def _check_cr8(cpu: LogicalProcessor, value: int) -> None:
+    """#GP(0) for a value that CR8 cannot be given."""
     if value >> 4:
         raise gp(0)
+
+
+def write_cr8(cpu: LogicalProcessor, value: int) -> None:
+    """Write the task priority. Raises #GP(0)."""
+    _check_cr8(cpu, value)
     _trace(cpu, "CR8", cpu.task_priority(), value)
     cpu.set_task_priority(value)
 
 
 _WRITERS: Final = {0: write_cr0, 3: write_cr3, 4: write_cr4, 8: write_cr8}
+_CHECKS: Final = {0: _check_cr0, 3: _check_cr3, 4: _check_cr4, 8: _check_cr8}
 
 
 def _merged(cpu: LogicalProcessor, number: int, value: int) -> int:
@@ -161,6 +189,8 @@ def move_cr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     require_ring_0(cpu)
     if writes:
         value = state.gpr[register.number] & (MASK64 if state.in_64_bit_mode else MASK32)
+        if cpu.profile.is_amd and number in _CHECKS:
+            _CHECKS[number](cpu, value)  # before the intercept, which comes first on Intel processors
         if cpu.intercepts(MoveToControlRegister(number, register.number, value), instruction):
             return
         if number == 2:
