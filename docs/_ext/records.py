@@ -1,7 +1,7 @@
 """Directives that print the project's own records, so that the documentation cannot disagree with the code.
 
-A table each: ``rules STAGE``, ``msr-rules``, ``controls WORD``, ``allowed-controls PROFILE``, ``exit-reasons``,
-``instruction-errors``, ``vmcs-fields``, ``trace-events``. A list: ``features PROFILE``, ``controls-of-no-profile``.
+A table each: ``rules STAGE``, ``msr-rules``, ``instruction-rules``, ``controls WORD``, ``allowed-controls PROFILE``,
+``exit-reasons``, ``instruction-errors``, ``vmcs-fields``, ``trace-events``. A list: ``features PROFILE``, ``controls-of-no-profile``.
 ``modules PACKAGE``: the modules named in the body, in that order, each with the first sentence of its docstring.
 ``interpretations``: the paragraphs of all docstrings that begin with "Interpretations.".
 """
@@ -21,7 +21,7 @@ from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
-from vmcs import controls, exits, fields
+from vmcs import controls, exits, fields, instruction_rules
 from vmcs.capabilities import Capabilities
 from vmcs.rules import RULES, Stage, msr_load
 from vtx import events
@@ -61,6 +61,22 @@ class MsrRules(Directive):
     def run(self) -> list[nodes.Node]:
         rows = ((rule.id, rule.sentence, str(rule.ref)) for rule in msr_load.RULES)
         return [table(("Rule", "Demand", "Manual"), rows, (25, 50, 25))]
+
+
+class InstructionRules(Directive):
+    """The demands of VMX instructions other than VM entry."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = (
+            (
+                rule.id,
+                rule.sentence,
+                f"VMfailValid({int(rule.error)})" if rule.error else "VMfailInvalid",
+                str(rule.ref),
+            )
+            for rule in instruction_rules.RULES
+        )
+        return [table(("Rule", "Demand", "Otherwise", "Manual"), rows, (24, 40, 16, 20))]
 
 
 class Controls(Directive):
@@ -223,6 +239,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for name, directive in {
         "rules": Rules,
         "msr-rules": MsrRules,
+        "instruction-rules": InstructionRules,
         "controls": Controls,
         "exit-reasons": ExitReasons,
         "instruction-errors": InstructionErrors,
