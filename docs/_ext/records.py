@@ -1,7 +1,8 @@
 """Directives that print the project's own records, so that the documentation cannot disagree with the code.
 
 A table each: ``rules STAGE``, ``msr-rules``, ``instruction-rules``, ``controls WORD``, ``allowed-controls PROFILE``,
-``exit-reasons``, ``instruction-errors``, ``vmcs-fields``, ``trace-events``. A list: ``features PROFILE``, ``controls-of-no-profile``.
+``exit-reasons``, ``instruction-errors``, ``vmcs-fields``, ``trace-events``. A list: ``features PROFILE``,
+``controls-of-no-profile``.
 ``modules PACKAGE``: the modules named in the body, in that order, each with the first sentence of its docstring.
 ``interpretations``: the paragraphs of all docstrings that begin with "Interpretations.".
 """
