@@ -167,7 +167,7 @@ class Context:
             layout.GLOBAL_INTERRUPT_FLAG,
         )
         # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
-        traps_popf = step or bool(state.cr0 & _AM)
+        traps_popf = step or state.popf_intercepted or bool(state.cr0 & _AM)
         if traps_popf != self._traps_popf:
             self._traps_popf = traps_popf
             intercepts = layout.INTERCEPT_ALWAYS | (layout.INTERCEPT_POPF if traps_popf else 0)

@@ -16,9 +16,11 @@ from vtx.svm.operation import SvmOperation
 from vtx.svm.outcome import Exited, Outcome, ShutDown
 from vtx.svm.processor_state import load_host, save_guest
 from vtx.svm.record import Vmexit
-from vtx.x86.msr_table import IA32_PAT, VM_HSAVE_PA
+from vtx.x86.cpuid import reserved_cr4_bits
+from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA
 from vtx.x86.outcome import InstructionAborted
 from vtx.x86.state import Cr0, Cr4, Efer, Rflags
+from vtx.x86.virtualization import Processor
 
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
@@ -60,10 +62,15 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
     state = processor.state
     operation.guest_mode = False
     operation.transitions += 1
-    load_host(state, control_block.read(processor.memory, processor.msrs.values[VM_HSAVE_PA]))
+    host = control_block.read(processor.memory, processor.msrs.values[VM_HSAVE_PA])
+    load_host(state, host)
     state.gif = False
+    state.popf_intercepted = False
     if state.rflags & _TF:
         state.pending_debug = _PENDING_BS  # the trap after VMRUN, which completes only now
+    if not _is_valid_host(processor, host):
+        processor.shut_down("#VMEXIT to a host with invalid control registers")
+        return ShutDown()
     processor.mmu.vm_transition(state, NO_SECOND_LEVEL, 0, flush=False)
     if state.cr0 & _PG and state.cr4 & _PAE and not state.efer & _LMA:
         try:
@@ -73,3 +80,14 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
             return ShutDown()
     processor.load_control_state()
     return None
+
+
+def _is_valid_host(processor: Processor, values: list[int]) -> bool:
+    """Whether the host's control registers have no reserved bit set."""
+    efer = processor.msrs.table[IA32_EFER]
+    return not (
+        values[at.CR0] >> 32
+        or values[at.CR3] >> processor.profile.physical_address_width
+        or values[at.CR4] & reserved_cr4_bits(processor.profile)
+        or values[at.EFER] & ~(efer.writable | efer.ignored)
+    )

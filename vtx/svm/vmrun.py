@@ -139,6 +139,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
     load_guest(state, values)
     state.pdptrs[:] = pdptes
     state.gif = True
+    state.popf_intercepted = operation.intercepted(Exit.POPF)
     if operation.uses_virtual_nmi:
         state.nmi_blocked = bool(values[at.VIRTUAL] & layouts.V_NMI_MASK)
     if operation.nested_paging:

@@ -275,6 +275,7 @@ class CpuState:
     shadow: Shadow = Shadow.NONE
     nmi_blocked: bool = False
     gif: bool = True  # the global interrupt flag of SVM
+    popf_intercepted: bool = False  # an intercept of SVM for an instruction that engines execute by themselves
     pending_debug: int = 0  # layout of the VMCS field "pending debug exceptions"
 
     @property

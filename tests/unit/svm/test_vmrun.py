@@ -22,6 +22,7 @@ from svm_machine import (
 
 from vmcs.vmcb.fields import IMAGE
 from vmcs.vmcb.intercepts import Exit
+from vtx.svm.outcome import ShutDown
 from vtx.svm.record import Vmexit
 from vtx.x86.event import Event, EventKind
 from vtx.x86.outcome import Fault, Vector
@@ -320,6 +321,15 @@ def test_any_control_block_gives_an_architectural_result(seed: int) -> None:
     if machine.svm.non_root:
         machine.svm.exit(Vmexit(Exit.SHUTDOWN))
     assert machine.state.rip == HOST_RIP + 3
+
+
+@pytest.mark.parametrize(("offset", "value"), [(0x558, 1 << 32), (0x548, 0x2020), (0x550, 1 << 48), (0x4D0, 0x3D01)])
+def test_exit_to_an_invalid_host_shuts_down(offset: int, value: int) -> None:
+    machine = Machine()
+    machine.run()
+    machine.memory.write_u64(HOST_SAVE + offset, value)
+    assert machine.svm.exit(Vmexit(0x72)) == ShutDown()
+    assert machine.processor.shutdown == "#VMEXIT to a host with invalid control registers"
 
 
 @pytest.mark.parametrize("address", [0, 0x3F_F000, 0x8000_0000, (1 << 48) - 0x1000])
