@@ -35,7 +35,6 @@ class Cpu(LogicalProcessor):
     svm: Svm
     socket: Socket
     machine: Machine
-    init_pending = False
 
     def attach(self, machine: Machine, socket: Socket) -> None:
         """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
@@ -132,10 +131,6 @@ class Cpu(LogicalProcessor):
     def _init_is_blocked(self) -> bool:
         extension = self.virtualization
         return extension is not None and extension.init_is_blocked
-
-    def _is_ready(self) -> bool:
-        """As for every processor; a pending INIT comes first."""
-        return not (self.init_pending and self._take_init()) and super()._is_ready()
 
     def _take_init(self) -> bool:
         if not self.init_pending or self._init_is_blocked():

@@ -1,20 +1,26 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * Registers between a saved context of the engine and the model, in C because every trap needs them both ways. The
- * compiled twin of `Registers` in context.py; a test holds the two together.
+ * compiled twin of `Transfer` in transfer.py; a test holds the two together.
  *
  * Nothing here links against Unicorn: the addresses of the functions it calls are given to the constructor.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #define GPRS 16
+#define SEGMENTS 10 /* ES CS SS DS FS GS LDTR TR GDTR IDTR */
+#define UNUSABLE 0x10000
+#define ACCESS_RIGHTS 0xf0ff
 #define RFLAGS_FIXED 0x2
 #define RFLAGS_DF 0x400
 #define ARITHMETIC 0x8d5 /* CF, PF, AF, ZF, SF, OF */
 #define CC_OP_EFLAGS 1
 #define CODE64 0x8000
+#define GLOBAL_INTERRUPT_FLAG 1
 #define MASK32 0xffffffff
 
 struct registers { /* as Unicorn keeps them in a context; see layout.py */
@@ -22,29 +28,33 @@ struct registers { /* as Unicorn keeps them in a context; see layout.py */
     uint32_t cc_op;
     int32_t direction;
     uint32_t hidden, hidden2;
-    struct {
+    struct segment {
         uint64_t selector, base;
         uint32_t limit, flags;
-    } segments[10];
+    } segments[SEGMENTS];
 };
 
 typedef struct {
     PyObject_HEAD
     void *engine, *context;
-    volatile struct registers *in_context;
+    struct registers *in_context;
     int (*save)(void *, void *);
     int (*restore)(void *, void *);
     int (*read_register)(void *, int, void *);
     int flags_register;
-    uint64_t rflags; /* as last taken */
+    uint64_t kernel_gs_base; /* where it is, from the registers on */
+    uint64_t rflags;         /* as last taken */
+    struct segment segments[SEGMENTS]; /* as last put or taken */
 } Transfer;
+
+static PyObject *name_selector, *name_base, *name_limit, *name_access_rights;
 
 static int transfer_init(Transfer *self, PyObject *arguments, PyObject *keywords)
 {
     unsigned long long engine, context, state, save, restore, read_register;
 
-    if (!PyArg_ParseTuple(arguments, "KKKKKKi", &engine, &context, &state, &save, &restore, &read_register,
-                          &self->flags_register))
+    if (!PyArg_ParseTuple(arguments, "KKKKKKiK", &engine, &context, &state, &save, &restore, &read_register,
+                          &self->flags_register, &self->kernel_gs_base))
         return -1;
     self->engine = (void *)(uintptr_t)engine;
     self->context = (void *)(uintptr_t)context;
@@ -57,7 +67,7 @@ static int transfer_init(Transfer *self, PyObject *arguments, PyObject *keywords
 
 static uint64_t rflags_of(Transfer *self)
 {
-    volatile struct registers *from = self->in_context;
+    struct registers *from = self->in_context;
     uint64_t value = 0;
 
     if (from->cc_op == CC_OP_EFLAGS)
@@ -77,9 +87,9 @@ static int is_gpr_list(PyObject *list)
 
 static PyObject *take(Transfer *self, PyObject *gprs)
 {
-    volatile struct registers *from = self->in_context;
-    uint64_t linear = from->rip;
-    int i;
+    struct registers *from = self->in_context;
+    uint64_t linear = from->rip, kernel_gs_base;
+    int i, changed;
 
     if (!is_gpr_list(gprs))
         return NULL;
@@ -91,33 +101,146 @@ static PyObject *take(Transfer *self, PyObject *gprs)
     self->rflags = rflags_of(self);
     if (!(from->hidden & CODE64))
         linear = (linear + from->segments[1].base) & MASK32;
-    return Py_BuildValue("KKIK", (unsigned long long)from->rip, (unsigned long long)self->rflags, from->hidden,
-                         (unsigned long long)linear);
+    changed = memcmp(from->segments, self->segments, sizeof self->segments) != 0;
+    if (changed)
+        memcpy(self->segments, from->segments, sizeof self->segments);
+    memcpy(&kernel_gs_base, (char *)from + self->kernel_gs_base, sizeof kernel_gs_base);
+    return Py_BuildValue("KKIKKi", (unsigned long long)from->rip, (unsigned long long)self->rflags, from->hidden,
+                         (unsigned long long)linear, (unsigned long long)kernel_gs_base, changed);
+}
+
+static uint64_t attribute(PyObject *object, PyObject *name)
+{
+    PyObject *value = PyObject_GetAttr(object, name);
+    uint64_t result = value ? PyLong_AsUnsignedLongLong(value) : 0;
+
+    Py_XDECREF(value);
+    return result;
+}
+
+static PyObject *put_segments(Transfer *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_ssize_t i;
+
+    if (count != SEGMENTS)
+        return PyErr_Format(PyExc_TypeError, "there are %d segment and table registers", SEGMENTS);
+    memset(self->segments, 0, sizeof self->segments);
+    for (i = 0; i < SEGMENTS; i++) {
+        struct segment *segment = &self->segments[i];
+
+        segment->base = attribute(arguments[i], name_base);
+        segment->limit = attribute(arguments[i], name_limit);
+        if (i < SEGMENTS - 2) {
+            uint64_t rights = attribute(arguments[i], name_access_rights);
+
+            segment->selector = attribute(arguments[i], name_selector);
+            segment->flags = rights & UNUSABLE ? 0 : (rights & ACCESS_RIGHTS) << 8;
+        }
+    }
+    if (PyErr_Occurred())
+        return NULL;
+    memcpy(self->in_context->segments, self->segments, sizeof self->segments);
+    Py_RETURN_NONE;
+}
+
+static int put_registers(struct registers *to, PyObject *gprs, PyObject *rip, PyObject *rflags, uint64_t *flags)
+{
+    int i;
+
+    if (!is_gpr_list(gprs))
+        return -1;
+    for (i = 0; i < GPRS; i++)
+        to->gpr[i] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(gprs, i));
+    to->rip = PyLong_AsUnsignedLongLong(rip);
+    *flags = PyLong_AsUnsignedLongLong(rflags);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static void put_lazy_flags(struct registers *to, uint64_t rflags)
+{
+    to->cc_src = rflags & ARITHMETIC;
+    to->cc_dst = to->cc_src2 = 0;
+    to->cc_op = CC_OP_EFLAGS;
+    to->direction = rflags & RFLAGS_DF ? -1 : 1;
+}
+
+static PyObject *put(Transfer *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct registers *to = self->in_context;
+    uint64_t rflags;
+
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "put takes GPRs, RIP, RFLAGS and the hidden flags");
+    if (put_registers(to, arguments[0], arguments[1], arguments[2], &rflags))
+        return NULL;
+    to->hidden = PyLong_AsUnsignedLong(arguments[3]);
+    if (PyErr_Occurred())
+        return NULL;
+    to->eflags = rflags | RFLAGS_FIXED; /* all of it: entering the engine derives the lazy flags from here */
+    put_lazy_flags(to, rflags);
+    to->hidden2 = GLOBAL_INTERRUPT_FLAG;
+    self->restore(self->engine, self->context);
+    Py_RETURN_NONE;
 }
 
 static PyObject *give(Transfer *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    volatile struct registers *to = self->in_context;
+    struct registers *to = self->in_context;
     uint64_t rflags;
-    int i;
 
-    if (count != 3 || !is_gpr_list(arguments[0]))
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "give takes GPRs, RIP and RFLAGS");
-    for (i = 0; i < GPRS; i++)
-        to->gpr[i] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(arguments[0], i));
-    to->rip = PyLong_AsUnsignedLongLong(arguments[1]);
-    rflags = PyLong_AsUnsignedLongLong(arguments[2]);
-    if (PyErr_Occurred())
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "give takes GPRs, RIP and RFLAGS");
+    if (put_registers(to, arguments[0], arguments[1], arguments[2], &rflags))
         return NULL;
     if (rflags != self->rflags) {
         to->eflags = (rflags & ~(uint64_t)(ARITHMETIC | RFLAGS_DF)) | RFLAGS_FIXED;
-        to->cc_src = rflags & ARITHMETIC;
-        to->cc_dst = to->cc_src2 = 0;
-        to->cc_op = CC_OP_EFLAGS;
-        to->direction = rflags & RFLAGS_DF ? -1 : 1;
+        put_lazy_flags(to, rflags);
     }
     self->restore(self->engine, self->context);
     Py_RETURN_NONE;
+}
+
+/* Callbacks of the engine, which make the Python function given as their data do the work. */
+
+static void on_interrupt(void *engine, uint32_t number, void *data)
+{
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *argument = PyLong_FromUnsignedLong(number), *result = NULL;
+
+    if (argument)
+        result = PyObject_CallOneArg(data, argument);
+    if (!result)
+        PyErr_WriteUnraisable(data);
+    Py_XDECREF(result);
+    Py_XDECREF(argument);
+    PyGILState_Release(state);
+}
+
+struct tlb_entry { /* uc_tlb_entry */
+    uint64_t address;
+    uint32_t permissions;
+};
+
+static bool on_fill(void *engine, uint64_t address, int access, struct tlb_entry *entry, void *data)
+{
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *result = PyObject_CallFunction(data, "Ki", (unsigned long long)address, access);
+    unsigned long long grant = result ? PyLong_AsUnsignedLongLong(result) : 0;
+
+    if (PyErr_Occurred()) {
+        PyErr_WriteUnraisable(data);
+        grant = 0;
+    }
+    Py_XDECREF(result);
+    PyGILState_Release(state);
+    entry->address = grant & ~(uint64_t)0xfff;
+    entry->permissions = grant & 7;
+    return grant != 0;
+}
+
+static PyObject *callbacks(PyObject *self, PyObject *unused)
+{
+    return Py_BuildValue("KK", (unsigned long long)(uintptr_t)on_interrupt, (unsigned long long)(uintptr_t)on_fill);
 }
 
 static PyObject *save(Transfer *self, PyObject *unused)
@@ -136,7 +259,12 @@ static PyMethodDef transfer_methods[] = {
     {"save", (PyCFunction)save, METH_NOARGS, "Take the state out of the processor into the context."},
     {"restore", (PyCFunction)restore, METH_NOARGS, "Put the context into the processor."},
     {"take", (PyCFunction)take, METH_O,
-     "Fill the list of GPRs from the context; RIP, RFLAGS, the hidden flags and the linear address of the code."},
+     "Fill the list of GPRs from the context; RIP, RFLAGS, the hidden flags, the linear address of the code, the kernel "
+     "GS base, and whether a segment or table register changed."},
+    {"put_segments", (PyCFunction)(void (*)(void))put_segments, METH_FASTCALL,
+     "Put the eight segment registers and the two table registers into the context."},
+    {"put", (PyCFunction)(void (*)(void))put, METH_FASTCALL,
+     "Put GPRs, RIP, RFLAGS and the hidden flags into the context, and it into the processor, before a run."},
     {"give", (PyCFunction)(void (*)(void))give, METH_FASTCALL,
      "Put GPRs, RIP and RFLAGS into the context, and it into the processor, in the middle of a run."},
     {NULL, NULL, 0, NULL},
@@ -153,15 +281,24 @@ static PyTypeObject transfer_type = {
     .tp_methods = transfer_methods,
 };
 
+static PyMethodDef methods[] = {
+    {"callbacks", callbacks, METH_NOARGS, "Addresses of the callbacks for interrupts and for TLB fills."},
+    {NULL, NULL, 0, NULL},
+};
+
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_transfer", "Compiled register transfer of the engine.", -1, NULL,
+    PyModuleDef_HEAD_INIT, "_transfer", "Compiled register transfer of the engine.", -1, methods,
 };
 
 PyMODINIT_FUNC PyInit__transfer(void)
 {
     PyObject *result;
 
-    if (PyType_Ready(&transfer_type) < 0)
+    name_selector = PyUnicode_InternFromString("selector");
+    name_base = PyUnicode_InternFromString("base");
+    name_limit = PyUnicode_InternFromString("limit");
+    name_access_rights = PyUnicode_InternFromString("access_rights");
+    if (!name_selector || !name_base || !name_limit || !name_access_rights || PyType_Ready(&transfer_type) < 0)
         return NULL;
     result = PyModule_Create(&module);
     if (result && PyModule_AddObjectRef(result, "Transfer", (PyObject *)&transfer_type) < 0) {

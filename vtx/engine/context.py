@@ -48,8 +48,6 @@ class Context:
         self._image = image = memoryview(self._buffer).cast("B")
         self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
         self._rflags = 0
-        self._segments = image[layout.SEGMENTS : layout.SEGMENTS_END]
-        self._segment_bytes = b""
         self._hidden = self._hidden_flags = 0
         self._traps_popf = False
         self.save()
@@ -61,7 +59,6 @@ class Context:
 
     def close(self) -> None:
         """Release the library's memory."""
-        self._segments.release()
         self._image.release()
         self._library.uc_context_free(self._context)
 
@@ -98,10 +95,10 @@ class Context:
         (hidden,) = _DWORD.unpack_from(self._image, layout.HFLAGS)
         return _kind(hidden)
 
-    def privilege(self) -> tuple[int, bool]:
-        """Current privilege level, and RFLAGS.AC."""
+    def access(self) -> tuple[int, bool, int]:
+        """What an access depends on: current privilege level, RFLAGS.AC, and the kind of the code."""
         eager, hidden = layout.PRIVILEGE.unpack_from(self._image, layout.EFLAGS)
-        return hidden & 3, bool(eager & _AC)
+        return hidden & 3, bool(eager & _AC), _kind(hidden)
 
     def cpl(self) -> int:
         """Current privilege level."""
@@ -149,30 +146,21 @@ class Context:
 
     def load(self, state: CpuState, *, reload: bool, step: bool) -> None:
         """Put ``state`` into the processor; all of it if ``reload``. A ``step`` has the trap flag set."""
-        image, rflags = self._image, state.rflags
-        layout.REGISTERS.pack_into(image, layout.GPR, *state.gpr, state.rip)
         if reload:
             self._load_system(state)
-        hidden = self._hidden_flags
-        layout.FLAGS.pack_into(
-            image,
-            layout.EFLAGS,
-            rflags | 2 | (_TF if step else 0),  # all of it: entering the engine derives the lazy flags from here
-            0,
-            rflags & layout.ARITHMETIC_FLAGS,
-            0,
-            layout.CC_OP_EFLAGS,
-            -1 if rflags & _DF else 1,
-            hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
-            layout.GLOBAL_INTERRUPT_FLAG,
-        )
         # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
         traps_popf = step or state.popf_intercepted or bool(state.cr0 & _AM)
         if traps_popf != self._traps_popf:
             self._traps_popf = traps_popf
             intercepts = layout.INTERCEPT_ALWAYS | (layout.INTERCEPT_POPF if traps_popf else 0)
-            _QWORD.pack_into(image, layout.INTERCEPTS, intercepts)
-        self.restore()
+            _QWORD.pack_into(self._image, layout.INTERCEPTS, intercepts)
+        hidden = self._hidden_flags
+        self._transfer.put(
+            state.gpr,
+            state.rip,
+            state.rflags | _TF if step else state.rflags,
+            hidden | layout.INHIBIT_INTERRUPTS if state.shadow else hidden,
+        )
 
     def give(self, state: CpuState) -> None:
         """Put GPRs, RIP and RFLAGS back into the processor, after `take` in the middle of a run."""
@@ -180,15 +168,7 @@ class Context:
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
-        flags = layout.segment_flags
-        parts: list[int] = []
-        for segment in (*state.segments, state.ldtr, state.tr):
-            parts += segment.selector, segment.base, segment.limit, flags(segment.access_rights)
-        gdtr, idtr = state.gdtr, state.idtr
-        layout.ALL_SEGMENTS.pack_into(
-            image, layout.SEGMENTS, *parts, 0, gdtr.base, gdtr.limit, 0, 0, idtr.base, idtr.limit, 0
-        )
-        self._segment_bytes = self._segments.tobytes()
+        self._transfer.put_segments(*state.segments, state.ldtr, state.tr, state.gdtr, state.idtr)
         self._hidden_flags = layout.hidden_flags(state)
         cr4 = state.cr4 & layout.CR4_SEEN
         _CONTROL_REGISTERS.pack_into(image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
@@ -204,42 +184,39 @@ class Context:
         self.restore()
 
     def take(self, state: CpuState) -> tuple[int, int]:
-        """Put GPRs, RIP and RFLAGS into ``state``; linear address and kind of the code at RIP. `take_rest` must follow."""
-        state.rip, state.rflags, self._hidden, linear = self._transfer.take(state.gpr)
+        """Put the saved state but the interrupt shadow into ``state``; linear address and kind of the code at RIP."""
+        state.rip, state.rflags, self._hidden, linear, state.kernel_gs_base, changed = self._transfer.take(state.gpr)
+        if changed:
+            self._store_segments(state)
+        self._hidden_flags = self._hidden & ~layout.INHIBIT_INTERRUPTS
         return linear, _kind(self._hidden)
 
     def store(self, state: CpuState, *, hide_trap_flag: bool) -> bool:
         """Put the saved state into ``state``, with RFLAGS.TF clear if it was set for a step only.
 
-        Returns what `take_rest` does.
+        Returns what `take_shadow` does.
         """
         self.take(state)
         self._rflags = state.rflags
         if hide_trap_flag:
             state.rflags &= ~_TF
-        return self.take_rest(state)
+        return self.take_shadow(state)
 
-    def take_rest(self, state: CpuState) -> bool:
-        """Put what is left after `take` into ``state``.
+    def take_shadow(self, state: CpuState) -> bool:
+        """Put the interrupt shadow into ``state``, after `take`.
 
         Returns whether interrupts are blocked by an instruction that was executed in the run; ``state.shadow`` is then
         for the caller to set.
         """
-        segments = self._segments.tobytes()
-        if segments != self._segment_bytes:
-            self._segment_bytes = segments
-            self._store_segments(state, segments)
-        (state.kernel_gs_base,) = _QWORD.unpack_from(self._image, layout.KERNEL_GS_BASE)
-        hidden = self._hidden
-        self._hidden_flags = hidden & ~layout.INHIBIT_INTERRUPTS
-        if not hidden & layout.INHIBIT_INTERRUPTS:
+        if not self._hidden & layout.INHIBIT_INTERRUPTS:
             state.shadow = Shadow.NONE
             return False
         return not state.shadow
 
-    def _store_segments(self, state: CpuState, data: bytes) -> None:
+    def _store_segments(self, state: CpuState) -> None:
         for i, segment in enumerate(state.segments):
-            segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(data, 24 * i)
+            place = layout.SEGMENTS + layout.SEGMENT.size * i
+            segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(self._image, place)
             segment.access_rights = layout.access_rights(flags)
         if not state.segments[2].usable:
             # A null SS keeps the privilege level, which the engine holds apart from the segment.

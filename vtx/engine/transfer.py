@@ -7,19 +7,41 @@ does the same in a tenth of the time. A test holds them together.
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from attrs import frozen
+
+from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.engine import layout, native
-from vtx.x86.state import MASK32, Rflags
+from vtx.x86.state import MASK32, DescriptorTable, Rflags, Segment
 
 try:
     from vtx.engine import _transfer  # type: ignore[attr-defined, unused-ignore]
 except ImportError:
     _transfer = None
 
+_QWORD: Final = struct.Struct("<Q")
 _DF: Final = int(Rflags.DF)
 _LAZY: Final = layout.ARITHMETIC_FLAGS | _DF
 """RFLAGS bits that are not in EFLAGS while the engine runs."""
+
+
+Taken = tuple[int, int, int, int, int, bool]
+"""RIP, RFLAGS, hidden flags, linear address of the code, kernel GS base; whether a segment or table register changed.
+
+Changed, that is, since the last time they were put or taken.
+"""
+
+
+@frozen
+class Hook:
+    """What `vtx.engine.native.add_hook` takes: a callback and its data. ``keeps`` must live as long as the hook."""
+
+    callback: Any
+    data: int = 0
+    keeps: object = None
 
 
 class RegisterTransfer(Protocol):
@@ -33,8 +55,16 @@ class RegisterTransfer(Protocol):
         """Put the context into the processor."""
         ...
 
-    def take(self, gprs: list[int]) -> tuple[int, int, int, int]:
-        """Fill the 16 ``gprs`` from the context; RIP, RFLAGS, the hidden flags and the linear address of the code."""
+    def take(self, gprs: list[int]) -> Taken:
+        """Fill the 16 ``gprs`` from the context; the other registers that traps need."""
+        ...
+
+    def put_segments(self, *registers: Segment | DescriptorTable) -> None:
+        """Put ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR and IDTR into the context."""
+        ...
+
+    def put(self, gprs: list[int], rip: int, rflags: int, hidden: int) -> None:
+        """Put GPRs, RIP, RFLAGS and the hidden flags into the context, and it into the processor, before a run."""
         ...
 
     def give(self, gprs: list[int], rip: int, rflags: int) -> None:
@@ -51,6 +81,7 @@ class Transfer:
         self._flags = ctypes.c_uint64()
         self._flags_pointer = ctypes.byref(self._flags)
         self._rflags = 0
+        self._segments = b""
 
     def save(self) -> None:
         """See `RegisterTransfer.save`."""
@@ -60,7 +91,7 @@ class Transfer:
         """See `RegisterTransfer.restore`."""
         self._library.uc_context_restore(self._handle, self._context)
 
-    def take(self, gprs: list[int]) -> tuple[int, int, int, int]:
+    def take(self, gprs: list[int]) -> Taken:
         """See `RegisterTransfer.take`."""
         head = layout.HEAD.unpack_from(self._image, layout.GPR)
         gprs[:] = head[:16]
@@ -71,7 +102,41 @@ class Transfer:
             self._library.uc_reg_read(self._handle, native.REG_EFLAGS, self._flags_pointer)
             rflags = self._flags.value
         self._rflags = rflags
-        return rip, rflags, hidden, rip if hidden & layout.CODE64 else rip + base & MASK32
+        linear = rip if hidden & layout.CODE64 else rip + base & MASK32
+        (kernel_gs_base,) = _QWORD.unpack_from(self._image, layout.KERNEL_GS_BASE)
+        segments = bytes(self._image[layout.SEGMENTS : layout.SEGMENTS_END])
+        changed = segments != self._segments
+        self._segments = segments
+        return rip, rflags, hidden, linear, kernel_gs_base, changed
+
+    def put_segments(self, *registers: Segment | DescriptorTable) -> None:
+        """See `RegisterTransfer.put_segments`."""
+        parts: list[int] = []
+        for register in registers:
+            if isinstance(register, Segment):
+                flags = layout.segment_flags(register.access_rights)
+                parts += register.selector, register.base, register.limit, flags
+            else:
+                parts += 0, register.base, register.limit, 0
+        layout.ALL_SEGMENTS.pack_into(self._image, layout.SEGMENTS, *parts)
+        self._segments = bytes(self._image[layout.SEGMENTS : layout.SEGMENTS_END])
+
+    def put(self, gprs: list[int], rip: int, rflags: int, hidden: int) -> None:
+        """See `RegisterTransfer.put`."""
+        layout.REGISTERS.pack_into(self._image, layout.GPR, *gprs, rip)
+        layout.FLAGS.pack_into(
+            self._image,
+            layout.EFLAGS,
+            rflags | 2,  # all of it: entering the engine derives the lazy flags from here
+            0,
+            rflags & layout.ARITHMETIC_FLAGS,
+            0,
+            layout.CC_OP_EFLAGS,
+            -1 if rflags & _DF else 1,
+            hidden,
+            layout.GLOBAL_INTERRUPT_FLAG,
+        )
+        self.restore()
 
     def give(self, gprs: list[int], rip: int, rflags: int) -> None:
         """See `RegisterTransfer.give`."""
@@ -95,6 +160,33 @@ def register_transfer(
     functions = (library.uc_context_save, library.uc_context_restore, library.uc_reg_read)
     addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
     compiled: RegisterTransfer = _transfer.Transfer(
-        handle.value, context.value, layout.STATE, *addresses, native.REG_EFLAGS
+        handle.value,
+        context.value,
+        layout.STATE,
+        *addresses,
+        native.REG_EFLAGS,
+        layout.KERNEL_GS_BASE - layout.STATE,
     )
     return compiled
+
+
+def callbacks(
+    on_interrupt: Callable[[int], None], on_fill: Callable[[int, int], int], *, allow_compiled: bool
+) -> tuple[Hook, Hook]:
+    """Hooks that call ``on_interrupt`` with a number and ``on_fill`` with a linear address and a kind of access.
+
+    ``on_fill`` returns the physical address of the page plus permissions, 0 to refuse. Neither may raise.
+    """
+    if _transfer is not None and allow_compiled:
+        interrupt, fill = _transfer.callbacks()
+        return Hook(interrupt, id(on_interrupt), on_interrupt), Hook(fill, id(on_fill), on_fill)
+
+    def interrupt_callback(handle: int, number: int, data: int) -> None:
+        on_interrupt(number)
+
+    def fill_callback(handle: int, address: int, access: int, entry: Any, data: int) -> bool:
+        grant = on_fill(address, access)
+        entry.contents.paddr, entry.contents.perms = grant & ~PAGE_OFFSET_MASK, grant & PAGE_OFFSET_MASK
+        return bool(grant)
+
+    return Hook(native.InterruptCallback(interrupt_callback)), Hook(native.FillCallback(fill_callback))

@@ -21,11 +21,24 @@ from attrs import frozen
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
-from vtx.engine.clock import STOPPED_BY_BLOCK, STOPPED_BY_IF, STOPPED_BY_LIMIT, UNLIMITED, BlockClock
+from vtx.engine.clock import (
+    ADDRESS,
+    ELAPSED,
+    INSTRUCTION_LIMIT,
+    INSTRUCTIONS,
+    LIMIT,
+    SIZE,
+    STOPPED_BY_BLOCK,
+    STOPPED_BY_IF,
+    STOPPED_BY_LIMIT,
+    UNLIMITED,
+    BlockClock,
+)
 from vtx.engine.code_view import STOP, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
 from vtx.engine.selfcheck import require_known_library
+from vtx.engine.transfer import callbacks
 from vtx.x86.execution import (
     ANSWERED,
     NOT_ANSWERED,
@@ -68,6 +81,8 @@ _KINDS: Final = {
     native.MEM_FETCH: AccessKind.EXECUTE,
 }
 _TF: Final = int(Rflags.TF)
+_MOST_NOTED: Final = 1 << 16
+_FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 
 
@@ -113,7 +128,7 @@ class UnicornEngine:
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
         self._code = CodeView(memory)
         self.clock = BlockClock(self._handle, self._examine, allow_compiled=allow_compiled)
-        self._install_hooks()
+        self._install_hooks(allow_compiled=allow_compiled)
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
         self._flush_wanted = False
@@ -127,6 +142,7 @@ class UnicornEngine:
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
         self._probed: int | None = None
+        self._noted: dict[int, tuple[int, int, int]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
         self._state: CpuState
@@ -183,13 +199,18 @@ class UnicornEngine:
         )
         native.check(status, "mapping a device")
 
-    def _install_hooks(self) -> None:
+    def _install_hooks(self, *, allow_compiled: bool) -> None:
         def install(kind: int, callback: Any, instruction: int | None = None) -> None:
             self._keep.append(callback)
             native.add_hook(self._handle, kind, callback, instruction=instruction)
 
-        install(native.HOOK_INTR, native.InterruptCallback(self._on_interrupt))
-        install(native.HOOK_TLB_FILL, native.FillCallback(self._on_fill))
+        for kind, hook in zip(
+            (native.HOOK_INTR, native.HOOK_TLB_FILL),
+            callbacks(self._on_interrupt, self._on_fill, allow_compiled=allow_compiled),
+            strict=True,
+        ):
+            self._keep.append(hook)
+            native.add_hook(self._handle, kind, hook.callback, data=hook.data)
         install(native.HOOK_INSN, native.PortInCallback(self._on_port_in), native.INSN_IN)
         install(native.HOOK_INSN, native.PortOutCallback(self._on_port_out), native.INSN_OUT)
         install(native.HOOK_INSN, native.SyscallCallback(self._on_syscall), native.INSN_SYSCALL)
@@ -205,7 +226,7 @@ class UnicornEngine:
             self._library.uc_emu_stop(self._handle)
             return default
 
-    def _on_interrupt(self, handle: int, number: int, data: int) -> None:
+    def _on_interrupt(self, number: int) -> None:
         if self._aborted or self._trap is not None:
             self._library.uc_emu_stop(self._handle)
             return
@@ -226,19 +247,19 @@ class UnicornEngine:
 
     def _answer(self, known: bool) -> bool:
         """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
-        context, shared, state = self._context, self.clock.shared, self._state
+        context, words, state = self._context, self.clock.words, self._state
         linear, kind = context.take(state)
-        size = shared.size
-        left = shared.address + size - linear
+        size = words[SIZE]
+        left = words[ADDRESS] + size - linear
         if left > size:
             left = 0
         place = self._code.place(linear, left, kind, known)
-        if place.answers is False or context.take_rest(state):
+        if place.answers is False or context.take_shadow(state):
             return False
         if left:
-            shared.elapsed -= left
-            shared.size = size - left
-            shared.instructions -= place.rest
+            words[ELAPSED] -= left
+            words[SIZE] = size - left
+            words[INSTRUCTIONS] -= place.rest
         budget = self._client.answer(place)
         if budget == NOT_ANSWERED:
             return False
@@ -250,62 +271,65 @@ class UnicornEngine:
             return True
         if self._flush_wanted:
             self._flush_now()
-        if shared.instruction_limit != UNLIMITED:
-            shared.instruction_limit -= 1
-        shared.limit = shared.elapsed + budget
+        if words[INSTRUCTION_LIMIT] != UNLIMITED:
+            words[INSTRUCTION_LIMIT] -= 1
+        words[LIMIT] = words[ELAPSED] + budget
         context.give(state)
         return True
 
-    def _on_fill(self, handle: int, address: int, access: int, entry: Any, data: int) -> bool:
+    def _on_fill(self, address: int, access: int) -> int:
         if self._probed is not None:
-            entry.contents.paddr, entry.contents.perms = self._probed << PAGE_SHIFT, AccessKind.EXECUTE
-            return True
+            return self._probed << PAGE_SHIFT | AccessKind.EXECUTE
         if self._aborted or self._failure:
-            return False
+            return 0
         try:
-            return self._fill(address, _KINDS[access], entry.contents)
+            return self._fill(address, _KINDS[access])
         except BaseException as failure:
             self._failure = failure
             self._library.uc_emu_stop(self._handle)
-            return False
+            return 0
 
-    def _fill(self, address: int, kind: AccessKind, entry: native.TlbEntry) -> bool:
+    def _fill(self, address: int, kind: AccessKind) -> int:
         self._fills += 1
         if self._fills > self._fills_allowed:
             self._fills_allowed = min(2 * self._fills_allowed, native.MOST_FILLS)
             self._flush_now()
-        self._context.save()
-        cpl, alignment_check = self._context.privilege()
+        if self.clock.words[SIZE]:  # before the first block of a run, the context is what the run began with
+            self._context.save()
+        cpl, alignment_check, code_kind = self._context.access()
         grant = self._client.fill(address, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
             self._refused = (address, kind, grant)
-            return False
+            return 0
         frame, permissions = grant
+        physical = frame << PAGE_SHIFT
         own = frame == self._memory.own_page
-        if not own and self._memory.ram_offset(frame << PAGE_SHIFT) is not None:
+        if not own and self._memory.ram_offset(physical) is not None:
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
-            entry.paddr = frame << PAGE_SHIFT
         elif not own and self._memory.is_rom(frame):
             written = kind is AccessKind.WRITE
             permissions &= AccessKind.WRITE if written else ~AccessKind.WRITE
-            entry.paddr = VOID_DATA if written else ROM_FRAME
+            physical = VOID_DATA if written else ROM_FRAME
         elif kind is AccessKind.EXECUTE:
-            permissions = AccessKind.EXECUTE
-            entry.paddr = VOID_CODE
+            permissions, physical = AccessKind.EXECUTE, VOID_CODE
         else:
             permissions &= ~AccessKind.EXECUTE
-            window = self._memory.window_at(frame << PAGE_SHIFT)
-            entry.paddr = OWN_PAGE if own else frame << PAGE_SHIFT if window else VOID_DATA
+            window = self._memory.window_at(physical)
+            physical = OWN_PAGE if own else physical if window else VOID_DATA
         if permissions & AccessKind.EXECUTE:
-            self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
-        entry.perms = permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
-        return True
+            noted = frame, code_kind, permissions
+            if self._noted.get(address) != noted:
+                self._noted[address] = noted
+                self._note_code(address >> PAGE_SHIFT, frame, code_kind, bool(permissions & AccessKind.WRITE))
+        return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
 
-    def _note_code(self, page: int, frame: int, writable: bool) -> None:
+    def _note_code(self, page: int, frame: int, kind: int, writable: bool) -> None:
+        if len(self._noted) > _MOST_NOTED:
+            self._noted.clear()
         self._code.granted(page, frame, writable=writable)
         offset = self._memory.ram_offset(frame << PAGE_SHIFT) if writable else None
         content = 0 if offset is None else self._ram + offset
-        self.clock.code_granted(page, frame, self._context.code_kind(), content)
+        self.clock.code_granted(page, frame, kind, content)
 
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
@@ -492,7 +516,7 @@ class UnicornEngine:
 
     def elapsed(self) -> int:
         """Bytes of code executed since creation."""
-        elapsed: int = self.clock.shared.elapsed
+        elapsed = self.clock.words[ELAPSED]
         if self._callback_address is not None:
             elapsed -= self.clock.remaining_block(self._callback_address)
         return elapsed
@@ -543,7 +567,7 @@ class UnicornEngine:
     def _flush_now(self) -> None:
         self._flush_wanted = False
         self._fills = 0
-        self._library.uc_ctl(self._handle, ctypes.c_int(native.CTL_TLB_FLUSH))
+        self._library.uc_ctl(self._handle, _FLUSH)
         self.coherence.tlb_flushed(self._member)
 
     def _retranslate(self, frame: int, by_store: bool) -> bool:

@@ -8,7 +8,7 @@ Spec: SDM Vol. 3, "VM Entries".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final
 
 from vmcs import controls as c
@@ -16,7 +16,7 @@ from vmcs import fields as f
 from vmcs import layouts
 from vmcs.exits import Reason
 from vmcs.region import LaunchState, Vmcs
-from vmcs.rules import RULES, EntryContext, EntryFails, FailInvalid, Stage, Violation
+from vmcs.rules import RULES, EntryContext, EntryFails, FailInvalid, RuleSet, Stage, Violation
 from vmcs.rules.msr_load import Area, MsrViolation
 from vtx.addresses import PhysicalAddress
 from vtx.vmx.exit import perform_entry_failure
@@ -42,7 +42,9 @@ _LENGTH: Final = f.VM_ENTRY_INSTRUCTION_LENGTH.encoding
 _TIMER: Final = f.VMX_PREEMPTION_TIMER_VALUE.encoding
 _CR3: Final = f.GUEST_CR3.encoding
 
-_STAGES: Final = tuple(RULES[stage] for stage in (Stage.BASIC, Stage.CONTROLS, Stage.HOST, Stage.GUEST))
+_RULES: Final = RuleSet(
+    tuple(rule for stage in (Stage.BASIC, Stage.CONTROLS, Stage.HOST, Stage.GUEST) for rule in RULES[stage])
+)
 _LMA: Final = int(Efer.LMA)
 _TIMER_CONTROL: Final = c.ACTIVATE_VMX_PREEMPTION_TIMER.mask
 _MONITOR_TRAP_FLAG: Final = c.MONITOR_TRAP_FLAG.mask
@@ -56,7 +58,7 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
     if active is None:
         return _remember(operation, FAIL_INVALID, (), "there is no current VMCS")
     context = _context(operation, active, launching)
-    violation = _check(context, active.vmcs.changed)
+    violation = _RULES.check(context, active.vmcs.changed)
     if violation is not None and not isinstance(violation.outcome, EntryFails):
         return _refuse(operation, violation)
     view = _refresh_view(operation, active)
@@ -83,15 +85,6 @@ def enter(operation: VmxOperation, *, launching: bool) -> Outcome:
         vmcs.launch_state = LaunchState.LAUNCHED
     _start_guest(operation, active, view)
     return ENTERED
-
-
-def _check(context: EntryContext, changed: Mapping[int, int]) -> Violation | None:
-    """The first rule that does not hold, stage by stage."""
-    for rules in _STAGES:
-        violation = rules.check(context, changed)
-        if violation is not None:
-            return violation
-    return None
 
 
 def _context(operation: VmxOperation, active: ActiveVmcs, launching: bool) -> EntryContext:
@@ -187,7 +180,7 @@ def _start_guest(operation: VmxOperation, active: ActiveVmcs, view: ControlView)
         processor.mmu.reserved_page = PhysicalAddress(view.apic_access_page)
     # Without VPIDs, entry invalidates what root operation cached, and guest and host share identifier 0.
     processor.mmu.vm_transition(processor.state, active.second_level, view.vpid, flush=not view.vpid)
-    processor.load_control_state()
+    processor.changed_system_state()
     if operation.observer is not None:
         operation.observer.vm_entry(vmcs)
     if vmcs.values[_INTERRUPTION] & VALID:

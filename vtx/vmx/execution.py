@@ -18,7 +18,7 @@ from vmcs.exits import Reason
 from vtx.vmx import instructions as i
 from vtx.vmx.entry import enter
 from vtx.vmx.operation import VmxOperation
-from vtx.vmx.outcome import Completed, Outcome, VmFailInvalid, VmFailValid, VmSucceed
+from vtx.vmx.outcome import Completed, Outcome, VmEntered, VmExited, VmFailInvalid, VmFailValid, VmSucceed
 from vtx.vmx.vm_functions import vmfunc
 from vtx.x86.decode import Instruction, linear_address, read_register, write_register
 from vtx.x86.linear import linear_address_width
@@ -34,6 +34,7 @@ _LONG: Final = int(AccessRights.LONG)
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
+_DPL: Final = 3 << 5  # of SS: the CPL in protected mode
 
 Admission = Callable[[VmxOperation, Reason, Instruction | None], Outcome | None]
 
@@ -169,9 +170,8 @@ def shortcut(operation: VmxOperation, instruction: Instruction) -> Callable[[], 
             or operation.current is None
             or operation.vmxon_pointer is None
             or (operation.observer is not None and operation.observer.traces)
-            or not state.in_64_bit_mode
-            or state.cpl != 0
-            or bool(state.rflags & _TF)
+            or not (state.efer & _LMA and state.segments[1].access_rights & _LONG)
+            or bool(state.segments[2].access_rights & _DPL or state.rflags & _TF)
         )
 
     def vmread_registers() -> bool:
@@ -259,6 +259,8 @@ def execute_directly(
 
 def commit(state: CpuState, outcome: Outcome, instruction: Instruction | None) -> None:
     """Set RFLAGS as the outcome says and retire ``instruction``; entries and exits have loaded their own state."""
+    if type(outcome) is VmEntered or type(outcome) is VmExited:
+        return
     match outcome:
         case VmSucceed():
             flags = 0

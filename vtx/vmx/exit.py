@@ -90,7 +90,7 @@ def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlVie
         failing = load_msrs(operation.processor, active.rule_context, Area.EXIT_LOAD)
         if failing is not None:
             return abort(operation, AbortIndicator.LOADING_HOST_MSRS, failing)
-    operation.processor.load_control_state()
+    operation.processor.changed_system_state()
     return None
 
 

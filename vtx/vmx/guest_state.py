@@ -5,6 +5,8 @@ Spec: SDM Vol. 3, "VM Entries", "Loading Guest State"; "VM Exits", "Saving Guest
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable
 from typing import Final
 
@@ -58,6 +60,9 @@ _SEGMENTS: Final = tuple(
     tuple(getattr(f, f"GUEST_{name}_{part}").encoding for part in ("SELECTOR", "BASE", "LIMIT", "ACCESS_RIGHTS"))
     for name in _SEGMENT_NAMES
 )
+
+_SEGMENT_FIELDS: Final = tuple(itertools.chain.from_iterable(_SEGMENTS))
+_segment_values = operator.itemgetter(*_SEGMENT_FIELDS)
 
 _BLOCKING_BY_NMI: Final = 1 << 3
 # Arithmetic on flag enumerations is too slow for what runs at every entry and exit.
@@ -166,11 +171,12 @@ def write_msr(operation: VmxOperation, control: Control, index: int, value: int)
 def _load_segments(state: CpuState, values: dict[int, int]) -> None:
     # Contents of unusable segments are mostly undefined after VM entry; loading them as they are is one choice, and
     # the one that brings the guest back unchanged.
-    for segment, (selector, base, limit, rights) in zip(_registers(state), _SEGMENTS, strict=True):
-        segment.selector = values[selector]
-        segment.base = values[base]
-        segment.limit = values[limit]
-        segment.access_rights = values[rights]
+    parts = iter(_segment_values(values))
+    for segment, selector, base, limit, rights in zip(_registers(state), parts, parts, parts, parts, strict=True):
+        segment.selector = selector
+        segment.base = base
+        segment.limit = limit
+        segment.access_rights = rights
     state.gdtr.base = values[_GDTR_BASE]
     state.gdtr.limit = values[_GDTR_LIMIT]
     state.idtr.base = values[_IDTR_BASE]
@@ -185,14 +191,18 @@ def save_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, record: V
     """Save the guest-state area, as the exit described by ``record`` finds the processor."""
     state = operation.processor.state
     values, changed = vmcs.values, vmcs.changed
+    es, cs, ss, ds, fs, gs = state.segments
+    ldtr, tr = state.ldtr, state.tr
+    # One comparison for what most guests leave as it is from entry to exit.
+    registers = (
+        *(es.selector, es.base, es.limit, es.access_rights, cs.selector, cs.base, cs.limit, cs.access_rights),
+        *(ss.selector, ss.base, ss.limit, ss.access_rights, ds.selector, ds.base, ds.limit, ds.access_rights),
+        *(fs.selector, fs.base, fs.limit, fs.access_rights, gs.selector, gs.base, gs.limit, gs.access_rights),
+        *(ldtr.selector, ldtr.base, ldtr.limit, ldtr.access_rights, tr.selector, tr.base, tr.limit, tr.access_rights),
+    )
     saved: list[tuple[int, int]] = []
-    for segment, (selector, base, limit, rights) in zip(_registers(state), _SEGMENTS, strict=True):
-        saved += (
-            (selector, segment.selector),
-            (base, segment.base),
-            (limit, segment.limit),
-            (rights, segment.access_rights),
-        )
+    if registers != _segment_values(values):
+        saved += zip(_SEGMENT_FIELDS, registers, strict=True)
     msrs = operation.processor.msrs.values
     saved += (
         (_CR0, state.cr0),
@@ -214,10 +224,9 @@ def save_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, record: V
     )
     saved += _controlled_fields(operation, view, msrs)
     for encoding, value in saved:
-        difference = values[encoding] ^ value
-        if difference:
+        if values[encoding] != value:
+            changed[encoding] = changed.get(encoding, 0) | values[encoding] ^ value
             values[encoding] = value
-            changed[encoding] = changed.get(encoding, 0) | difference
 
 
 def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[int, int]) -> list[tuple[int, int]]:

@@ -303,7 +303,9 @@ class Vmx:
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""
         self.iret_unblocked_nmi = False
-        due = boundary_event(self.operation) if self.operation.non_root else None
+        if not self.operation.non_root:
+            return False
+        due = boundary_event(self.operation)
         if isinstance(due, Event):
             self.operation.processor.deliver(due)
             return True

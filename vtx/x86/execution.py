@@ -7,7 +7,7 @@ instructions or before one, with one of the events below; ``CpuState`` then hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from attrs import define, frozen
 
@@ -69,7 +69,8 @@ class Interrupted:
 EngineEvent = InstructionTrap | ExceptionTrap | RefusedFill | BudgetSpent | WindowOpen | Stepped | Interrupted
 
 
-class Plan(NamedTuple):
+@define(slots=True)
+class Plan:
     """How far the engine may run.
 
     ``budget`` limits the bytes of code executed, ``instruction_limit`` the value of `ExecutionEngine.instructions`;

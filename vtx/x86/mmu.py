@@ -357,7 +357,6 @@ class Mmu:
         page = linear >> PAGE_SHIFT
         recalled = self._walks.recall(page)
         if recalled is not None and self._permissions[privilege][recalled.attributes] & recalled.cacheable & kind:
-            self.tlb.insert(page, recalled)
             return recalled
         if not is_canonical(self.context, linear):
             # A stack reference would be #SS(0): the one who knows it is one replaces the vector.

@@ -18,7 +18,7 @@ from vtx.x86.event import Event
 from vtx.x86.outcome import Fault
 
 
-class Plain(enum.Enum):
+class Plain(enum.IntEnum):
     """Operations without parameters that matter to an interception."""
 
     CPUID = enum.auto()

@@ -47,10 +47,14 @@ class Privilege(enum.IntEnum):
         Accesses to the descriptor tables, the TSS and the like are ``implicit``: supervisor-mode even at CPL 3.
         """
         if implicit:
-            return Privilege.SUPERVISOR
+            return _SUPERVISOR
         if cpl == 3:
-            return Privilege.USER
-        return Privilege.SUPERVISOR_AC if ac else Privilege.SUPERVISOR
+            return _USER
+        return _SUPERVISOR_AC if ac else _SUPERVISOR
+
+
+# Members of an enumeration are slow to look up.
+_USER, _SUPERVISOR, _SUPERVISOR_AC = Privilege
 
 
 @frozen

@@ -67,6 +67,7 @@ class LogicalProcessor(ProcessorCore):
     ) -> None:
         super().__init__(memory, profile, platform, engine_factory, index=index, count=count, seed=seed)
         self.stop_requested = False
+        self.init_pending = False
         self.instruction_limit: int | None = None
         self.step_next = False
         self.transitions_seen = 0  # VM entries and VM exits whose time has passed
@@ -167,7 +168,8 @@ class LogicalProcessor(ProcessorCore):
     @property
     def finished(self) -> bool:
         """Whether it must not run any more."""
-        return self.stop_requested or self.halt is not None or self.at_instruction_limit
+        limit = self.instruction_limit
+        return self.stop_requested or self.halt is not None or (limit is not None and self.instructions >= limit)
 
     def give_way(self) -> None:
         """Make `run` return soon."""
@@ -212,6 +214,8 @@ class LogicalProcessor(ProcessorCore):
 
     def _is_ready(self) -> bool:
         """Handle what is pending between instructions; whether nothing was, so that the next may execute."""
+        if self.init_pending and self._take_init():
+            return False
         extension = self.virtualization
         if extension is not None and extension.transitions != self.transitions_seen:
             self._extra_ticks += (extension.transitions - self.transitions_seen) * TRANSITION_TICKS
@@ -225,6 +229,10 @@ class LogicalProcessor(ProcessorCore):
         if self.state.pending_debug and self._raise_pending_debug():
             return False
         return not self._accept_interrupt()
+
+    def _take_init(self) -> bool:
+        """Act on the pending INIT unless it is blocked; whether it was acted on."""
+        return False
 
     def _raise_pending_debug(self) -> bool:
         """Deliver the debug traps of the previous instruction, unless MOV SS holds them back."""
@@ -275,8 +283,7 @@ class LogicalProcessor(ProcessorCore):
     def _run_engine(self, until: int | None) -> EngineEvent:
         self._until = until
         plan = self._plan()
-        if self.step_next:
-            plan = plan._replace(step=True)
+        plan.step = plan.step or self.step_next
         reload, self.reload, self.step_next = self.reload, False, False
         event = self.engine.run(self.state, plan, reload=reload)
         self.forget_implicit_accesses()
@@ -288,15 +295,17 @@ class LogicalProcessor(ProcessorCore):
         self._planned = deadline = self._next_deadline(self._until)
         self._planned_waiting = waiting = self._interrupt_waits()
         watch_if = waiting and not state.rflags & _IF
-        step = (
+        plan = self.plan
+        plan.watch_if = watch_if
+        plan.step = (
             (deadline is not None and deadline == self._approached)
             or (waiting and not watch_if)
             or (self._nmi and not state.nmi_blocked and not self._holds_nmis())
             or (extension is not None and extension.wants_boundary())
         )
-        budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
-        limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
-        return Plan(budget, limit, step, watch_if)
+        plan.budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
+        plan.instruction_limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
+        return plan
 
     def forget_implicit_accesses(self) -> None:
         """The instruction that was granted implicit supervisor-mode accesses is over; so are the grants."""
@@ -428,8 +437,7 @@ class LogicalProcessor(ProcessorCore):
             return ANSWERED
         if self.state.activity is not Activity.ACTIVE or watch.is_needed(self.state):
             return ANSWERED
-        self.plan = self._plan()
-        if self.plan.step:
+        if self._plan().step:
             return ANSWERED
         self.reload = False
         return REPLANNED

@@ -167,7 +167,9 @@ class Tlb:
         (``keep_global``), the changes of CR0, CR4 and EFER that invalidate everything, and for VPID 0 every VM entry
         and VM exit.
         """
-        self._drop(lambda tag: tag.asid == asid and tag.pcid != NO_PAGING and not (keep_global and tag.pcid == GLOBAL))
+        kept = GLOBAL if keep_global else NO_PAGING
+        for tag in [tag for tag in self._spaces if tag[0] == asid and tag[2] != NO_PAGING and tag[2] != kept]:
+            self._drop_tag(tag)
 
     def invalidate_asid_page(self, asid: int, page: int) -> None:
         """INVVPID type 0, individual-address: one page of all PCIDs, global translations included."""
@@ -223,13 +225,15 @@ class Tlb:
         return space
 
     def _drop(self, selects: Callable[[TlbTag], bool]) -> None:
-        in_use = (self._local, self._global)
-        for tag, space in list(self._spaces.items()):
-            if selects(tag):
-                if space in in_use:
-                    space.clear()
-                else:
-                    del self._spaces[tag]
+        for tag in [tag for tag in self._spaces if selects(tag)]:
+            self._drop_tag(tag)
+
+    def _drop_tag(self, tag: TlbTag) -> None:
+        space = self._spaces[tag]
+        if space is self._local or space is self._global:
+            space.clear()
+        else:
+            del self._spaces[tag]
 
     def _discard(self, page: int, selects: Callable[[TlbTag], bool]) -> None:
         for tag, space in self._spaces.items():

@@ -48,6 +48,10 @@ class Processor(Protocol):
         """Tell the processor that CR0, CR3, CR4, EFER or segments changed behind its back."""
         ...
 
+    def changed_system_state(self) -> None:
+        """Tell the processor that segments, tables or control registers changed, of which its MMU knows already."""
+        ...
+
     def interrupt_pending(self) -> bool:
         """Whether the local APIC or PIC has an interrupt to deliver, ignoring RFLAGS.IF."""
         ...

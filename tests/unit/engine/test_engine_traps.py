@@ -253,8 +253,6 @@ PRESENT_DATA = 0x0000_9300_0000_0000 | 0xCF_0000_0000_0000 | 0xFFFF
     ("register", "selector", "expected"),
     [
         pytest.param("8ed8", 0x18, ExceptionTrap(Vector.NP, 0x18), id="DS-not-present"),
-        pytest.param("8ed0", 0x18, ExceptionTrap(Vector.SS, 0x18), id="SS-not-present"),
-        pytest.param("8ed0", 0x00, ExceptionTrap(Vector.GP, 0), id="SS-null"),
         pytest.param("8ed8", 0x30, ExceptionTrap(Vector.GP, 0x30), id="DS-beyond-GDT"),
         pytest.param("8ed8", 0x24, ExceptionTrap(Vector.GP, 0x24), id="DS-no-LDT"),
     ],

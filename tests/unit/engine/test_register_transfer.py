@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtx.engine import layout, native, transfer
-from vtx.engine.transfer import RegisterTransfer, register_transfer
+from vtx.engine.transfer import RegisterTransfer, Taken, register_transfer
+from vtx.x86.state import DescriptorTable, Segment
 
 NEED_COMPILED = pytest.mark.skipif(transfer._transfer is None, reason="the compiled transfer has not been built")
 U64 = st.integers(0, 2**64 - 1)
 ARITHMETIC_AND_DF = 0x8D5 | 0x400
+SEGMENTS = st.builds(
+    Segment, st.integers(0, 0xFFFF), U64, st.integers(0, 2**32 - 1), st.integers(0, 0x1FFFF).map(lambda r: r & 0x1F0FF)
+)
 CC_OPS = st.sampled_from((1, 6, 9, 14, 20))  # 1: EFLAGS; others compute the flags from cc_dst and cc_src
 
 
@@ -32,6 +36,7 @@ class Side:
             self.handle, self.context, self.image, allow_compiled=compiled
         )
         self.transfer.save()
+        self.transfer.take([0] * 16)
 
     def put(self, registers: list[int], operation: int, direction: int, hidden: int, base: int) -> None:
         struct.pack_into("<21Q", self.image, layout.GPR, *registers)
@@ -39,7 +44,7 @@ class Side:
         struct.pack_into("<Q", self.image, layout.SEGMENTS + layout.SEGMENT.size + 8, base)
         self.transfer.restore()
 
-    def found(self) -> tuple[list[int], tuple[int, int, int, int]]:
+    def found(self) -> tuple[list[int], Taken]:
         self.transfer.save()
         gprs = [0] * 16
         rest = self.transfer.take(gprs)
@@ -63,6 +68,8 @@ def sides() -> Iterator[tuple[Side, Side]]:
     direction=st.sampled_from((1, -1)),
     hidden=st.sampled_from((0, layout.CS32, layout.CODE64 | layout.CS32)),
     base=st.integers(0, 2**32 - 1),
+    segments=st.lists(SEGMENTS, min_size=8, max_size=8),
+    tables=st.lists(st.builds(DescriptorTable, U64, st.integers(0, 0xFFFF)), min_size=2, max_size=2),
     changes=st.tuples(st.lists(U64, min_size=16, max_size=16), U64, st.integers(0, 2**22 - 1)),
 )
 def test_twins_agree(
@@ -73,6 +80,8 @@ def test_twins_agree(
     hidden: int,
     base: int,
     changes: tuple[list[int], int, int],
+    segments: list[Segment],
+    tables: list[DescriptorTable],
 ) -> None:
     registers[17] &= ~ARITHMETIC_AND_DF
     results = []
@@ -83,9 +92,20 @@ def test_twins_agree(
         side.transfer.give(gprs, rip, rflags)
         second = side.found()
         side.transfer.give(first[0], first[1][0], second[1][1])
-        results.append((first, second, side.found()))
+        third = side.found()
+        side.transfer.put_segments(*segments, *tables)
+        side.transfer.put(*changes, hidden)
+        fourth = side.found()
+        results.append((first, second, third, fourth, bytes(side.image[layout.SEGMENTS : layout.SEGMENTS_END])))
     assert results[0] == results[1]
-    (gprs, (rip, _, _, _)), (changed, (changed_rip, flags, _, _)), _ = results[0]
+    (gprs, (rip, *_)), (changed, (changed_rip, flags, *_)), third, fourth, image = results[0]
+    assert (fourth[0], fourth[1][0], fourth[1][2]) == (changes[0], changes[1], hidden)
+    assert fourth[1][1] & ARITHMETIC_AND_DF == changes[2] & ARITHMETIC_AND_DF
+    assert not third[1][5]
+    for i, segment in enumerate(segments):
+        selector, base, limit, rights = layout.SEGMENT.unpack_from(image, layout.SEGMENT.size * i)
+        assert (selector, base, limit) == (segment.selector, segment.base, segment.limit)
+        assert rights == (0 if segment.access_rights & 0x1_0000 else (segment.access_rights & 0xF0FF) << 8)
     assert gprs == registers[:16] and rip == registers[16]
     assert changed == changes[0] and changed_rip == changes[1]
     assert flags & ARITHMETIC_AND_DF == changes[2] & ARITHMETIC_AND_DF
