@@ -205,6 +205,58 @@ class VmExit:
 
 
 @frozen
+class Vmrun:
+    """VMRUN entered the guest of the control block at ``vmcb``, which is about to execute at ``rip`` under ``cr3``.
+
+    ``nested`` tells whether nested paging is on. ``injected`` is the event delivered before the first instruction.
+    """
+
+    name: ClassVar[str] = "vmrun"
+    vcpu: int
+    time: int
+    vmcb: int
+    asid: int
+    rip: int
+    cr3: int
+    nested: bool
+    injected: Interruption | None = None
+
+
+@frozen
+class VmrunFailed:
+    """VMRUN ended in VMEXIT_INVALID; ``detail`` explains a failure that no rule stands for."""
+
+    name: ClassVar[str] = "vmrun_failed"
+    vcpu: int
+    time: int
+    vmcb: int
+    violations: tuple[RuleViolation, ...] = ()
+    detail: str | None = None
+
+
+@frozen
+class Vmexit:
+    """A #VMEXIT: why, where the guest was, and what the control block says about it.
+
+    ``info1`` and ``info2`` are EXITINFO1 and EXITINFO2, ``interrupted`` is the event of EXITINTINFO, ``next_rip`` is
+    nRIP where the exit defines it. ``host_rip`` is where the hypervisor goes on.
+    """
+
+    name: ClassVar[str] = "vmexit"
+    vcpu: int
+    time: int
+    vmcb: int
+    code: int
+    code_name: str
+    info1: int
+    info2: int
+    rip: int
+    host_rip: int
+    interrupted: Interruption | None = None
+    next_rip: int | None = None
+
+
+@frozen
 class PageWalk:
     """A walk of the paging structures for one access, with every entry read.
 
@@ -284,6 +336,9 @@ TraceEvent = (
     | VmEntry
     | VmEntryFailed
     | VmExit
+    | Vmrun
+    | VmrunFailed
+    | Vmexit
     | PageWalk
     | SecondLevelFault
     | DeviceAccess

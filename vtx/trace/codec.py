@@ -115,6 +115,19 @@ FIELDS: Final[Mapping[type[e.TraceEvent], Mapping[str, Codec]]] = {
         guest_linear=HEX,
         guest_physical=HEX,
     ),
+    e.Vmrun: _event(vmcb=HEX, asid=NUMBER, rip=HEX, cr3=HEX, nested=FLAG, injected=_INTERRUPTION),
+    e.VmrunFailed: _event(vmcb=HEX, violations=_VIOLATIONS, detail=TEXT),
+    e.Vmexit: _event(
+        vmcb=HEX,
+        code=HEX,
+        code_name=TEXT,
+        info1=HEX,
+        info2=HEX,
+        rip=HEX,
+        host_rip=HEX,
+        interrupted=_INTERRUPTION,
+        next_rip=HEX,
+    ),
     e.PageWalk: _event(
         linear=HEX, access=_ACCESS, steps=_STEPS, result=_word(e.WalkResult), physical=HEX, error_code=HEX
     ),

@@ -55,6 +55,12 @@ EVENTS: tuple[e.TraceEvent, ...] = (
         0x1234,
     ),
     e.VmExit(0, 1, 0x5000, 10, "CPUID", 0, {}, 0x1000, 0x2000),
+    e.Vmrun(0, 1, 0x5000, 1, 0x1000, 0x7000, True, PAGE_FAULT),
+    e.Vmrun(0, 1, 0x5000, 1, 0x1000, 0x7000, False),
+    e.VmrunFailed(0, 1, 0x5000, (BROKEN_RULE,)),
+    e.VmrunFailed(0, 1, 0x5000, detail="a PDPTE in memory has reserved bits set"),
+    e.Vmexit(0, 1, 0x5000, 0x400, "nested page fault", 0x1_0000_0004, 0x1234, 0x1000, 0x2000, NMI, 0x1002),
+    e.Vmexit(0, 1, 0x5000, 0xFFFF_FFFF_FFFF_FFFF, "VMEXIT_INVALID", 0, 0, 0x1000, 0x2000),
     e.PageWalk(
         0, 1, 0x40_0000, e.Access.WRITE, (e.WalkStep("PML4E", 0x3000, 0x4007),), e.WalkResult.PAGE, physical=0x5000
     ),
