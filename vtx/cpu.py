@@ -13,8 +13,6 @@ from attrs import fields
 
 from vtx.board import Socket
 from vtx.devices.apic_registers import ApicBase
-from vtx.svm import Svm
-from vtx.vmx import Vmx
 from vtx.x86.msrs import bind_clock, tsc_of
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
@@ -23,6 +21,8 @@ from vtx.x86.state import Activity, CpuState, Cr0, Gpr
 
 if TYPE_CHECKING:
     from vtx.machine import Machine
+    from vtx.svm import Svm
+    from vtx.vmx import Vmx
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
 _KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base", "debugctl", "last_branch"})
@@ -41,10 +41,15 @@ class Cpu(LogicalProcessor):
         self.machine, self.socket = machine, socket
         socket.insert(self.profile, self.index, self, self, self.msrs)
         bind_clock(self.msrs, self.observed_time, self._tsc_moved)
+        # A machine has one of the extensions, and each takes a while to import.
         if self.profile.is_amd:
+            from vtx.svm import Svm  # noqa: PLC0415
+
             self.svm = Svm(self)
             self.virtualization = self.svm
         else:
+            from vtx.vmx import Vmx  # noqa: PLC0415
+
             self.vmx = Vmx(self)
             self.virtualization = self.vmx
         if self.index:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
@@ -23,16 +23,16 @@ from vtx.engine.unicorn_engine import UnicornEngine
 from vtx.events import MachineStopped, Tracer
 from vtx.power import Power
 from vtx.scheduler import Scheduler
-from vtx.snapshot.model import Snapshot, capture, restore
-from vtx.svm.tracing import SvmTracing
-from vtx.vmx.explanations import Explain
-from vtx.vmx.tracing import VmxTracing
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.memory_image import RamHistory
 from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
 from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
 from vtx.x86.tracing import ProcessorTracing
+
+if TYPE_CHECKING:
+    from vtx.snapshot.model import Snapshot
+    from vtx.vmx.explanations import Explain
 
 DEFAULT_MEMORY: Final = 128 << 20
 
@@ -132,8 +132,12 @@ class Machine:
             self.running = cpu
         cpu.attach(self, socket)
         if self.profile.is_amd:
+            from vtx.svm.tracing import SvmTracing  # noqa: PLC0415 - see `Cpu.attach`
+
             cpu.svm.operation.observer = SvmTracing(cpu, self.exit_counts, self.tracer)
         else:
+            from vtx.vmx.tracing import VmxTracing  # noqa: PLC0415
+
             cpu.vmx.operation.observer = VmxTracing(cpu, self.exit_counts, self.tracer, self._explain)
         if self.tracer is not None:
             cpu.tracing = ProcessorTracing(cpu, self.tracer)
@@ -183,6 +187,8 @@ class Machine:
 
         Copies the pages of RAM written since the last snapshot or `restore`.
         """
+        from vtx.snapshot.model import capture  # noqa: PLC0415 - few runs need it, and all would wait for it
+
         return capture(self)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -191,6 +197,8 @@ class Machine:
         Copies the pages of RAM that differ. What the guest wrote to the serial port stays written. Raises
         `vtx.snapshot.SnapshotError` if the snapshot is of a machine of another configuration.
         """
+        from vtx.snapshot.model import restore  # noqa: PLC0415
+
         restore(self, snapshot)
 
     def set_time(self, running: int, latest: int) -> None:

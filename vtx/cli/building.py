@@ -11,7 +11,6 @@ from attrs import frozen
 from vtx.boot.image import BootError, Module
 from vtx.cli.images import Image, Unusable
 from vtx.machine import Machine
-from vtx.snapshot import SnapshotError, load_snapshot, save_snapshot
 from vtx.x86.toml_section import ProfileError
 
 if TYPE_CHECKING:
@@ -61,6 +60,8 @@ def boot(machine: Machine, image: Image, command_line: str, modules: Sequence[tu
 
 def resume(path: str, profile: str | None, surroundings: Surroundings) -> Machine:
     """A machine that continues the snapshot in a file; without ``profile``, the one of the name in the snapshot."""
+    from vtx.snapshot import load_snapshot  # noqa: PLC0415 - few runs need it, and all would wait for it
+
     with _usable():
         snapshot = load_snapshot(path)
         built = snapshot.configuration
@@ -71,12 +72,16 @@ def resume(path: str, profile: str | None, surroundings: Surroundings) -> Machin
 
 def save(machine: Machine, path: str) -> None:
     """Write a snapshot of ``machine`` to a file."""
+    from vtx.snapshot import save_snapshot  # noqa: PLC0415
+
     with _usable():
         save_snapshot(machine.snapshot(), path)
 
 
 @contextmanager
 def _usable() -> Iterator[None]:
+    from vtx.snapshot import SnapshotError  # noqa: PLC0415
+
     try:
         yield
     except SnapshotError as error:
