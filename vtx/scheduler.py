@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from attrs import define, field
 
-SHORTEST_QUANTUM: Final = 2_500
+SHORTEST_QUANTUM: Final = 4_000
 """Ticks that a processor may run ahead of the slowest one after it has sent something: an interrupt's handler."""
 
 LONGEST_QUANTUM: Final = 1_000_000
@@ -103,14 +103,18 @@ class Scheduler:
                 return
 
     def signal(self, index: int) -> None:
-        """Something was sent to processor ``index``: unless it sleeps on, it has the next turn, and has it soon."""
-        turns = self.turns
-        if index != turns.running and self._processors[index].awake:
+        """Something was sent to processor ``index``: unless it sleeps on, it has the next turn, and has it soon.
+
+        One that is ahead of the sender has it when the sender has caught up.
+        """
+        turns, target = self.turns, self._processors[index]
+        if index != turns.running and target.awake:
             running = self._processors[turns.running]
             now = running.now()
             turns.signalled.setdefault(index, now)
             turns.quantum, turns.spins = SHORTEST_QUANTUM, 0
-            if self._until is None or self._until - now > SHORTEST_QUANTUM:
+            latest = max(now, target.now() if index in turns.runnable else now) + SHORTEST_QUANTUM
+            if self._until is None or self._until > latest:
                 running.give_way()
 
     def _turn(self, awake: list[int]) -> None:

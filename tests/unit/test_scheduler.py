@@ -243,3 +243,18 @@ def test_nobody_will_ever_run(two: Bench) -> None:
     for processor in two.processors:
         processor.awake = False
     assert two.run(5) == []
+
+
+def test_signal__to_one_that_is_ahead_waits_until_the_sender_has_caught_up(two: Bench) -> None:
+    sender, target = two.processors
+    target.time = 50_000
+
+    def send(processor: Scripted, until: int | None) -> None:
+        processor.time += 10
+        two.scheduler.signal(1)
+        assert not processor.gives_way
+        processor.time = until or 0
+
+    sender.work = send
+    assert two.run(2) == [0, 1]
+    assert sender.time <= 50_000 + 2 * SHORTEST_QUANTUM

@@ -184,6 +184,7 @@ class LogicalProcessor(ProcessorCore):
     def _sleep(self, ticks: int) -> None:
         if ticks > 0:
             self.charge(ticks)
+            self.spin.ended += ticks
             if self.state.activity is not Activity.ACTIVE:
                 self.halted += ticks
 
