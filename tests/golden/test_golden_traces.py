@@ -15,6 +15,7 @@ import pytest
 
 from vtx import events as e
 from vtx.trace import read_trace
+from vtx.x86.profile import DEFAULT_PROFILE
 
 FOLDER = Path(__file__).parent
 VTX = Path(sys.executable).with_name("vtx")
@@ -25,7 +26,7 @@ def line(event: e.TraceEvent) -> str | None:
     match event:
         case e.VmInstruction(mnemonic="VMREAD" | "VMWRITE", outcome="VMsucceed"):
             return None
-        case e.VmInstruction() if event.outcome.startswith(("VM entry", "VM exit")):
+        case e.VmInstruction() if event.outcome.startswith(("VM entry", "VM exit", "guest mode", "#VMEXIT")):
             return None  # has a line of its own
         case e.VmInstruction():
             return f"{event.mnemonic}: {event.outcome}"
@@ -38,6 +39,12 @@ def line(event: e.TraceEvent) -> str | None:
             decoded = "".join(f", {name} {value}" for name, value in event.decoded.items() if name != "register")
             events = _interruption(", event", event.interruption) + _interruption(", vectoring", event.vectoring)
             return f"exit {event.reason} {event.reason_name}{decoded}{events}"
+        case e.Vmrun():
+            return f"VMRUN{_interruption(', injecting', event.injected)}"
+        case e.VmrunFailed():
+            return f"VMRUN failed: {', '.join(violation.rule for violation in event.violations)}"
+        case e.Vmexit():
+            return f"#VMEXIT {event.code:#x} {event.code_name}{_interruption(', delivering', event.interrupted)}"
         case e.EventDelivered():
             return f"delivered vector {event.vector}, {event.kind}"
         case e.SecondLevelFault():
@@ -56,10 +63,12 @@ def summarized(trace: Path) -> str:
     return "".join(f"{text}\n" for text in lines if text is not None)
 
 
-@pytest.mark.parametrize("guest", ["hello", "nested"])
-def test_trace_is_as_recorded(guest: str, update: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("guest", "profile"), [("hello", DEFAULT_PROFILE), ("nested", DEFAULT_PROFILE), ("svm_hello", "zen-server")]
+)
+def test_trace_is_as_recorded(guest: str, profile: str, update: bool, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
-    command = [str(VTX), "run", guest, "--trace", str(trace)]
+    command = [str(VTX), "run", guest, "--profile", profile, "--trace", str(trace)]
     done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr.decode()
     found = summarized(trace)
