@@ -280,6 +280,7 @@ _EXECUTION_RULES: Final[tuple[Rule, ...]] = (
         s.bits_clear(f.HLAT_POINTER, lambda context: context.beyond_width | bit_range(11, 5) | 7),
         s.on(c.ENABLE_HLAT),
     ),
+    _needs("hlat-needs-ept", c.ENABLE_HLAT, c.ENABLE_EPT),
     _needs("paging-write-needs-ept", c.EPT_PAGING_WRITE_CONTROL, c.ENABLE_EPT),
     _needs("paging-verification-needs-ept", c.GUEST_PAGING_VERIFICATION, c.ENABLE_EPT),
     _address("pid-pointer-table-address", f.PID_POINTER_TABLE_ADDRESS, s.on(c.IPI_VIRTUALIZATION), 8),

@@ -178,6 +178,7 @@ def _start_guest(operation: VmxOperation, active: ActiveVmcs, view: ControlView)
     operation.below_threshold = active.virtual_apic.enter() if active.virtual_apic else None
     if view.apic_access_page is not None:
         processor.mmu.reserved_page = PhysicalAddress(view.apic_access_page)
+    processor.mmu.hlat = view.hlat
     # Without VPIDs, entry invalidates what root operation cached, and guest and host share identifier 0.
     processor.mmu.vm_transition(processor.state, active.second_level, view.vpid, flush=not view.vpid)
     processor.changed_system_state()

@@ -47,6 +47,7 @@ QUALIFICATION_WRITABLE_PAGE: Final = 1 << 10
 QUALIFICATION_EXECUTE_DISABLE_PAGE: Final = 1 << 11
 
 _TAG_MODE_BASED: Final = 1 << 63
+_TAG_HLAT: Final = 1 << 62
 
 
 @frozen
@@ -85,7 +86,8 @@ class EptConfig:
     """An EPT pointer and what the processor and the VM-execution controls make of it.
 
     ``execute_only``, ``page_2mb`` and ``page_1gb`` are capabilities; ``mode_based_execute`` and
-    ``advanced_information`` (bits 11:9 of the qualification) are off unless the control or capability is on.
+    ``advanced_information`` (bits 11:9 of the qualification) are off unless the control or capability is on. ``hlat``
+    tells translations with HLAT paging from those without.
     """
 
     eptp: int
@@ -95,6 +97,7 @@ class EptConfig:
     page_1gb: bool = True
     mode_based_execute: bool = False
     advanced_information: bool = False
+    hlat: bool = False
 
     walk_length: int = field(init=False, eq=False)
     accessed_dirty: bool = field(init=False, eq=False)
@@ -189,14 +192,16 @@ class ExtendedPageTables:
         self._frame_mask = _bits(config.physical_address_width - 1, 12)
         self._root = config.eptp & self._frame_mask
         self._accessed_dirty = config.accessed_dirty
-        self._tag = config.eptp | (_TAG_MODE_BASED if config.mode_based_execute else 0)
+        self._tag = (
+            config.eptp | (_TAG_MODE_BASED if config.mode_based_execute else 0) | (_TAG_HLAT if config.hlat else 0)
+        )
         # Guest paging-structure accesses count as writes when accessed and dirty flags are enabled.
         update = QUALIFICATION_READ | QUALIFICATION_WRITE
         self._structure_access = (update if self._accessed_dirty else QUALIFICATION_READ, update)
 
     @property
     def tag(self) -> int | None:
-        """The EPTP, with bit 63 for mode-based execute control."""
+        """The EPTP, with bit 63 for mode-based execute control and bit 62 for HLAT."""
         return self._tag
 
     def paging_structure(

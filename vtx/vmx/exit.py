@@ -101,6 +101,7 @@ def _leave_non_root(operation: VmxOperation) -> None:
     operation.trap_flag = operation.pending_trap = False
     operation.virtual_apic = operation.below_threshold = None
     operation.processor.mmu.reserved_page = None
+    operation.processor.mmu.hlat = None
 
 
 def _record(vmcs: Vmcs, record: VmExit) -> None:

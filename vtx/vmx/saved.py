@@ -95,6 +95,7 @@ def restore_vmx(vmx: Vmx, saved: SavedVmx) -> None:
     vmx.iret_unblocked_nmi = saved.iret_unblocked_nmi
     operation.view = operation.virtual_apic = None
     operation.processor.mmu.second_level = NO_SECOND_LEVEL
+    operation.processor.mmu.hlat = None
     if saved.non_root:
         _derive(operation, saved.virtual_interrupt)
 
@@ -121,6 +122,7 @@ def _derive(operation: VmxOperation, virtual_interrupt: bool) -> None:
     active.view = operation.view = view = build_view(active.vmcs.values)
     active.second_level = second_level_of(operation, active.vmcs, view)
     operation.processor.mmu.second_level = active.second_level
+    operation.processor.mmu.hlat = view.hlat
     if view.primary & c.USE_TPR_SHADOW.mask:
         active.virtual_apic = operation.virtual_apic = VirtualApic(operation.processor.memory, active.vmcs, view)
         active.virtual_apic.pending = virtual_interrupt

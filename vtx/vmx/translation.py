@@ -37,12 +37,11 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         page_1gb=capabilities.supports("1-GByte pages"),
         mode_based_execute=bool(view.secondary & c.MODE_BASED_EXECUTE_CONTROL_FOR_EPT.mask),
         advanced_information=capabilities.supports("advanced VM-exit information for EPT violations"),
+        hlat=view.hlat is not None,
     )
     sub_pages = None
     if view.secondary & c.SUB_PAGE_WRITE_PERMISSIONS_FOR_EPT.mask:
         sub_pages = SubPageTables(vmcs.values[_SPPTP], config.physical_address_width, processor.memory)
-    if not view.secondary & c.ENABLE_PML.mask:
-        return ExtendedPageTables(config, processor.memory, apic_access_page=view.apic_access_page, sub_pages=sub_pages)
 
     def log_dirty(page: GuestPhysicalAddress) -> bool:
         """Spec: SDM Vol. 3, "Page-Modification Logging"."""
@@ -54,5 +53,9 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
         return True
 
     return ExtendedPageTables(
-        config, processor.memory, log_dirty, apic_access_page=view.apic_access_page, sub_pages=sub_pages
+        config,
+        processor.memory,
+        log_dirty if view.secondary & c.ENABLE_PML.mask else None,
+        apic_access_page=view.apic_access_page,
+        sub_pages=sub_pages,
     )

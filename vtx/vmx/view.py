@@ -18,6 +18,7 @@ from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.controls import Control
 from vmcs.exits import Reason
+from vtx.x86.hlat import Hlat
 from vtx.x86.operations import Plain
 
 # Fields that a ControlView depends on; a write to any of them makes the view stale.
@@ -48,6 +49,8 @@ VIEW_FIELDS: Final = frozenset(
         f.VIRTUAL_APIC_ADDRESS,
         f.APIC_ACCESS_ADDRESS,
         f.SUB_PAGE_PERMISSION_TABLE_POINTER,
+        f.HLAT_POINTER,
+        f.HLAT_PREFIX_SIZE,
     )
 )
 
@@ -91,7 +94,6 @@ UNMODELLED: Final = (
     c.ENABLE_ENCLV_EXITING,
     c.VMM_BUS_LOCK_DETECTION,
     c.LOADIWKEY_EXITING,
-    c.ENABLE_HLAT,
     c.EPT_PAGING_WRITE_CONTROL,
     c.GUEST_PAGING_VERIFICATION,
     c.APIC_TIMER_VIRTUALIZATION,
@@ -114,7 +116,7 @@ class ControlView:
 
     ``plain_exits`` gives the exit reason of each parameterless operation that exits. ``eptp`` is None without EPT;
     ``vpid`` is 0 without VPIDs. ``shadowing_bitmaps`` are the addresses for VMREAD and VMWRITE, None without VMCS
-    shadowing. ``apic_access_page`` is None unless APIC accesses are virtualized.
+    shadowing. ``apic_access_page`` is None unless APIC accesses are virtualized, ``hlat`` None without HLAT.
     ``tsc_multiplier`` has 48 fractional bits and is None without TSC scaling.
     """
 
@@ -135,6 +137,7 @@ class ControlView:
     msr_bitmaps: int | None
     shadowing_bitmaps: tuple[int, int] | None
     apic_access_page: int | None
+    hlat: Hlat | None
     unrestricted_guest: bool = field(init=False)
     window_or_flag: bool = field(init=False)
 
@@ -186,6 +189,11 @@ def build_view(values: Mapping[int, int]) -> ControlView:
         shadowing_bitmaps=shadowing_bitmaps,
         apic_access_page=(
             values[f.APIC_ACCESS_ADDRESS.encoding] if secondary & c.VIRTUALIZE_APIC_ACCESSES.mask else None
+        ),
+        hlat=(
+            Hlat(values[f.HLAT_POINTER.encoding], bool(values[f.HLAT_PREFIX_SIZE.encoding]))
+            if tertiary & c.ENABLE_HLAT.mask
+            else None
         ),
     )
 

@@ -26,6 +26,7 @@ from vtx.addresses import (
     LinearAddress,
     PhysicalAddress,
 )
+from vtx.x86.hlat import Hlat, walk_with_hlat
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.page_rights import Privilege
@@ -134,6 +135,7 @@ class Mmu:
         self.flush_engine = flush_engine
         self.tlb = tlb or Tlb()
         self.second_level: SecondLevel = IdentitySecondLevel()
+        self.hlat: Hlat | None = None
         self.asid = 0
         self.reserved_page: PhysicalAddress | None = None
         self._redirected: PhysicalAddress | None = None
@@ -362,7 +364,10 @@ class Mmu:
             # A stack reference would be #SS(0): the one who knows it is one replaces the vector.
             return Fault(Vector.GP, 0)
         steps: list[WalkStep] | None = [] if self._walks.wants(page) else None
-        result = walk(self.context, linear, kind, privilege, self.memory, self.second_level, steps)
+        if self.hlat is None:
+            result = walk(self.context, linear, kind, privilege, self.memory, self.second_level, steps)
+        else:
+            result = walk_with_hlat(self.hlat, self.context, linear, kind, privilege, self.memory, self.second_level)
         if isinstance(result, Translation):
             if steps is not None:
                 self._walks.remember(page, result, steps)
@@ -379,7 +384,8 @@ class Mmu:
         """Walk past the TLB, recording each entry used. Sets flags like the access would."""
         steps: list[WalkStep] = []
         linear &= self._linear_mask
-        result = walk(self.context, LinearAddress(linear), kind, privilege, self.memory, self.second_level, steps)
+        where = self.context, LinearAddress(linear), kind, privilege, self.memory, self.second_level, steps
+        result = walk(*where) if self.hlat is None else walk_with_hlat(self.hlat, *where)
         return steps, result
 
     def translate(self, linear: int, kind: AccessKind, *, user: bool = False, ac: bool = False) -> PhysicalAddress:

@@ -34,6 +34,8 @@ ACCESSED: Final = 1 << 5
 DIRTY: Final = 1 << 6
 PAGE_SIZE_BIT: Final = 1 << 7
 GLOBAL: Final = 1 << 8
+RESTART: Final = 1 << 11
+"""Of an entry used by HLAT paging: translate by ordinary paging instead; other paging ignores the bit."""
 XD: Final = 1 << 63
 PROTECTION_KEY_SHIFT: Final = 59
 
@@ -54,6 +56,7 @@ class PageFaultError(enum.IntEnum):
     RSVD = 1 << 3
     ID = 1 << 4
     PK = 1 << 5
+    HLAT = 1 << 7
 
 
 class PagingMode(enum.Enum):
@@ -134,8 +137,12 @@ def _levels_64(mode: PagingMode, width: int, nxe: bool, page1gb: bool, amd: bool
 
 
 @functools.lru_cache(maxsize=64)
-def geometry(mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool, amd: bool = False) -> Geometry:
+def geometry(
+    mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool, amd: bool = False, restarts: bool = False
+) -> Geometry:
     """The paging structures of ``mode`` with physical addresses of ``width`` bits.
+
+    With ``restarts``, an entry that restarts HLAT paging stops the walk as one with a reserved bit does.
 
     Spec: SDM Vol. 3, "32-Bit Paging", "PAE Paging", "4-Level Paging and 5-Level Paging" (the tables of entry formats).
     """
@@ -145,6 +152,11 @@ def geometry(mode: PagingMode, width: int, nxe: bool, pse: bool, page1gb: bool, 
         return Geometry(mode, _levels_32(width, pse), 2, 0x3FF, _bits(31, 0), _bits(31, 12))
     linear_bits = {PagingMode.PAE: 32, PagingMode.LEVEL_4: 48, PagingMode.LEVEL_5: 57}[mode]
     levels = _levels_64(mode, width, nxe, page1gb, amd)
+    if restarts:
+        levels = tuple(
+            level._replace(reserved_table=level.reserved_table | RESTART, reserved_page=level.reserved_page | RESTART)
+            for level in levels
+        )
     return Geometry(mode, levels, 3, 0x1FF, _bits(linear_bits - 1, 0), _bits(width - 1, 12))
 
 
@@ -164,7 +176,8 @@ class PagingContext:
     """Everything but memory that a translation depends on.
 
     ``pdptrs`` are the four PDPTE registers of PAE paging, unless ``pdptes_in_memory``: then each walk reads its PDPTE,
-    as in nested paging (APM Vol. 2, "Legacy PAE Mode"). ``amd``: reserved bits are those of AMD processors.
+    as in nested paging (APM Vol. 2, "Legacy PAE Mode"). ``amd``: reserved bits are those of AMD processors;
+    ``restarts``: the walk stops at entries that restart HLAT paging.
     ``physical_address_width`` is MAXPHYADDR, in bits.
     The attributes below the blank line are derived.
 
@@ -182,6 +195,7 @@ class PagingContext:
     page1gb: bool = True
     pdptes_in_memory: bool = False
     amd: bool = False
+    restarts: bool = False
 
     mode: PagingMode = field(init=False, eq=False)
     geometry: Geometry = field(init=False, eq=False)
@@ -198,7 +212,7 @@ class PagingContext:
     @geometry.default
     def _geometry(self) -> Geometry:
         nxe, pse = bool(self.efer & Efer.NXE), bool(self.cr4 & Cr4.PSE)
-        return geometry(self.mode, self.physical_address_width, nxe, pse, self.page1gb, self.amd)
+        return geometry(self.mode, self.physical_address_width, nxe, pse, self.page1gb, self.amd, self.restarts)
 
     @root.default
     def _root(self) -> int:

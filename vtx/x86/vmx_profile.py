@@ -135,7 +135,9 @@ def capability_msrs(section: Section, features: frozenset[str]) -> dict[int, int
 
 def _add_second_level(section: Section, msrs: dict[int, int]) -> None:
     names = {c.name for c in CONTROLS if c.word is ControlWord.SECONDARY and Capabilities(msrs).allows(c)}
+    prefix = EPT_VPID.by_name["maximum HLAT prefix size"]
     ept_vpid = _flags(section, "ept_vpid", EPT_VPID)
+    ept_vpid |= prefix.put(section.integer("maximum_hlat_prefix_size", 0, 1, 0))
     if names & {"enable EPT", "enable VPID"}:
         msrs[CapabilityMsr.EPT_VPID_CAP] = ept_vpid
     elif ept_vpid:

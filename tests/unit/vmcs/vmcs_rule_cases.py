@@ -304,6 +304,7 @@ CONTROL_CASES: tuple[Case, ...] = (
         {f.HLAT_POINTER: 0x3F_FFFF_F018},
         *({f.HLAT_POINTER: 1 << bit} for bit in (0, 1, 2, 5, 11, 46, 63)),
     ),
+    needs("hlat-needs-ept", c.ENABLE_HLAT, c.ENABLE_EPT, RESTRICTED),
     needs("paging-write-needs-ept", c.EPT_PAGING_WRITE_CONTROL, c.ENABLE_EPT, RESTRICTED),
     needs("paging-verification-needs-ept", c.GUEST_PAGING_VERIFICATION, c.ENABLE_EPT, RESTRICTED),
     case(
