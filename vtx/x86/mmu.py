@@ -314,14 +314,18 @@ class Mmu:
     def fill(self, linear: int, kind: AccessKind, cpl: int, ac: bool, *, implicit: bool = False) -> Grant | Refusal:
         """Answer a miss of the engine's TLB at ``linear`` (any address in the page; a fault reports it as given)."""
         privilege = Privilege.of(cpl, ac, implicit)
-        result = self.resolve(linear, kind, privilege)
-        if isinstance(result, Translation):
-            if result.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
-                page = (linear & self._linear_mask) >> PAGE_SHIFT
-                self._large_granted.add((result.size, page // (result.size >> PAGE_SHIFT)))
-            permissions = self._permissions[privilege][result.attributes] & result.cacheable
-            return Grant(result.physical >> PAGE_SHIFT, permissions)
-        return result
+        allowed = self._permissions[privilege]
+        page = (linear & self._linear_mask) >> PAGE_SHIFT
+        found = self.tlb.find(page) or self._walks.recall(page)
+        permissions = 0 if found is None else allowed[found.attributes] & found.cacheable
+        if found is None or not permissions & kind or self.reserved_page is not None:
+            result = self.resolve(linear, kind, privilege)
+            if not isinstance(result, Translation):
+                return result
+            found, permissions = result, allowed[result.attributes] & result.cacheable
+        if found.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
+            self._large_granted.add((found.size, page // (found.size >> PAGE_SHIFT)))
+        return Grant(found.physical >> PAGE_SHIFT, permissions)
 
     def resolve(self, linear: int, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
         """The translation for one access, from the TLB or by a walk, with its flags set; or why there is none."""
