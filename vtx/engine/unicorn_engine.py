@@ -334,7 +334,7 @@ class UnicornEngine:
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
             return 0
-        value = self._guarded(None, self._port, lambda *where: self._client.port_in(port, size, *where))
+        value = self._guarded(None, self._port, self._client.port_in, port, size)
         if value is None:
             self._abort()
             return 0
@@ -343,14 +343,15 @@ class UnicornEngine:
     def _on_port_out(self, handle: int, port: int, size: int, value: int, data: int) -> None:
         if self._aborted:
             return
-        if not self._guarded(False, self._port, lambda *where: self._client.port_out(port, size, value, *where)):
+        if not self._guarded(False, self._port, self._client.port_out, port, size, value):
             self._abort()
 
-    def _port(self, access: Callable[[int, int, int], Any]) -> Any:
-        self._context.save()
-        self._callback_address = linear = self._context.linear_rip()
+    def _port(self, access: Callable[..., Any], *arguments: int) -> Any:
+        context = self._context
+        context.save()
+        self._callback_address = context.linear_rip()
         try:
-            return access(linear, self._context.code_bits(), self._context.cpl())
+            return access(*arguments, context.cpl())
         finally:
             self._callback_address = None
 

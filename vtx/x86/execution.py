@@ -133,15 +133,12 @@ class EngineClient(Protocol):
         """Translate a page for an access at ``cpl`` with RFLAGS.AC as given, or refuse."""
         ...
 
-    def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
-        """Value of a port read that needs no further checks; None to have the instruction trap instead.
-
-        ``linear`` is the address of the instruction, ``bits`` the kind of code (16, 32 or 64).
-        """
+    def port_in(self, port: int, size: int, cpl: int) -> int | None:
+        """Value of an IN at ``cpl`` that needs no further checks; None to have the instruction trap instead."""
         ...
 
-    def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
-        """Perform a port write that needs no further checks; False to have the instruction trap instead."""
+    def port_out(self, port: int, size: int, value: int, cpl: int) -> bool:
+        """Perform an OUT at ``cpl`` that needs no further checks; False to have the instruction trap instead."""
         ...
 
 

@@ -86,15 +86,15 @@ class LogicalProcessor(ProcessorCore):
         """Translate a page for the engine."""
         return self.mmu.fill(linear_page, kind, cpl, ac, implicit=linear_page in self.implicit_pages)
 
-    def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
+    def port_in(self, port: int, size: int, cpl: int) -> int | None:
         """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""
-        if cpl or self._needs_port_checks(linear, bits):
+        if self._needs_port_checks(cpl):
             return None
         return self.port_read(port, size)
 
-    def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
+    def port_out(self, port: int, size: int, value: int, cpl: int) -> bool:
         """A port write the engine may make on the spot."""
-        if cpl or self._needs_port_checks(linear, bits):
+        if self._needs_port_checks(cpl):
             return False
         self.port_write(port, size, value)
         self.device_written()
@@ -106,16 +106,9 @@ class LogicalProcessor(ProcessorCore):
         if self.stop_requested or due != self._planned or self._interrupt_waits() != self._planned_waiting:
             self.engine.request_stop()
 
-    def _needs_port_checks(self, linear: int, bits: int) -> bool:
+    def _needs_port_checks(self, cpl: int) -> bool:
         extension = self.virtualization
-        if extension is not None and extension.non_root:
-            return True
-        # The engine calls back for INS and OUTS too, whose memory side is the model's.
-        try:
-            instruction = self._decode_at(linear, bits, user=False)
-        except InstructionAborted:
-            return True
-        return instruction is None or instruction.memory is not None
+        return bool(cpl) or (extension is not None and extension.non_root)
 
     # The run loop.
 

@@ -32,7 +32,7 @@ class Client:
     on_fill: Callable[[int, AccessKind], None] = lambda page, kind: None
     port_values: dict[int, int] = field(factory=dict)
     port_writes: list[tuple[int, int, int]] = field(factory=list)
-    port_places: list[tuple[int, int, int]] = field(factory=list)
+    port_levels: list[int] = field(factory=list)
 
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         self.fills.append((linear_page, kind, cpl, ac))
@@ -48,12 +48,12 @@ class Client:
     def answer(self, place: Place) -> int:
         return NOT_ANSWERED
 
-    def port_in(self, port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
-        self.port_places.append((linear, bits, cpl))
+    def port_in(self, port: int, size: int, cpl: int) -> int | None:
+        self.port_levels.append(cpl)
         return self.port_values.get(port)
 
-    def port_out(self, port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
-        self.port_places.append((linear, bits, cpl))
+    def port_out(self, port: int, size: int, value: int, cpl: int) -> bool:
+        self.port_levels.append(cpl)
         if port not in self.port_values:
             return False
         self.port_writes.append((port, size, value))

@@ -125,9 +125,9 @@ def test_model_write_while_the_code_runs_is_seen_from_the_next_block_on() -> Non
     bench.client.port_values = {0x10: 0}
     original = bench.client.port_out
 
-    def port_out(port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
+    def port_out(port: int, size: int, value: int, cpl: int) -> bool:
         bench.memory.write(CODE + 4, INC_EBX)
-        return original(port, size, value, linear, bits, cpl)
+        return original(port, size, value, cpl)
 
     bench.client.port_out = port_out  # type: ignore[method-assign]
     assert bench.run() == InstructionTrap()

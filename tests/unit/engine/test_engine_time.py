@@ -177,9 +177,9 @@ def test_elapsed_within_a_callback_is_exact() -> None:
     seen = []
     original = bench.client.port_in
 
-    def port_in(port: int, size: int, linear: int, bits: int, cpl: int) -> int | None:
+    def port_in(port: int, size: int, cpl: int) -> int | None:
         seen.append(bench.engine.elapsed())
-        return original(port, size, linear, bits, cpl)
+        return original(port, size, cpl)
 
     bench.client.port_in = port_in  # type: ignore[method-assign]
     assert bench.run() == InstructionTrap()
@@ -195,10 +195,10 @@ def test_request_to_stop__ends_the_run_at_the_next_block() -> None:
     bench.state.gpr[3] = 0
     original = bench.client.port_out
 
-    def port_out(port: int, size: int, value: int, linear: int, bits: int, cpl: int) -> bool:
+    def port_out(port: int, size: int, value: int, cpl: int) -> bool:
         if bench.state.gpr[3] == 0 and len(bench.client.port_writes) == 2:
             bench.engine.request_stop()
-        return original(port, size, value, linear, bits, cpl)
+        return original(port, size, value, cpl)
 
     bench.client.port_out = port_out  # type: ignore[method-assign]
     assert bench.run() == Interrupted()
