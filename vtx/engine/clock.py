@@ -12,8 +12,10 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, Final
 
-from vtx.engine import native
-from vtx.engine.code_view import STOP
+from vtx.engine import guards, native
+from vtx.engine.code_kind import width
+from vtx.engine.code_view import COUNT, GUARDED, GUARDS_SHIFT, STOP
+from vtx.x86.state import SegmentRegister
 
 try:
     from vtx.engine import _blockclock  # type: ignore[attr-defined, unused-ignore]
@@ -27,11 +29,12 @@ _RFLAGS_IF: Final = 0x200
 _NO_BLOCK: Final = (1 << 64) - 1
 
 # Where the words of the shared structure are that are used most, in `BlockClock.words`: four times as fast as by name.
-ELAPSED, LIMIT, ADDRESS, SIZE, INSTRUCTIONS, INSTRUCTION_LIMIT, SINGLE, NATIVE, WATCH_IF, STOPPED = range(10)
+ELAPSED, LIMIT, ADDRESS, SIZE, INSTRUCTIONS, INSTRUCTION_LIMIT, SINGLE, NATIVE, WATCH_IF, STOPPED, KIND = range(11)
 
 STOPPED_BY_LIMIT: Final = 1
 STOPPED_BY_IF: Final = 2
 STOPPED_BY_BLOCK: Final = 3
+STOPPED_BY_GUARD: Final = 4
 
 _ExamineCallback = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
 
@@ -58,10 +61,15 @@ class _Shared(ctypes.Structure):
         ("native", ctypes.c_uint64),
         ("watch_if", ctypes.c_uint64),
         ("stopped", ctypes.c_uint64),
+        ("kind", ctypes.c_uint64),
         ("stop", ctypes.c_void_p),
         ("read_register", ctypes.c_void_p),
         ("flags_register", ctypes.c_uint64),
         ("examine", _ExamineCallback),
+        ("guards", ctypes.c_void_p),
+        ("segments", ctypes.c_void_p),
+        ("failed", ctypes.c_uint64),
+        ("registers", ctypes.c_uint64 * len(native.REG_GUARDED)),
         ("generation", ctypes.c_uint64),
         ("recent", ctypes.c_uint64),
         ("recent_facts", ctypes.c_uint64),
@@ -77,14 +85,24 @@ def _address_of(function: Any) -> int:
 class BlockClock:
     """The clock of one engine; installs itself as the engine's block hook.
 
-    ``examine`` tells the facts about the code at (linear address, size), see `vtx.engine.code_view`. ``shared`` is the
-    structure both callbacks work on, ``words`` its 64-bit words. ``compiled`` says which one is installed.
+    ``examine`` tells the facts about the code at (linear address, size), see `vtx.engine.code_view`; ``table`` holds
+    the guards that facts refer to, ``segments`` is the address of the segment registers in the engine's saved state.
+    ``shared`` is the structure both callbacks work on, ``words`` its 64-bit words. ``compiled`` says which one is
+    installed.
     """
 
     def __init__(
-        self, handle: ctypes.c_void_p, examine: Callable[[int, int], int], *, allow_compiled: bool = True
+        self,
+        handle: ctypes.c_void_p,
+        examine: Callable[[int, int], int],
+        table: guards.GuardTable,
+        segments: int,
+        *,
+        allow_compiled: bool = True,
     ) -> None:
         self._handle = handle
+        self._table = table
+        self._segments = (guards.SegmentRecord * 6).from_address(segments)
         self._examine = examine
         self.shared = _Shared(limit=UNLIMITED, instruction_limit=UNLIMITED, recent=_NO_BLOCK)
         self.words = memoryview(self.shared).cast("B").cast("Q")
@@ -92,8 +110,10 @@ class BlockClock:
         self.shared.read_register = _address_of(native.library.uc_reg_read)
         self.shared.flags_register = native.REG_EFLAGS
         self.shared.examine = _ExamineCallback(examine)
+        self.shared.guards, self.shared.segments = ctypes.addressof(table.records), segments
+        self.shared.registers[:] = native.REG_GUARDED
         self.compiled = allow_compiled and _blockclock is not None
-        self._flags = ctypes.c_uint64()
+        self._flags, self._value = ctypes.c_uint64(), ctypes.c_uint64()
         if self.compiled:
             if _blockclock.structure_size() != ctypes.sizeof(_Shared):
                 raise native.EngineUnusable("the compiled block clock does not match this version; reinstall vtx")
@@ -102,6 +122,7 @@ class BlockClock:
             )
         else:
             self._callback = native.BlockCallback(self._on_block)
+            self._instruction_callback = native.BlockCallback(self._on_instruction)
             native.add_hook(handle, native.HOOK_BLOCK, self._callback)
 
     def _on_block(self, handle: int, address: int, size: int, data: int) -> None:
@@ -111,19 +132,68 @@ class BlockClock:
         second = shared.single and shared.size and not inside
         if inside and (shared.single or offset + size != shared.size):
             # A store changed the block it is in: the block was left at the store, which starts over.
-            self.take_back(address, self._examine(address, shared.size - offset) & ~STOP)
+            self.take_back(address, self._examine(address, shared.size - offset) & COUNT)
         shared.address, shared.size = address, size
         facts = self._examine(address, size)
         shared.elapsed += size
-        shared.instructions += facts & ~STOP
+        shared.instructions += facts & COUNT
         if second or shared.elapsed > shared.limit or shared.instructions > shared.instruction_limit:
             self._stop_before(STOPPED_BY_LIMIT)
         elif facts & STOP and not shared.native:
             self._stop_before(STOPPED_BY_BLOCK)
+        elif facts & GUARDED and not shared.native and self._guards_fail(facts >> GUARDS_SHIFT):
+            self._stop_before(STOPPED_BY_GUARD)
         elif shared.watch_if:
             native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
             if self._flags.value & _RFLAGS_IF:
                 self._stop_before(STOPPED_BY_IF)
+
+    def guard_instruction(self, address: int) -> None:
+        """Check the operands of the instruction at linear ``address`` right before it executes."""
+        if self.compiled:
+            callback, data = _blockclock.instruction_callback_address(), ctypes.addressof(self.shared)
+            native.add_hook(self._handle, native.HOOK_CODE, callback, data=data, at=address)
+        else:
+            native.add_hook(self._handle, native.HOOK_CODE, self._instruction_callback, at=address)
+
+    def _on_instruction(self, handle: int, address: int, size: int, data: int) -> None:
+        if self.shared.native or self.shared.stopped:
+            return
+        facts = self._examine(address, size)
+        if facts & GUARDED and self._guards_fail(facts >> GUARDS_SHIFT):
+            self._stop_before(STOPPED_BY_GUARD)
+
+    def _register(self, number: int) -> int:
+        native.library.uc_reg_read(self._handle, native.REG_GUARDED[number], ctypes.byref(self._value))
+        return self._value.value
+
+    def _guards_fail(self, place: int) -> bool:
+        while True:
+            guard = self._table.records[place]
+            if self._fails(guard):
+                self.shared.failed = guard.instruction
+                return True
+            if guard.flags & guards.LAST:
+                return False
+            place += 1
+
+    def _fails(self, guard: guards.GuardRecord) -> bool:
+        if guard.flags & guards.ALWAYS:
+            return True
+        kind, segment = self.shared.kind, guard.segment
+        offset = guard.displacement
+        offset += self._register(guard.base) if guard.base >= 0 else 0
+        offset += self._register(guard.index) << guard.shift if guard.index >= 0 else 0
+        offset &= guard.mask
+        if guard.flags & guards.LIMITED and guards.forbids(self._segments[segment], kind, guard, offset):
+            return True
+        if not guard.alignment:
+            return False
+        if width(kind) != 64:
+            offset += self._segments[segment].base
+        elif segment >= SegmentRegister.FS:
+            offset += self._register(native.GPR_COUNT + segment - SegmentRegister.FS)
+        return bool(offset & guard.alignment)
 
     def _stop_before(self, reason: int) -> None:
         self.shared.stopped = reason
@@ -143,13 +213,13 @@ class BlockClock:
         words[LIMIT], words[INSTRUCTION_LIMIT] = limit, instruction_limit
         words[STOPPED] = words[SIZE] = 0
 
-    def code_granted(self, page: int, frame: int, kind: int, content: int) -> None:
-        """Linear ``page`` will be executed from ``frame``, as code of ``kind``.
+    def code_granted(self, page: int, frame: int, content: int) -> None:
+        """Linear ``page`` will be executed from ``frame``.
 
         ``content`` is the host address of the page if stores to it go unnoticed, else 0.
         """
         slot = self.shared.pages[page % _PAGE_SLOTS]
-        slot.page, slot.code, slot.bytes = page, frame << 8 | kind, content
+        slot.page, slot.code, slot.bytes = page, frame << 16, content
         self.shared.recent = _NO_BLOCK
 
     def code_changed(self) -> None:

@@ -7,21 +7,28 @@ each block of code once, when it is first entered, and stops in front of a block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
-from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register
+from attrs import frozen
+from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
+from vtx.engine.code_kind import LIKE_8086, width
+from vtx.engine.guards import Guard, GuardTable, guards_of
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
 from vtx.x86.execution import Place
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.state import MASK32, MASK64, Rflags
 
+# Facts about a block: the number of instructions, and
+COUNT: Final = (1 << 32) - 1
 STOP: Final = 1 << 32
-"""Added to the number of instructions of a block that holds one the engine must not execute."""
-
-SWITCHES_TASKS: Final = 1
-"""Added to the width of code (16, 32 or 64), its *kind*, where far CALL and JMP can switch tasks."""
+"""it holds an instruction that the engine must not execute, or not before it was looked at again,"""
+GUARDED: Final = 1 << 33
+"""operands must be checked before it runs,"""
+GUARDS_SHIFT: Final = 40
+"""the place of its guards."""
 
 _MOST_REMEMBERED: Final = 1 << 16
 
@@ -32,14 +39,18 @@ _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
         *(Mnemonic.SYSRET, Mnemonic.SYSRETQ, Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ),
-        *(Mnemonic.LSS, Mnemonic.UMONITOR, Mnemonic.UMWAIT, Mnemonic.TPAUSE),
+        *(Mnemonic.UMONITOR, Mnemonic.UMWAIT, Mnemonic.TPAUSE),
     )
 )
 
+_FAR_POINTERS: Final = frozenset((Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS))
+
+# They may switch tasks, go to a non-canonical address, and change the kind of the code.
 _FAR: Final = frozenset(
     (
         *(Code.CALL_PTR1616, Code.CALL_PTR1632, Code.JMP_PTR1616, Code.JMP_PTR1632),
-        *(Code.CALL_M1616, Code.CALL_M1632, Code.JMP_M1616, Code.JMP_M1632),
+        *(Code.CALL_M1616, Code.CALL_M1632, Code.CALL_M1664, Code.JMP_M1616, Code.JMP_M1632, Code.JMP_M1664),
+        *(Code.RETFW, Code.RETFD, Code.RETFQ, Code.RETFW_IMM16, Code.RETFD_IMM16, Code.RETFQ_IMM16),
     )
 )
 
@@ -48,18 +59,60 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
     if instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT:
         return True
-    if instruction.op0_register == Register.SS and instruction.mnemonic in (Mnemonic.MOV, Mnemonic.POP):
+    if _is_segment_load(instruction, kind):
         return True
-    return bool(kind & SWITCHES_TASKS) and instruction.code in _FAR
+    return not kind & LIKE_8086 and instruction.code in _FAR
+
+
+def _is_segment_load(instruction: Instruction, kind: int) -> bool:
+    """Whether the instruction loads SS, or another segment register with limits and rights that will be checked."""
+    mnemonic, register = instruction.mnemonic, instruction.op0_register
+    loads_all = width(kind) != 64 and not kind & LIKE_8086
+    if mnemonic in (Mnemonic.MOV, Mnemonic.POP):
+        return register == Register.SS or (loads_all and RegisterExt.is_segment_register(register))
+    return mnemonic == Mnemonic.LSS or (loads_all and mnemonic in _FAR_POINTERS)
+
+
+@frozen
+class Stop:
+    """The engine must stop before the instruction at linear ``address``; because it ``traps``, or to look again."""
+
+    address: int
+    traps: bool
+
+
+@frozen
+class Block:
+    """What there is to know about a block of code before it runs; ``guards`` are for what comes before ``stop``."""
+
+    stop: Stop | None
+    guards: list[Guard]
+
+    @classmethod
+    def of(cls, linear: int, code: bytes, kind: int, guarded: Callable[[int], bool]) -> Block:
+        """Look at ``code`` at ``linear``; ``guarded`` are the instructions that are guarded by themselves."""
+        instructions, stop = [], None
+        for instruction in Decoder(width(kind), code, ip=linear):
+            if instruction.code == Code.INVALID:
+                break  # what follows is not decoded as Unicorn decodes it
+            if _must_not_run(instruction, kind):
+                stop = Stop(instruction.ip, traps=True)
+                break
+            instructions.append(instruction)
+        guards, cut = guards_of(instructions, kind, guarded)
+        return cls(stop if cut is None else Stop(cut, traps=False), guards)
 
 
 class CodeView:
     """Code by linear address, through the translations last granted for execution."""
 
-    def __init__(self, memory: PhysicalMemory) -> None:
+    def __init__(self, memory: PhysicalMemory, guards: GuardTable, forget: Callable[[], None]) -> None:
         self._memory = memory
+        self._guards = guards
+        self._forget = forget
         self._frames: dict[int, int] = {}
         self._writable: set[int] = set()
+        self._guarded: set[tuple[int, int | None]] = set()
         self._places: dict[tuple[int, int, int], Place] = {}
         self._facts: dict[tuple[int, int, int, int | bytes | None], int] = {}
 
@@ -94,7 +147,7 @@ class CodeView:
         return code
 
     def facts(self, linear: int, size: int, kind: int) -> int:
-        """Number of instructions in ``size`` bytes of code of ``kind``, plus `STOP` if one of them must not run."""
+        """The facts about ``size`` bytes of code of ``kind``."""
         page = linear >> PAGE_SHIFT
         version = self.read(linear, size) if page in self._writable else self._frames.get(page)
         key = (linear, size, kind, version)
@@ -102,10 +155,22 @@ class CodeView:
         if facts is None:
             if len(self._facts) >= _MOST_REMEMBERED:
                 self.changed()
-            code = self.read(linear, size)
-            stops = STOP if self._first_stop(linear, code, kind) is not None else 0
-            facts = self._facts[key] = stops + sum(1 for _ in Decoder(kind & ~SWITCHES_TASKS, code))
+            facts = self._look(linear, self.read(linear, size), kind)
+            self._facts[key] = facts
         return facts
+
+    def _look(self, linear: int, code: bytes, kind: int) -> int:
+        count = sum(1 for _ in Decoder(width(kind), code))
+        block = self._block(linear, code, kind)
+        facts = count if block.stop is None else count | STOP
+        if not block.guards:
+            return facts
+        place = self._guards.add(block.guards)
+        if place is None:
+            self._forget()
+            place = self._guards.add(block.guards)
+            assert place is not None, "a block has fewer guards than there is room for"
+        return facts | GUARDED | place << GUARDS_SHIFT
 
     def place(self, linear: int, left: int, kind: int, known: bool) -> Place:
         """The place of the instruction at ``linear``, ``left`` bytes before the end of the block it is in (0: unknown).
@@ -115,34 +180,33 @@ class CodeView:
         page, offset = linear >> PAGE_SHIFT, linear & PAGE_OFFSET_MASK
         frame = self._frames.get(page)
         if frame is None or page in self._writable or offset > _LAST_INSIDE:
-            return Place(self.facts(linear, left, kind) & ~STOP if left else 0, known)
+            return Place(self.facts(linear, left, kind) & COUNT if left else 0, known)
         key = frame << PAGE_SHIFT | offset, left, kind
         place = self._places.get(key)
         if place is None:
             if len(self._places) >= _MOST_REMEMBERED:
                 self._places.clear()
-            place = self._places[key] = Place(self.facts(linear, left, kind) & ~STOP if left else 0, known)
+            place = self._places[key] = Place(self.facts(linear, left, kind) & COUNT if left else 0, known)
         return place
-
-    @staticmethod
-    def _first_stop(linear: int, code: bytes, kind: int) -> int | None:
-        for instruction in Decoder(kind & ~SWITCHES_TASKS, code, ip=linear):
-            if instruction.code == Code.INVALID:
-                break  # what follows is not decoded as Unicorn decodes it
-            if _must_not_run(instruction, kind):
-                return instruction.ip
-        return None
 
     def last_instruction(self, linear: int, size: int, kind: int) -> int | None:
         """Linear address of the last instruction in ``size`` bytes of code."""
         last = None
-        for instruction in Decoder(kind & ~SWITCHES_TASKS, self.read(linear, size), ip=linear):
+        for instruction in Decoder(width(kind), self.read(linear, size), ip=linear):
             last = instruction.ip
         return last
 
-    def stop_address(self, linear: int, size: int, kind: int) -> int | None:
-        """Address of the first instruction that must not run, in a block of which `facts` said `STOP`."""
-        return self._first_stop(linear, self.read(linear, size), kind)
+    def stop(self, linear: int, size: int, kind: int) -> Stop | None:
+        """Where to stop in a block of which `facts` said `STOP`."""
+        return self._block(linear, self.read(linear, size), kind).stop
+
+    def _block(self, linear: int, code: bytes, kind: int) -> Block:
+        frame = self._frames.get(linear >> PAGE_SHIFT)
+        return Block.of(linear, code, kind, lambda address: (address, frame) in self._guarded)
+
+    def guarded(self, block: int, address: int) -> None:
+        """The instruction at linear ``address`` in ``block`` is guarded by itself from now on."""
+        self._guarded.add((address, self._frames.get(block >> PAGE_SHIFT)))
 
 
 _LAST_INSIDE: Final = PAGE_SIZE - MAX_INSTRUCTION_LENGTH

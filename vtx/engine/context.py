@@ -11,7 +11,7 @@ import struct
 from typing import Any, Final
 
 from vtx.engine import layout, native, x87_sse
-from vtx.engine.code_view import SWITCHES_TASKS
+from vtx.engine.code_kind import kind_of, width
 from vtx.engine.transfer import register_transfer
 from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 
@@ -22,14 +22,6 @@ _AM: Final = int(Cr0.AM)
 _QWORD: Final = struct.Struct("<Q")
 _DWORD: Final = struct.Struct("<I")
 _CONTROL_REGISTERS: Final = struct.Struct("<5Q")
-
-
-def _kind(hidden: int) -> int:
-    if hidden & layout.CODE64:
-        return 64
-    bits = 32 if hidden & layout.CS32 else 16
-    tasks = hidden & layout.PROTECTED and not hidden & layout.LONG_MODE_ACTIVE
-    return bits | SWITCHES_TASKS if tasks else bits
 
 
 class Context:
@@ -50,6 +42,9 @@ class Context:
         self._rflags = 0
         self._hidden = self._hidden_flags = 0
         self._traps_popf = False
+        self.kind = 16
+        """Kind of the code being run (see `vtx.engine.code_kind`)."""
+        self._kind_flags = 0
         self.save()
         self.set_legacy_area(x87_sse.POWER_UP)
         self.power_up_fpu = self.fpu()
@@ -88,17 +83,16 @@ class Context:
 
     def code_bits(self) -> int:
         """Width of the code: 16, 32 or 64 bits."""
-        return self.code_kind() & ~SWITCHES_TASKS
+        return width(self.kind)
 
-    def code_kind(self) -> int:
-        """Kind of the code (see `vtx.engine.code_view`)."""
-        (hidden,) = _DWORD.unpack_from(self._image, layout.HFLAGS)
-        return _kind(hidden)
+    def segments_address(self) -> int:
+        """Where the segment registers are."""
+        return ctypes.addressof(self._buffer) + layout.SEGMENTS
 
-    def access(self) -> tuple[int, bool, int]:
-        """What an access depends on: current privilege level, RFLAGS.AC, and the kind of the code."""
+    def access(self) -> tuple[int, bool]:
+        """What an access depends on: current privilege level, and RFLAGS.AC."""
         eager, hidden = layout.PRIVILEGE.unpack_from(self._image, layout.EFLAGS)
-        return hidden & 3, bool(eager & _AC), _kind(hidden)
+        return hidden & 3, bool(eager & _AC)
 
     def cpl(self) -> int:
         """Current privilege level."""
@@ -148,6 +142,8 @@ class Context:
         """Put ``state`` into the processor; all of it if ``reload``. A ``step`` has the trap flag set."""
         if reload:
             self._load_system(state)
+        if reload or (state.rflags ^ self._kind_flags) & _AC:
+            self.kind, self._kind_flags = kind_of(state), state.rflags
         # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
         traps_popf = step or state.popf_intercepted or bool(state.cr0 & _AM)
         if traps_popf != self._traps_popf:
@@ -189,7 +185,7 @@ class Context:
         if changed:
             self._store_segments(state)
         self._hidden_flags = self._hidden & ~layout.INHIBIT_INTERRUPTS
-        return linear, _kind(self._hidden)
+        return linear, self.kind
 
     def store(self, state: CpuState, *, hide_trap_flag: bool) -> bool:
         """Put the saved state into ``state``, with RFLAGS.TF clear if it was set for a step only.

@@ -21,6 +21,7 @@ ERR_EXCEPTION: Final = unicorn_const.UC_ERR_EXCEPTION
 
 HOOK_INTR: Final = unicorn_const.UC_HOOK_INTR
 HOOK_INSN: Final = unicorn_const.UC_HOOK_INSN
+HOOK_CODE: Final = unicorn_const.UC_HOOK_CODE
 HOOK_BLOCK: Final = unicorn_const.UC_HOOK_BLOCK
 HOOK_TLB_FILL: Final = unicorn_const.UC_HOOK_TLB_FILL
 
@@ -38,6 +39,16 @@ INSN_SYSCALL: Final = x86_const.UC_X86_INS_SYSCALL
 INSN_SYSENTER: Final = x86_const.UC_X86_INS_SYSENTER
 
 REG_EFLAGS: Final = x86_const.UC_X86_REG_EFLAGS
+GPR_COUNT: Final = 16
+REG_GUARDED: Final = tuple(
+    getattr(x86_const, f"UC_X86_REG_{name}")
+    for name in (
+        *("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI"),
+        *("R8", "R9", "R10", "R11", "R12", "R13", "R14", "R15"),
+        *("FS_BASE", "GS_BASE"),
+    )
+)
+"""The registers that addresses are made of: GPRs in encoding order, then the bases of FS and GS."""
 REG_FPCW: Final = x86_const.UC_X86_REG_FPCW
 REG_MXCSR: Final = x86_const.UC_X86_REG_MXCSR
 
@@ -111,11 +122,18 @@ def control(handle: ctypes.c_void_p, code: int, *arguments: int) -> None:
     check(library.uc_ctl(handle, ctypes.c_int(code), *(ctypes.c_int(a) for a in arguments)), f"control {code:#x}")
 
 
-def add_hook(handle: ctypes.c_void_p, kind: int, callback: Any, data: int = 0, instruction: int | None = None) -> None:
-    """Install ``callback`` (a ctypes function object or an address) for all addresses."""
+def add_hook(
+    handle: ctypes.c_void_p,
+    kind: int,
+    callback: Any,
+    data: int = 0,
+    instruction: int | None = None,
+    at: int | None = None,
+) -> None:
+    """Install ``callback`` (a ctypes function object or an address) for the address ``at``, or for all."""
     hook = ctypes.c_size_t()
     pointer = ctypes.c_void_p(callback) if isinstance(callback, int) else ctypes.cast(callback, ctypes.c_void_p)
     extra = () if instruction is None else (ctypes.c_int(instruction),)
-    everywhere = (ctypes.c_uint64(1), ctypes.c_uint64(0))
-    status = library.uc_hook_add(handle, ctypes.byref(hook), kind, pointer, ctypes.c_void_p(data), *everywhere, *extra)
+    where = [ctypes.c_uint64(address) for address in ((1, 0) if at is None else (at, at))]
+    status = library.uc_hook_add(handle, ctypes.byref(hook), kind, pointer, ctypes.c_void_p(data), *where, *extra)
     check(status, f"installing hook {kind:#x}")

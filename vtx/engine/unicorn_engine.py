@@ -26,17 +26,20 @@ from vtx.engine.clock import (
     ELAPSED,
     INSTRUCTION_LIMIT,
     INSTRUCTIONS,
+    KIND,
     LIMIT,
     SIZE,
     STOPPED_BY_BLOCK,
+    STOPPED_BY_GUARD,
     STOPPED_BY_IF,
     STOPPED_BY_LIMIT,
     UNLIMITED,
     BlockClock,
 )
-from vtx.engine.code_view import STOP, CodeView, ends_with_another_pass
+from vtx.engine.code_view import COUNT, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
+from vtx.engine.guards import GuardTable
 from vtx.engine.selfcheck import require_known_library
 from vtx.engine.transfer import callbacks
 from vtx.x86.execution import (
@@ -50,6 +53,7 @@ from vtx.x86.execution import (
     ExceptionTrap,
     InstructionTrap,
     Interrupted,
+    OperandTrap,
     Plan,
     RefusedFill,
     Stepped,
@@ -84,14 +88,19 @@ _TF: Final = int(Rflags.TF)
 _MOST_NOTED: Final = 1 << 16
 _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
+_MOST_GUARDED: Final = 256  # the library looks through all of them each time it translates or calls one
 
 
 @frozen
 class _StoppedBefore:
-    """The engine stopped at ``block`` because it must not execute its ``instruction`` (linear addresses)."""
+    """The engine stopped at ``block`` because of its ``instruction`` (linear addresses).
+
+    It must not execute that at all if it ``traps``, else not before its operands were looked at again.
+    """
 
     block: int
     instruction: int
+    traps: bool
 
 
 class UnicornEngine:
@@ -126,8 +135,10 @@ class UnicornEngine:
         self._context = Context(self._handle, VMCB_FRAME, allow_compiled=allow_compiled)
         self.coherence = coherence or Coherence()
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
-        self._code = CodeView(memory)
-        self.clock = BlockClock(self._handle, self._examine, allow_compiled=allow_compiled)
+        self._guards = guards = GuardTable()
+        self._code = CodeView(memory, guards, self._code_changed)
+        segments = self._context.segments_address()
+        self.clock = BlockClock(self._handle, self._examine, guards, segments, allow_compiled=allow_compiled)
         self._install_hooks(allow_compiled=allow_compiled)
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
@@ -142,7 +153,8 @@ class UnicornEngine:
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
         self._probed: int | None = None
-        self._noted: dict[int, tuple[int, int, int]] = {}  # the code granted last, by linear address of the page
+        self._guarded_instructions: set[int] = set()
+        self._noted: dict[int, tuple[int, int]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
         self._state: CpuState
@@ -296,7 +308,7 @@ class UnicornEngine:
             self._flush_now()
         if self.clock.words[SIZE]:  # before the first block of a run, the context is what the run began with
             self._context.save()
-        cpl, alignment_check, code_kind = self._context.access()
+        cpl, alignment_check = self._context.access()
         grant = self._client.fill(address, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
             self._refused = (address, kind, grant)
@@ -317,19 +329,19 @@ class UnicornEngine:
             window = self._memory.window_at(physical)
             physical = OWN_PAGE if own else physical if window else VOID_DATA
         if permissions & AccessKind.EXECUTE:
-            noted = frame, code_kind, permissions
+            noted = frame, permissions
             if self._noted.get(address) != noted:
                 self._noted[address] = noted
-                self._note_code(address >> PAGE_SHIFT, frame, code_kind, bool(permissions & AccessKind.WRITE))
+                self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
 
-    def _note_code(self, page: int, frame: int, kind: int, writable: bool) -> None:
+    def _note_code(self, page: int, frame: int, writable: bool) -> None:
         if len(self._noted) > _MOST_NOTED:
             self._noted.clear()
         self._code.granted(page, frame, writable=writable)
         offset = self._memory.ram_offset(frame << PAGE_SHIFT) if writable else None
         content = 0 if offset is None else self._ram + offset
-        self.clock.code_granted(page, frame, kind, content)
+        self.clock.code_granted(page, frame, content)
 
     def _on_port_in(self, handle: int, port: int, size: int, data: int) -> int:
         if self._aborted:
@@ -367,7 +379,7 @@ class UnicornEngine:
     def _facts(self, linear: int, size: int) -> int:
         if self._trap is None and not self._aborted:
             self._context.save()
-        return self._code.facts(linear, size, self._context.code_kind())
+        return self._code.facts(linear, size, self._context.kind)
 
     def _abort(self) -> None:
         """Undo the rest of the block: nothing after the saved state may have an effect."""
@@ -392,13 +404,30 @@ class UnicornEngine:
         shared = self.clock.shared
         limit, instruction_limit = shared.limit, shared.instruction_limit
         self._answers = False
+        if not stopped.traps and shared.stopped != STOPPED_BY_GUARD and self._guard_instruction(stopped):
+            return Interrupted()
         while stopped.block <= self._context.linear_rip() < stopped.instruction:
             if shared.elapsed > limit or shared.instructions > instruction_limit:
                 return BudgetSpent()
             event = self._run_once(state, STEP, False)
             if not isinstance(event, Stepped | _StoppedBefore):
                 return event
-        return InstructionTrap() if self._context.linear_rip() == stopped.instruction else Interrupted()
+        there = self._context.linear_rip() == stopped.instruction
+        return _INSTRUCTION_TRAP if there and stopped.traps else Interrupted()
+
+    def _guard_instruction(self, stopped: _StoppedBefore) -> bool:
+        """Guard an instruction by itself; whether it can be done."""
+        address = stopped.instruction
+        if address not in self._guarded_instructions:
+            if len(self._guarded_instructions) == _MOST_GUARDED:
+                return False
+            self._guarded_instructions.add(address)
+            self.clock.guard_instruction(address)
+        self._code.guarded(stopped.block, address)
+        for frame in self._code.frames(stopped.block, address - stopped.block + 1):
+            if frame is not None:
+                self._retranslate(frame, False)
+        return True
 
     def _prepare(self, state: CpuState, plan: Plan, *, reload: bool, native: bool = False) -> None:
         """Make everything ready for running from ``state`` as planned."""
@@ -413,6 +442,7 @@ class UnicornEngine:
             most = max(plan.instruction_limit, 0)
         self.clock.begin(limit, most, single=step, native=native, watch_if=plan.watch_if and not step)
         self._context.load(state, reload=reload, step=step)
+        self.clock.words[KIND] = self._context.kind
 
     def _run_once(
         self, state: CpuState, plan: Plan, reload: bool, *, osxsave: bool = False, native: bool = False
@@ -459,14 +489,14 @@ class UnicornEngine:
         address = self._context.linear_rip()
         left = self.clock.remaining_block(address)
         if left:
-            self.clock.take_back(address, self._code.facts(address, left, self._context.code_kind()) & ~STOP)
+            self.clock.take_back(address, self._code.facts(address, left, self._context.kind) & COUNT)
 
     def _last_instruction(self) -> int | None:
         """Linear address of the last instruction of the block executed last in this run."""
         shared = self.clock.shared
         if not shared.size:
             return None
-        return self._code.last_instruction(shared.address, shared.size, self._context.code_kind())
+        return self._code.last_instruction(shared.address, shared.size, self._context.kind)
 
     def _count_last_pass(self, before: int) -> None:
         """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
@@ -506,12 +536,16 @@ class UnicornEngine:
             return WindowOpen()
         if self.clock.shared.stopped == STOPPED_BY_BLOCK:
             shared = self.clock.shared
-            stop = self._code.stop_address(shared.address, shared.size, self._context.code_kind())
-            if stop is None:
-                # What was known is from when this address held code of another kind.
-                self._code_changed()
-                return Interrupted()
-            return _INSTRUCTION_TRAP if stop == self._context.linear_rip() else _StoppedBefore(shared.address, stop)
+            stop = self._code.stop(shared.address, shared.size, self._context.kind)
+            assert stop is not None, "the facts said that there is one"
+            if stop.address == self._context.linear_rip():
+                return _INSTRUCTION_TRAP
+            return _StoppedBefore(shared.address, stop.address, stop.traps)
+        if self.clock.shared.stopped == STOPPED_BY_GUARD:
+            shared = self.clock.shared
+            if shared.failed == self._context.linear_rip():
+                return OperandTrap()
+            return _StoppedBefore(shared.address, shared.failed, False)
         native.check(status, f"running at {self._context.linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
 
@@ -589,3 +623,4 @@ class UnicornEngine:
     def _code_changed(self) -> None:
         self.clock.code_changed()
         self._code.changed()
+        self._guards.clear()

@@ -18,14 +18,20 @@ from iced_x86 import (
     DecoderOptions,
     InstructionInfoFactory,
     MemorySizeExt,
+    Mnemonic,
     OpAccess,
+    OpKind,
     Register,
     RegisterExt,
+    UsedMemory,
 )
+from iced_x86 import Instruction as IcedInstruction
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.x86.alignment import required_alignment
+from vtx.x86.decode import Instruction
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, MASK64, CpuState, SegmentRegister
+from vtx.x86.state import MASK32, MASK64, CpuState, Gpr, SegmentRegister
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -46,6 +52,7 @@ _READS: Final = frozenset(
 )
 _WIDTHS: Final[Mapping[int, int]] = {CodeSize.CODE16: 0xFFFF, CodeSize.CODE32: MASK32}
 _LARGEST_OPERAND: Final = 512  # FXSAVE; an XSAVE area is larger but reported without a size
+_BIT_STRINGS: Final = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC))
 _FACTORY: Final = InstructionInfoFactory()
 
 
@@ -63,25 +70,34 @@ def _register_value(state: CpuState, register: int) -> int:
 
 @frozen
 class Operand:
-    """A memory operand, explicit or implicit, of an instruction about to execute; ``stack`` if through SS."""
+    """A memory operand, explicit or implicit, of an instruction about to execute; ``stack`` if through SS.
+
+    ``offset`` is its address in ``segment``. Without ``alignment`` (in bytes, 1: none) the access raises #GP(0).
+    """
 
     linear: int
     size: int
     reads: bool
     writes: bool
     stack: bool
+    segment: SegmentRegister = SegmentRegister.DS
+    offset: int = 0
+    alignment: int = 1
 
 
 def operands(processor: LogicalProcessor) -> list[Operand]:
     """The memory operands of the instruction at RIP; none if its bytes are no instruction.
 
-    The bit offset of BT and its relatives is not followed. Raises `InstructionAborted` if it cannot be fetched.
+    Raises `InstructionAborted` if it cannot be fetched.
     """
     instruction = processor.fetch()
     if instruction is None:
         return []
     state = processor.state
     raw = Decoder(instruction.bits, instruction.encoding, DecoderOptions.NONE, state.rip).decode()
+    if (instruction.rep and raw.is_string_instruction) and not state.gpr[Gpr.RCX] & _count_mask(instruction):
+        return []
+    alignment = required_alignment(raw)
     found = []
     for memory in _FACTORY.info(raw).used_memory():
         reads, writes = memory.access in _READS, memory.access in _WRITES
@@ -91,12 +107,37 @@ def operands(processor: LogicalProcessor) -> list[Operand]:
         for i, register in enumerate((memory.segment, memory.base, memory.index)):
             if register != Register.NONE:
                 values[i] = _register_value(state, register)
-        offset = values[1] + values[2] * memory.scale + memory.displacement
-        linear = values[0] + (offset & _WIDTHS.get(memory.address_size, MASK64))
-        linear &= MASK64 if state.in_64_bit_mode else MASK32
-        size = MemorySizeExt.size(memory.memory_size) or _LARGEST_OPERAND
-        found.append(Operand(linear, size, reads, writes, memory.segment == Register.SS))
+        offset = values[1] + values[2] * memory.scale + memory.displacement + _bit_string_offset(state, raw)
+        offset &= _width(state, raw, memory)
+        linear = (values[0] + offset) & (MASK64 if state.in_64_bit_mode else MASK32)
+        size = MemorySizeExt.size(memory.memory_size) or MemorySizeExt.size(raw.memory_size) or _LARGEST_OPERAND
+        segment = _SEGMENTS.get(memory.segment, SegmentRegister.DS)
+        stack = segment == SegmentRegister.SS
+        found.append(Operand(linear, size, reads, writes, stack, segment, offset, alignment))
     return found
+
+
+def _count_mask(instruction: Instruction) -> int:
+    return (1 << 8 * instruction.address_size) - 1
+
+
+def _width(state: CpuState, raw: IcedInstruction, memory: UsedMemory) -> int:
+    """Mask of the address size; the stack has its own, whatever the code's."""
+    if raw.is_stack_instruction and not state.in_64_bit_mode:
+        pushes = raw.stack_pointer_increment < 0
+        if raw.stack_pointer_increment == 0 or (memory.access == OpAccess.WRITE) == pushes:
+            return MASK32 if state.ss.big else 0xFFFF
+    return _WIDTHS.get(memory.address_size, MASK64)
+
+
+def _bit_string_offset(state: CpuState, raw: IcedInstruction) -> int:
+    """Bytes from the address of a bit string to what BT and its relatives access for the bit that a register says."""
+    if raw.mnemonic not in _BIT_STRINGS or raw.op1_kind != OpKind.REGISTER or raw.op0_kind != OpKind.MEMORY:
+        return 0
+    bits = 8 * RegisterExt.size(raw.op1_register)
+    number = _register_value(state, raw.op1_register)
+    number -= (number >> bits - 1) << bits
+    return number // bits * (bits // 8)
 
 
 @frozen

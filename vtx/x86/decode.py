@@ -16,7 +16,7 @@ from iced_x86 import Code, Decoder, DecoderOptions, Mnemonic, OpKind, Register, 
 from iced_x86 import Instruction as IcedInstruction
 
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, SegmentRegister
+from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Segment, SegmentRegister
 
 MAX_INSTRUCTION_LENGTH: Final = 15
 RIP_BASE: Final = 16  # MemoryOperand.base of a RIP-relative operand
@@ -261,12 +261,14 @@ def linear_address(state: CpuState, instruction: Instruction, size: int, *, writ
         if not (is_canonical(offset, width) and is_canonical((offset + size - 1) & MASK64, width)):
             raise InstructionAborted(Fault(vector, 0))
         return offset
-    if not _segment_allows(state, segment.access_rights, segment.limit, offset, size, write):
+    if not segment_allows(state, segment, offset, size, write=write):
         raise InstructionAborted(Fault(vector, 0))
     return (offset + segment.base) & MASK32
 
 
-def _segment_allows(state: CpuState, rights: int, limit: int, offset: int, size: int, write: bool) -> bool:
+def segment_allows(state: CpuState, segment: Segment, offset: int, size: int, *, write: bool) -> bool:
+    """Whether ``segment`` may be used to access ``size`` bytes at ``offset``; not for 64-bit mode."""
+    rights, limit = segment.access_rights, segment.limit
     if state.protected and not state.virtual_8086:
         if rights & AccessRights.UNUSABLE or not rights & AccessRights.PRESENT:
             return False

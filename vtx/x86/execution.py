@@ -66,7 +66,14 @@ class Interrupted:
     """The client asked to stop from within a callback."""
 
 
-EngineEvent = InstructionTrap | ExceptionTrap | RefusedFill | BudgetSpent | WindowOpen | Stepped | Interrupted
+@frozen
+class OperandTrap:
+    """The instruction at RIP has memory operands that the engine cannot vouch for; nothing of it has happened."""
+
+
+EngineEvent = (
+    InstructionTrap | OperandTrap | ExceptionTrap | RefusedFill | BudgetSpent | WindowOpen | Stepped | Interrupted
+)
 
 
 @define(slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from vtx.x86 import refusal, watch
+from vtx.x86 import operand_checks, refusal, watch
 from vtx.x86.core import Halt, ProcessorCore
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
@@ -27,6 +27,7 @@ from vtx.x86.execution import (
     ExceptionTrap,
     ExecutionEngine,
     InstructionTrap,
+    OperandTrap,
     Place,
     Plan,
     RefusedFill,
@@ -325,6 +326,8 @@ class LogicalProcessor(ProcessorCore):
         """Do what the engine stopped for; False if the instruction at RIP ran into a fault, or is to be tried again."""
         if isinstance(event, InstructionTrap):
             return self.execute()
+        if isinstance(event, OperandTrap):
+            return operand_checks.execute(self, until)
         if isinstance(event, ExceptionTrap):
             if event.vector == Vector.UD:
                 return self.execute("not known to the engine")

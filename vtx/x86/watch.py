@@ -1,11 +1,10 @@
-"""What only a look at every single instruction can find: breakpoints, branches and misaligned accesses.
+"""What only a look at every single instruction can find: breakpoints and branches.
 
-The engine knows neither debug registers nor branch records nor alignment checks. While one of them can matter, the
-processor executes one instruction at a time and looks at its address and memory operands first, and at where it went
-afterwards; guests that use none of them pay nothing.
+The engine knows neither debug registers nor branch records. While one of them can matter, the processor executes one
+instruction at a time and looks at its address and memory operands first, and at where it went afterwards; guests that
+use none of them pay nothing.
 
-Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches"; "Interrupt 17—Alignment Check
-Exception (#AC)".
+Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches".
 """
 
 from __future__ import annotations
@@ -18,20 +17,17 @@ from vtx.x86 import access, branches
 from vtx.x86.decode import Instruction
 from vtx.x86.execution import STEP
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.state import CpuState, Cr0, Cr4, Rflags, Shadow
+from vtx.x86.state import CpuState, Cr4, Rflags, Shadow
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
 _ENABLES: Final = 0xFF  # L0, G0 ... L3, G3 of DR7
-_AM: Final = int(Cr0.AM)
-_AC: Final = int(Rflags.AC)
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _DE: Final = int(Cr4.DE)
 _LENGTHS: Final = (1, 2, 8, 4)
 _EXECUTE, _WRITE, _PORT, _READ_WRITE = range(4)
-_LARGEST_ALIGNMENT: Final = 8
 # Of CpuState.pending_debug, which has the layout of the VMCS field.
 ENABLED_BREAKPOINT: Final = 1 << 12
 PENDING_SINGLE_STEP: Final = 1 << 14
@@ -46,18 +42,9 @@ _ALWAYS_TAKEN: Final = frozenset(
 _NO_BRANCH: Final = frozenset((Mnemonic.VMLAUNCH, Mnemonic.VMRESUME, Mnemonic.VMCALL, Mnemonic.VMMCALL, Mnemonic.VMRUN))
 
 
-def checks_alignment(state: CpuState) -> bool:
-    """Whether a misaligned data access raises #AC now."""
-    return bool(state.cr0 & _AM and state.rflags & _AC) and state.cpl == 3
-
-
 def is_needed(state: CpuState) -> bool:
     """Whether instructions must be looked at one by one."""
-    return (
-        bool(state.dr7 & _ENABLES)
-        or (bool(state.debugctl) and branches.are_watched(state))
-        or (bool(state.cr0 & _AM) and checks_alignment(state))
-    )
+    return bool(state.dr7 & _ENABLES) or (bool(state.debugctl) and branches.are_watched(state))
 
 
 def _breakpoints(state: CpuState, kinds: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
@@ -85,10 +72,6 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
         if hit:
             return Fault(Vector.DB, debug=hit), 0
     operands = access.operands(processor)
-    if checks_alignment(state):
-        for operand in operands:
-            if operand.linear & (min(operand.size, _LARGEST_ALIGNMENT) - 1):
-                return Fault(Vector.AC, 0), 0
     hits = 0
     for number, kind, address, length in _breakpoints(state, (_WRITE, _READ_WRITE)):
         for operand in operands:
@@ -99,7 +82,7 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
 
 
 def step(processor: LogicalProcessor) -> None:
-    """Execute one instruction with breakpoints, branch records and alignment checks."""
+    """Execute one instruction with breakpoints and branch records."""
     state, extension = processor.state, processor.virtualization
     try:
         instruction = processor.fetch()

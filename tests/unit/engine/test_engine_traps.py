@@ -250,16 +250,27 @@ PRESENT_DATA = 0x0000_9300_0000_0000 | 0xCF_0000_0000_0000 | 0xFFFF
 
 
 @pytest.mark.parametrize(
-    ("register", "selector", "expected"),
+    "code", ["8ed8", "8e0500800000", "1f", "07", "0fa1", "0fa9", "c507", "c407", "0fb407", "0fb507"]
+)
+@pytest.mark.parametrize("mode", ["protected32", "compatibility32"])
+def test_segment_load__is_the_clients_where_limits_count(code: str, mode: str) -> None:
+    bench = EngineBench("90" + code + "f4", mode)
+    assert bench.run() == InstructionTrap()
+    assert (bench.state.rip, bench.state.segments[3].selector) == (CODE + 1, 0x10)
+    bench.close()
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
     [
-        pytest.param("8ed8", 0x18, ExceptionTrap(Vector.NP, 0x18), id="DS-not-present"),
-        pytest.param("8ed8", 0x30, ExceptionTrap(Vector.GP, 0x30), id="DS-beyond-GDT"),
-        pytest.param("8ed8", 0x24, ExceptionTrap(Vector.GP, 0x24), id="DS-no-LDT"),
+        pytest.param(0x18, ExceptionTrap(Vector.NP, 0x18), id="not-present"),
+        pytest.param(0x30, ExceptionTrap(Vector.GP, 0x30), id="beyond-GDT"),
+        pytest.param(0x24, ExceptionTrap(Vector.GP, 0x24), id="no-LDT"),
     ],
 )
-def test_segment_load_fault__carries_the_selector(register: str, selector: int, expected: ExceptionTrap) -> None:
-    """SDM Vol. 2, "MOV—Move", protected mode exceptions."""
-    bench = EngineBench(register + "f4", "protected32")
+def test_segment_load_fault__carries_the_selector(selector: int, expected: ExceptionTrap) -> None:
+    """In 64-bit mode the engine loads DS by itself (SDM Vol. 2, "MOV—Move", 64-bit mode exceptions)."""
+    bench = EngineBench("8ed8f4", "long64")
     bench.memory.write_u64(GDT + 0x18, NOT_PRESENT_DATA)
     bench.state.gdtr.base, bench.state.gdtr.limit = GDT, 0x2F
     bench.state.ldtr = Segment(0, 0, 0, 0x1_0000)

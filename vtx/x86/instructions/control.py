@@ -13,7 +13,7 @@ from iced_x86 import Mnemonic
 from vtx.x86.cpuid import reserved_cr4_bits
 from vtx.x86.decode import Instruction, is_canonical
 from vtx.x86.event import GENERAL_DETECT
-from vtx.x86.instructions import stack_segment
+from vtx.x86.instructions import segment_loads
 from vtx.x86.instructions.common import (
     operand_address,
     read_linear,
@@ -389,11 +389,11 @@ def is_control_or_debug_move(instruction: Instruction) -> bool:
 
 
 def move(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """MOV: only moves to SS, and to and from control and debug registers, come to the model."""
+    """MOV: only moves to segment registers, and to and from control and debug registers, come to the model."""
     if is_control_or_debug_move(instruction):
         (move_cr if instruction.encoding[-2] in (0x20, 0x22) else move_dr)(cpu, instruction)
-    elif stack_segment.is_stack_segment_load(instruction):
-        stack_segment.move(cpu, instruction)
+    elif segment_loads.is_segment_load(instruction):
+        segment_loads.move(cpu, instruction)
     else:
         raise ud()
 

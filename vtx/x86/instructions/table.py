@@ -17,7 +17,7 @@ from vtx.x86.instructions import (
     msr,
     msr_list,
     port_io,
-    stack_segment,
+    segment_loads,
     supervisor_state,
     system,
     tasks,
@@ -32,7 +32,7 @@ Handler = Callable[["LogicalProcessor", Instruction], None]
 HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
-        *(system, identification, msr, control, stack_segment, descriptor_tables, flow, tasks),
+        *(system, identification, msr, control, segment_loads, descriptor_tables, flow, tasks),
         *(port_io, missing, wait, msr_list, supervisor_state),
     )
     for mnemonic, handler in module.HANDLERS.items()

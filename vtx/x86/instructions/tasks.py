@@ -104,4 +104,9 @@ def _tss_selector(selector: int, descriptor: Descriptor) -> int:
     return target
 
 
-HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer}
+def far_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """Far RET."""
+    cpu.native(instruction)
+
+
+HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer, Mnemonic.RETF: far_return}

@@ -130,7 +130,7 @@ def test_pop_beyond_the_stack_segment() -> None:
 
 
 class TestHeldBack:
-    """Interrupts and debug exceptions wait until the instruction after MOV SS or POP SS is over; LSS holds back none."""
+    """Interrupts and debug exceptions wait until the instruction after MOV SS or POP SS is over, not after LSS."""
 
     @staticmethod
     def bench(code: str, mode: type[CpuState]) -> ProcessorBench:
