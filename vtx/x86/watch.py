@@ -65,7 +65,9 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
     The breakpoints are bits 3:0 as in DR6. Raises `InstructionAborted` if the instruction cannot be fetched.
     """
     state = processor.state
-    if not state.rflags & _RF and not state.shadow & Shadow.MOV_SS:
+    # On AMD processors, MOV SS holds traps back, but not the fault of the next instruction's breakpoint.
+    held_back = state.shadow & Shadow.MOV_SS and not processor.profile.is_amd
+    if not state.rflags & _RF and not held_back:
         hit = 0
         for number, _, address, _ in _breakpoints(state, (_EXECUTE,)):
             hit |= (address == state.linear_rip) << number
