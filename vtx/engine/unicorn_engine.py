@@ -13,7 +13,6 @@ refused, and the saved state restored after the run.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from attrs import frozen
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
+from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, map_memory
 from vtx.engine.clock import (
     ADDRESS,
     ELAPSED,
@@ -59,22 +59,11 @@ from vtx.x86.execution import (
     Stepped,
     WindowOpen,
 )
-from vtx.x86.memory import MmioWindow, PhysicalMemory
+from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import CpuState, Rflags, Shadow
-
-# Private frames, beyond every guest-visible physical address; a guest reaches them only through the grants below.
-PRIVATE: Final = 1 << 45
-VMCB_FRAME: Final = PRIVATE  # the library reads its MSR permission map through it
-PERMISSION_MAP: Final = PRIVATE + 0x1000
-PERMISSION_MAP_SIZE: Final = 0x3000
-VOID_CODE: Final = PRIVATE + 0x4000  # what is fetched where there is no RAM: all ones
-VOID_DATA: Final = PRIVATE + 0x5000  # what is read there: all ones; writes vanish
-OWN_PAGE: Final = PRIVATE + 0x6000  # the processor's own device, wherever the processor has put it
-ROM_FRAME: Final = PRIVATE + 0x7000
-_VMCB_MSRPM_BASE: Final = 0x48
 
 PROBE: Final = 1 << 62
 """A linear address that is canonical in no paging mode."""
@@ -131,7 +120,7 @@ class UnicornEngine:
         native.control(self._handle, native.CTL_TLB_TYPE, native.TLB_VIRTUAL)
         native.control(self._handle, native.CTL_USE_EXITS, 1)
         self._keep: list[Any] = []
-        self._map_memory()
+        self._ram = map_memory(self._handle, memory, self._on_device_read, self._on_device_write, self._keep)
         self._context = Context(self._handle, VMCB_FRAME, allow_compiled=allow_compiled)
         self.coherence = coherence or Coherence()
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
@@ -168,49 +157,6 @@ class UnicornEngine:
 
     # Construction.
 
-    def _map_memory(self) -> None:
-        self._ram = base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory.backing))
-        for ram in self._memory.ram:
-            pointer = ctypes.c_void_p(base + ram.offset)
-            status = self._library.uc_mem_map_ptr(
-                self._handle, ctypes.c_uint64(ram.start), ctypes.c_uint64(ram.size), native.PROT_ALL, pointer
-            )
-            native.check(status, "mapping RAM")
-        for window in self._memory.windows:
-            self._map_window(window)
-        native.check(self._library.uc_mem_map(self._handle, PRIVATE, VOID_DATA - PRIVATE, native.PROT_ALL), "memory")
-        self._write_private(VMCB_FRAME + _VMCB_MSRPM_BASE, struct.pack("<Q", PERMISSION_MAP))
-        self._write_private(PERMISSION_MAP, b"\xff" * (PERMISSION_MAP_SIZE + PAGE_SIZE))  # VOID_CODE included
-        native.check(self._library.uc_mem_map(self._handle, ROM_FRAME, PAGE_SIZE, native.PROT_ALL), "memory")
-        self._write_private(ROM_FRAME, self._memory.rom)
-        own = self._memory.own_device
-        self._map_mmio(OWN_PAGE, PAGE_SIZE, own.mmio_read, own.mmio_write)
-        self._map_mmio(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
-
-    def _write_private(self, address: int, data: bytes) -> None:
-        native.check(self._library.uc_mem_write(self._handle, ctypes.c_uint64(address), data, len(data)), "a write")
-
-    def _map_window(self, window: MmioWindow) -> None:
-        self._map_mmio(window.start, window.size, window.device.mmio_read, window.device.mmio_write)
-
-    def _map_mmio(
-        self, start: int, size: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]
-    ) -> None:
-        def on_read(handle: int, offset: int, length: int, data: int) -> int:
-            return 0 if self._aborted else self._guarded(0, read, offset, length)
-
-        def on_write(handle: int, offset: int, length: int, value: int, data: int) -> None:
-            if not self._aborted:
-                self._guarded(None, write, offset, length, value)
-
-        callbacks = native.MmioReadCallback(on_read), native.MmioWriteCallback(on_write)
-        self._keep.append(callbacks)
-        pointers = [ctypes.cast(callback, ctypes.c_void_p) for callback in callbacks]
-        status = self._library.uc_mmio_map(
-            self._handle, ctypes.c_uint64(start), ctypes.c_uint64(size), pointers[0], None, pointers[1], None
-        )
-        native.check(status, "mapping a device")
-
     def _install_hooks(self, *, allow_compiled: bool) -> None:
         def install(kind: int, callback: Any, instruction: int | None = None) -> None:
             self._keep.append(callback)
@@ -227,6 +173,13 @@ class UnicornEngine:
         install(native.HOOK_INSN, native.PortOutCallback(self._on_port_out), native.INSN_OUT)
         install(native.HOOK_INSN, native.SyscallCallback(self._on_syscall), native.INSN_SYSCALL)
         install(native.HOOK_INSN, native.SyscallCallback(self._on_syscall), native.INSN_SYSENTER)
+
+    def _on_device_read(self, read: Callable[[int, int], int], offset: int, size: int) -> int:
+        return 0 if self._aborted else int(self._guarded(0, read, offset, size))
+
+    def _on_device_write(self, write: Callable[[int, int, int], None], offset: int, size: int, value: int) -> None:
+        if not self._aborted:
+            self._guarded(None, write, offset, size, value)
 
     # Hooks. An exception must never cross the library's frames: `_guarded` keeps it for after the run.
 
