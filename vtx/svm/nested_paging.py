@@ -72,7 +72,7 @@ class NestedPaging:
         self.inputs = n_cr3, host.cr4, host.efer, gmet
         self._walks = WalkMemory(memory)
         self._walks.select((), remembers=True)
-        self._structures: dict[int, int] = {}
+        self.structures: dict[int, int] = {}
         self._gmet = gmet
         self._context = PagingContext(
             int(Cr0.PG | Cr0.WP),
@@ -110,7 +110,7 @@ class NestedPaging:
 
     def begin(self) -> None:
         """A VMRUN begins: forget where guest page tables are."""
-        self._structures.clear()
+        self.structures.clear()
 
     @property
     def tag(self) -> int | None:
@@ -121,12 +121,12 @@ class NestedPaging:
         self, address: GuestPhysicalAddress, update: bool, linear: LinearAddress | None
     ) -> PhysicalAddress | SecondLevelFault:
         """Translate the address of a guest paging-structure entry: always a write (see `SecondLevel`)."""
-        page = self._structures.get(address >> PAGE_SHIFT)
+        page = self.structures.get(address >> PAGE_SHIFT)
         if page is None:
             result = self._walk(address, AccessKind.WRITE, user_fetch=True)
             if isinstance(result, int):
                 return NestedPageFault(address, linear, result | TABLE_WALK)
-            page = self._structures[address >> PAGE_SHIFT] = result.physical
+            page = self.structures[address >> PAGE_SHIFT] = result.physical
         return PhysicalAddress(page | address & PAGE_OFFSET_MASK)
 
     def translate(

@@ -6,13 +6,15 @@ was then: nested paging follows that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from attrs import frozen
 
 from vmcs.vmcb.fields import Vmcb
 from vtx.svm.nested_paging import NestedPaging
 from vtx.svm.svm import Svm
 from vtx.svm.vmrun import second_level_of
-from vtx.x86.second_level import IdentitySecondLevel
+from vtx.x86.second_level import IdentitySecondLevel, SecondLevel
 from vtx.x86.state import CpuState
 
 
@@ -20,7 +22,8 @@ from vtx.x86.state import CpuState
 class SavedSvm:
     """Guest mode. The names are those of the attributes of `SvmOperation`.
 
-    ``host_cr4`` and ``host_efer`` are those of the host at VMRUN, as far as nested paging is in use.
+    With nested paging, ``host_cr4`` and ``host_efer`` are those of the host at VMRUN, and ``structures`` is where guest
+    page tables have been found since.
     """
 
     guest_mode: bool
@@ -38,6 +41,7 @@ class SavedSvm:
     transitions: int
     host_cr4: int
     host_efer: int
+    structures: Mapping[int, int]
 
 
 def save_svm(svm: Svm) -> SavedSvm:
@@ -60,6 +64,7 @@ def save_svm(svm: Svm) -> SavedSvm:
         transitions=operation.transitions,
         host_cr4=nested.host_cr4 if isinstance(nested, NestedPaging) else 0,
         host_efer=nested.host_efer if isinstance(nested, NestedPaging) else 0,
+        structures=dict(nested.structures) if isinstance(nested, NestedPaging) else {},
     )
 
 
@@ -77,8 +82,9 @@ def restore_svm(svm: Svm, saved: SavedSvm) -> None:
     operation.smi_pending = saved.smi_pending
     operation.transitions = saved.transitions
     operation.last_failure = None
-    operation.processor.mmu.second_level = (
-        second_level_of(operation, CpuState(cr4=saved.host_cr4, efer=saved.host_efer))
-        if saved.guest_mode
-        else IdentitySecondLevel()
-    )
+    second_level: SecondLevel = IdentitySecondLevel()
+    if saved.guest_mode:
+        second_level = second_level_of(operation, CpuState(cr4=saved.host_cr4, efer=saved.host_efer))
+    if isinstance(second_level, NestedPaging):
+        second_level.structures.update(saved.structures)
+    operation.processor.mmu.second_level = second_level

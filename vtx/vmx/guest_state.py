@@ -68,6 +68,7 @@ _BLOCKING_BY_NMI: Final = 1 << 3
 # Arithmetic on flag enumerations is too slow for what runs at every entry and exit.
 _SHADOWS: Final = tuple(Shadow(bits) for bits in range(4))
 _ACTIVITIES: Final = tuple(Activity)
+_VMCS_ACTIVITY: Final = 0xFF  # without the bit of MWAIT, which the VMCS does not tell from being active
 _PG: Final = int(Cr0.PG)
 _PAE: Final = int(Cr4.PAE)
 _LMA: Final = int(Efer.LMA)
@@ -218,7 +219,7 @@ def save_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, record: V
         (_RIP, state.rip),
         (_RSP, state.gpr[4]),
         (_RFLAGS, _saved_rflags(state, record)),
-        (_ACTIVITY, int(state.activity)),
+        (_ACTIVITY, _VMCS_ACTIVITY & state.activity),
         (_INTERRUPTIBILITY, _interruptibility(state)),
         (_PENDING_DEBUG, _pending_debug(state, record)),
     )

@@ -21,6 +21,7 @@ from vtx.x86.execution import ExecutionEngine
 from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
+from vtx.x86.monitor import Monitor, Wait
 from vtx.x86.msrs import MsrFile, bind_clock, bind_protection_keys, bind_registers, tsc_of
 from vtx.x86.outcome import Exited, Fault
 from vtx.x86.platform import Platform
@@ -79,6 +80,8 @@ class ProcessorCore:
         self.random_state = seed & MASK64
         self.halt: Halt | None = None
         self.spin = Spin()
+        self.monitor: Monitor | None = None
+        self.wait: Wait | None = None
         self.retired = 0
         self.halted = 0  # ticks
         self._nmi = False

@@ -35,6 +35,7 @@ from vtx.x86.execution import (
 from vtx.x86.instructions.table import HANDLERS, has_earlier_fault, is_answered, is_quiet
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.monitor import CHECK_TICKS, LONGEST_WAIT, Wait
 from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
@@ -148,7 +149,9 @@ class LogicalProcessor(ProcessorCore):
         timer = extension.next_deadline() if extension is not None else None
         if (self._nmi and (non_root or not state.nmi_blocked)) or (timer is not None and timer <= self.now()):
             return True
-        return state.activity is Activity.HLT and bool(
+        if state.activity is Activity.MWAIT and self._wait_is_over():
+            return True
+        return state.activity in _WAKEABLE and bool(
             state.pending_debug & _DELIVERABLE_DEBUG
             or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
             or (extension is not None and non_root and extension.wants_boundary())
@@ -184,7 +187,31 @@ class LogicalProcessor(ProcessorCore):
 
     def wake_time(self) -> int | None:
         """The tick at which something may wake it by itself, or None."""
-        return None if self.state.activity is Activity.WAIT_FOR_SIPI else self._next_deadline(None)
+        if self.state.activity is Activity.WAIT_FOR_SIPI:
+            return None
+        deadline = self._next_deadline(None)
+        if self.state.activity is not Activity.MWAIT:
+            return deadline
+        look = self.now() + CHECK_TICKS
+        return look if deadline is None else min(look, deadline)
+
+    def begin_wait(self, *, masked_too: bool) -> None:
+        """MWAIT was executed: wait, if MONITOR armed something and the wait is not over already (see `Wait`)."""
+        monitor, self.monitor, extension = self.monitor, None, self.virtualization
+        if monitor is None or self.state.pending_debug or (extension is not None and extension.wants_boundary()):
+            return
+        self.wait = Wait(monitor, self.now() + LONGEST_WAIT, masked_too)
+        if not self._wait_is_over():
+            self.state.activity = Activity.MWAIT
+
+    def _wait_is_over(self) -> bool:
+        wait = self.wait
+        return (
+            wait is None
+            or self.now() >= wait.until
+            or wait.monitor.triggered(self.memory)
+            or (wait.masked_too and self.platform.interrupt_pending())
+        )
 
     def pause(self) -> None:
         """Let the time of a PAUSE pass; one that is repeated lets other processors run first, if there are any."""
@@ -200,6 +227,8 @@ class LogicalProcessor(ProcessorCore):
         """Handle what is pending between instructions, then run the engine to its next event."""
         if not self._is_ready():
             return
+        if self.state.activity is Activity.MWAIT and self._wait_is_over():
+            self.state.activity = Activity.ACTIVE
         if self.state.activity is not Activity.ACTIVE:
             self._idle(until)
         elif watch.is_needed(self.state):
@@ -270,6 +299,8 @@ class LogicalProcessor(ProcessorCore):
                 self._sleep(IDLE_TICKS)
             return
         deadline = self._next_deadline(until)
+        if self.state.activity is Activity.MWAIT and self.wait is not None:
+            deadline = self.wait.until if deadline is None else min(self.wait.until, deadline)
         if deadline is None:
             self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
         else:
@@ -462,7 +493,7 @@ class LogicalProcessor(ProcessorCore):
             raise InstructionAborted(Exited())
 
 
-_WAKEABLE: Final = (Activity.ACTIVE, Activity.HLT)
+_WAKEABLE: Final = (Activity.ACTIVE, Activity.HLT, Activity.MWAIT)
 
 
 def _fault(event: ExceptionTrap) -> Fault:

@@ -12,6 +12,7 @@ from attrs import evolve, fields, frozen
 
 from vtx.addresses import PhysicalAddress
 from vtx.x86.core import Halt
+from vtx.x86.monitor import Monitor, Wait
 from vtx.x86.processor import LogicalProcessor
 from vtx.x86.spinning import Spin
 from vtx.x86.state import CpuState, DescriptorTable, Segment
@@ -52,6 +53,8 @@ class SavedProcessor:
     halt: Halt | None
     stop_requested: bool
     spin: Spin
+    monitor: Monitor | None
+    wait: Wait | None
     retired: int
     halted: int
     nmi: bool
@@ -71,6 +74,8 @@ def save_processor(processor: LogicalProcessor) -> SavedProcessor:
         halt=processor.halt,
         stop_requested=processor.stop_requested,
         spin=evolve(processor.spin),
+        monitor=processor.monitor,
+        wait=processor.wait,
         retired=processor.retired,
         halted=processor.halted,
         nmi=processor._nmi,
@@ -89,6 +94,7 @@ def restore_processor(processor: LogicalProcessor, saved: SavedProcessor) -> Non
     processor.halt = saved.halt
     processor.stop_requested = saved.stop_requested
     processor.spin = evolve(saved.spin)
+    processor.monitor, processor.wait = saved.monitor, saved.wait
     processor.retired = saved.retired
     processor.halted = saved.halted
     processor._nmi = saved.nmi

@@ -128,12 +128,13 @@ class LastBranch:
 
 
 class Activity(enum.IntEnum):
-    """Activity state, with the VMCS encoding."""
+    """Activity state, with the VMCS encoding; for the VMCS, a processor that waits in MWAIT is active."""
 
     ACTIVE = 0
     HLT = 1
     SHUTDOWN = 2
     WAIT_FOR_SIPI = 3
+    MWAIT = 0x100
 
 
 class Shadow(enum.IntFlag):

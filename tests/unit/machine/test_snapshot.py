@@ -180,7 +180,7 @@ def test_profiles_of_one_name_are_told_apart() -> None:
 # --- Nothing is forgotten ---
 
 SAVED = {
-    "Cpu": "state msrs mmu engine random_state halt stop_requested spin retired halted _nmi _extra_ticks"
+    "Cpu": "state msrs mmu engine random_state halt stop_requested spin monitor wait retired halted _nmi _extra_ticks"
     " transitions_seen init_pending vmx virtualization",
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",
@@ -299,6 +299,6 @@ def test_svm_guest_continues_alike(instructions: int) -> None:
 
 
 def test_every_field_of_svm_is_accounted_for() -> None:
-    built_in, derived = {"processor", "features", "observer"}, {"last_failure"}
-    saved = {each.name for each in fields(SavedSvm)} - {"host_cr4", "host_efer"}
+    built_in, derived = {"processor", "features", "observer"}, {"last_failure", "nested"}
+    saved = {each.name for each in fields(SavedSvm)} - {"host_cr4", "host_efer", "structures"}
     assert {each.name for each in fields(SvmOperation)} == saved | built_in | derived

@@ -278,7 +278,7 @@ def test_failed_entry__keeps_the_event_to_inject() -> None:
     assert vmx.current_vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION] == word
 
 
-@pytest.mark.parametrize("activity", list(Activity))
+@pytest.mark.parametrize("activity", [each for each in Activity if each is not Activity.MWAIT])
 def test_activity_states(activity: Activity) -> None:
     processor, _, vmcs = launch(fields={f.GUEST_ACTIVITY_STATE: activity})
     assert processor.state.activity is activity

@@ -12,14 +12,18 @@ from iced_x86 import Mnemonic
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
+from vtx.x86.monitor import Monitor
 from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
+from vtx.x86.second_level import AccessKind
 from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
+
+_MASKED_INTERRUPTS_BREAK: Final = 1 << 0  # the only extension of MWAIT
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
 
@@ -64,7 +68,7 @@ def _require_monitor(cpu: LogicalProcessor) -> None:
 
 
 def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """MONITOR: checks its address and arms nothing, because MWAIT never waits."""
+    """MONITOR."""
     state = cpu.state
     _require_monitor(cpu)
     if state.cpl:
@@ -73,21 +77,25 @@ def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
         return
     if state.gpr[Gpr.RCX] & MASK32:
         raise gp(0)
-    read_linear(cpu, operand_address(cpu, instruction, 1), 1)
+    linear = operand_address(cpu, instruction, 1)
+    read_linear(cpu, linear, 1)
+    cpu.monitor = Monitor.arm(cpu.memory, cpu.mmu.translate(linear, AccessKind.READ))
     cpu.retire(instruction)
 
 
 def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """MWAIT: wakes at once, which the architecture allows at any time."""
+    """MWAIT."""
     _require_monitor(cpu)
     if cpu.state.cpl:
         raise ud()
     if cpu.intercepts(SIMPLE[Plain.MWAIT], instruction):
         return
-    if cpu.state.gpr[Gpr.RCX] & MASK32 & ~1:
+    extensions = cpu.state.gpr[Gpr.RCX] & MASK32
+    if extensions & ~_MASKED_INTERRUPTS_BREAK:
         raise gp(0)
     cpu.charge(PAUSE_TICKS)
     cpu.retire(instruction)
+    cpu.begin_wait(masked_too=bool(extensions))
 
 
 def _time_stamp(cpu: LogicalProcessor) -> None:
