@@ -112,8 +112,8 @@ def test_control_is_in_acpi_mode_and_switches_off(pm: Pm) -> None:
 def test_registers_take_bytes(pm: Pm) -> None:
     pm.device.port_write(ENABLE, 1, 0xFF)
     pm.device.port_write(ENABLE + 1, 1, 0xFF)
-    assert pm.device.port_read(ENABLE, 2) == 0x0121
-    assert pm.device.port_read(STATUS, 4) == 0x0121_0000
+    assert pm.device.port_read(ENABLE, 2) == 0x0521
+    assert pm.device.port_read(STATUS, 4) == 0x0521_0000
     pm.device.port_write(ENABLE + 1, 1, 0)
     assert pm.device.port_read(ENABLE, 2) == 0x0021
     assert pm.device.port_read(12, 1) == 0xFF
