@@ -35,8 +35,8 @@ def _part(first: str, last: str) -> Part:
     return Part(start, end, fields[0].offset, packing(fields))
 
 
-INTERRUPTS: Final = _part("virtual interrupt control", "interrupt state")
 EXIT: Final = _part("EXITCODE", "EXITINTINFO")
+INTERRUPTS_AND_EXIT: Final = _part("virtual interrupt control", "EXITINTINFO")
 EVENT_INJECTION: Final = _part("EVENTINJ", "EVENTINJ")
 NEXT_RIP: Final = _part("nRIP", "nRIP")
 SEGMENTS: Final = _part("ES selector", "DS base")
@@ -56,8 +56,10 @@ LAST_BRANCH: Final = _part("DBGCTL", "LASTEXCPTO")
 
 STATE: Final = (SEGMENTS, GDTR, IDTR, CPL_AND_EFER, CONTROL_REGISTERS, STACK_POINTER, ACCUMULATOR)
 """What #VMEXIT saves of a guest and VMRUN saves of the host."""
-HOST_SAVED: Final = STATE
-GUEST_SAVED: Final = (INTERRUPTS, EXIT, EVENT_INJECTION, NEXT_RIP, *STATE, PAGE_FAULT_ADDRESS)
+HOST_SAVED: Final[tuple[Part, ...]] = STATE
+GUEST_SAVED: Final[tuple[Part, ...]] = (INTERRUPTS_AND_EXIT, EVENT_INJECTION, NEXT_RIP, *STATE, PAGE_FAULT_ADDRESS)
+NESTED_GUEST_SAVED: Final[tuple[Part, ...]] = (*GUEST_SAVED, PAT)
+"""With nested paging, the guest has a PAT of its own."""
 MORE_STATE: Final = (FS_AND_GS, LDTR, TR, SYSTEM_CALLS)
 """What VMLOAD loads and VMSAVE saves."""
 
@@ -66,25 +68,20 @@ _INSTRUCTION_BYTES_SIZE: Final = 16
 
 
 def read(memory: PhysicalMemory, address: int) -> list[int]:
-    """The values of all fields of the block at physical ``address``; ones where there is no RAM."""
-    if memory.is_backed(address, IMAGE.size):
-        offset = memory.ram_offset(address)
-        assert offset is not None
+    """The values of all fields of the block in the page at ``address``; ones where there is no RAM."""
+    offset = memory.ram_offset(address)
+    if offset is not None:
         return list(IMAGE.unpack_from(memory.backing, offset))
     return list(IMAGE.unpack(memory.read(address, IMAGE.size)))
 
 
 def write(memory: PhysicalMemory, address: int, values: Sequence[int], parts: Sequence[Part]) -> None:
-    """Store ``parts`` of ``values`` into the block at physical ``address``."""
-    if memory.is_backed(address, IMAGE.size):
-        offset = memory.ram_offset(address)
-        assert offset is not None
+    """Store ``parts`` of ``values`` into the block in the page at ``address``; no RAM there, no effect."""
+    offset = memory.ram_offset(address)
+    if offset is not None:
         for part in parts:
             part.packing.pack_into(memory.backing, offset + part.offset, *values[part.first : part.end])
         memory.note_written(address >> PAGE_SHIFT)
-        return
-    for part in parts:
-        memory.write(address + part.offset, part.packing.pack(*values[part.first : part.end]))
 
 
 def write_instruction_bytes(memory: PhysicalMemory, address: int, code: bytes) -> None:

@@ -70,7 +70,6 @@ class VmrunFailure:
 
 
 _TSC_FRACTION_BITS: Final = 32
-_WORD_BITS: Final = 32
 
 
 @define(slots=True, eq=False)
@@ -82,7 +81,7 @@ class SvmOperation:
     ``host_nmi_blocked`` the blocking by NMI and ``host_pat`` the PAT as they were at VMRUN; ``host_branches`` is the
     host's DebugCtl and last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs.
     ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE. ``nested`` is the
-    nested paging last used.
+    nested paging last used, ``checked`` what the rules of VMRUN looked at when they last held.
     """
 
     processor: Processor
@@ -100,6 +99,7 @@ class SvmOperation:
     last_pause: int | None = None
     smi_pending: bool = False
     nested: NestedPaging | None = None
+    checked: tuple[int, ...] | None = None
     transitions: int = 0
     last_failure: VmrunFailure | None = None
     observer: Observer | None = None
@@ -115,8 +115,8 @@ class SvmOperation:
 
     def read_intercepts(self) -> None:
         """Take the intercepts from the VMCB."""
-        words = self.vmcb.values[at.CR_INTERCEPTS : at.CR_INTERCEPTS + INTERCEPT_WORDS]
-        self.intercepts = sum(word << _WORD_BITS * place for place, word in enumerate(words))
+        one, two, three, four, five, six = self.vmcb.values[at.CR_INTERCEPTS : at.CR_INTERCEPTS + INTERCEPT_WORDS]
+        self.intercepts = one | two << 32 | three << 64 | four << 96 | five << 128 | six << 160
 
     @property
     def masks_interrupts(self) -> bool:

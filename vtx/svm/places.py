@@ -26,6 +26,8 @@ N_CR3: Final = BY_NAME["N_CR3"].encoding
 EXTENSIONS: Final = BY_NAME["virtualization of LBR, VMLOAD and VMSAVE"].encoding
 NRIP: Final = BY_NAME["nRIP"].encoding
 
+BYTES_FETCHED: Final = BY_NAME["number of bytes fetched"].encoding
+
 ES: Final = BY_NAME["ES selector"].encoding
 FS: Final = BY_NAME["FS selector"].encoding
 GS: Final = BY_NAME["GS selector"].encoding

@@ -42,13 +42,14 @@ def perform_exit(operation: SvmOperation, record: Vmexit) -> Outcome:
         blocked = layouts.V_NMI_MASK if state.nmi_blocked else 0
         values[at.VIRTUAL] = values[at.VIRTUAL] & ~layouts.V_NMI_MASK | blocked
         state.nmi_blocked = operation.host_nmi_blocked
-    control_block.write(processor.memory, operation.address, values, control_block.GUEST_SAVED)
+    parts = control_block.GUEST_SAVED
     if operation.nested_paging:
+        parts = control_block.NESTED_GUEST_SAVED
         values[at.G_PAT] = processor.msrs.values[IA32_PAT]
-        control_block.write(processor.memory, operation.address, values, (control_block.PAT,))
         processor.msrs.values[IA32_PAT] = operation.host_pat
+    control_block.write(processor.memory, operation.address, values, parts)
     swap_out(operation)
-    if operation.features.decode_assists:
+    if operation.features.decode_assists and (record.instruction_bytes or values[at.BYTES_FETCHED]):
         control_block.write_instruction_bytes(processor.memory, operation.address, record.instruction_bytes)
     outcome = return_to_host(operation)
     if operation.observer is not None:
@@ -71,14 +72,15 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
     if not _is_valid_host(processor, host):
         processor.shut_down("#VMEXIT to a host with invalid control registers")
         return ShutDown()
-    processor.mmu.vm_transition(state, NO_SECOND_LEVEL, 0, flush=False)
+    processor.mmu.second_level, processor.mmu.asid = NO_SECOND_LEVEL, 0
+    processor.load_control_state()
     if state.cr0 & _PG and state.cr4 & _PAE and not state.efer & _LMA:
         try:
             state.pdptrs = list(processor.mmu.load_pdptrs(state.cr3))
         except InstructionAborted:
             processor.shut_down("#VMEXIT to a host with invalid page-directory-pointer-table entries")
             return ShutDown()
-    processor.load_control_state()
+        processor.load_control_state()
     return None
 
 

@@ -8,6 +8,7 @@ Spec: APM Vol. 2, "VMRUN Instruction", "Canonicalization and Consistency Checks"
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Final
 
 from vmcs.vmcb import layouts, rules
@@ -34,6 +35,8 @@ _PG: Final = int(Cr0.PG)
 _PAE: Final = int(Cr4.PAE)
 _LME: Final = int(Efer.LME)
 _IF: Final = int(Rflags.IF)
+# What the rules look at, of a list of values.
+_CHECKED: Final = itemgetter(*sorted({field.encoding for rule in rules.RULES for field in rule.reads}))
 _EVENT_KINDS: Final = {
     InjectedType.EXTERNAL_INTERRUPT: EventKind.EXTERNAL_INTERRUPT,
     InjectedType.NMI: EventKind.NMI,
@@ -54,9 +57,12 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
     control_block.write(processor.memory, processor.msrs.values[VM_HSAVE_PA], host, control_block.HOST_SAVED)
     vmcb = operation.vmcb = Vmcb(control_block.read(processor.memory, address))
     operation.address = address
-    violation = rules.check(new_context(operation, vmcb))
-    if violation is not None:
-        return _refuse(operation, VmrunFailure(address, violation))
+    relevant = (*_CHECKED(vmcb.values), state.paging)
+    if relevant != operation.checked:
+        violation = rules.check(new_context(operation, vmcb))
+        if violation is not None:
+            return _refuse(operation, VmrunFailure(address, violation))
+        operation.checked = relevant
     pdptes = _pdptes(operation)
     if pdptes is None:
         detail = f"a PDPTE in memory at {vmcb.values[at.CR3]:#x} (CR3) has reserved bits set"
@@ -147,7 +153,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
         processor.msrs.values[IA32_PAT] = values[at.G_PAT]
     last_branch.swap_in(operation)
     _flush(operation)
-    processor.mmu.vm_transition(state, second_level, values[at.ASID], flush=False)
+    processor.mmu.second_level, processor.mmu.asid = second_level, values[at.ASID]
     processor.load_control_state()
     if operation.observer is not None:
         operation.observer.vmrun()
