@@ -106,7 +106,7 @@ def from_region(image: bytes, capabilities: Capabilities) -> VmcsDocument:
     """The VMCS in a region as VMCLEAR leaves it; DocumentError if this processor would not load it."""
     needed = capabilities.region_size
     if len(image) < needed:
-        raise DocumentError(f"neither JSON nor a VMCS region: {len(image)} bytes, a region has {needed}")
+        raise DocumentError(f"neither a JSON object nor a VMCS region: {len(image)} bytes, a region has {needed}")
     revision = int.from_bytes(image[:4], "little") & (1 << 31) - 1
     if revision != capabilities.revision_identifier:
         raise DocumentError(

@@ -55,11 +55,12 @@ def find_image(name: str) -> Image:
         return Image(name, (_folder() / f"{name}{_SUFFIX}").read_bytes())
     if name in DESCRIPTIONS and not Path(name).is_file():
         raise Unusable(f"the bundled guest {name!r} has not been built; `make guests` builds it")
-    return Image(name, read_file(name))
+    known = ", ".join(bundled_names())
+    return Image(name, read_file(name, hint=f" (bundled guests: {known})" if known and "/" not in name else ""))
 
 
-def read_file(name: str) -> bytes:
-    """The contents of a file, or of a pipe, that the user named."""
+def read_file(name: str, *, hint: str = "") -> bytes:
+    """The contents of a file, or of a pipe, that the user named; ``hint`` says what else could have been named."""
     try:
         with Path(name).open("rb") as file:
             kind = os.fstat(file.fileno()).st_mode
@@ -68,8 +69,6 @@ def read_file(name: str) -> bytes:
             data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        known = ", ".join(bundled_names())
-        hint = f" (bundled guests: {known})" if known and "/" not in name else ""
         raise Unusable(f"cannot read {name!r}: {why}{hint}") from None
     if len(data) > _LARGEST:
         raise Unusable(f"cannot read {name!r}: it is larger than {_LARGEST >> 30} GiB")

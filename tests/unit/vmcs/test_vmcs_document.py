@@ -125,7 +125,7 @@ def test_region__gives_the_vmcs_back() -> None:
 
 
 def test_region__refuses_what_the_processor_would_not_load() -> None:
-    with pytest.raises(DocumentError, match="neither JSON nor a VMCS region: 5 bytes, a region has 4096"):
+    with pytest.raises(DocumentError, match="neither a JSON object nor a VMCS region: 5 bytes, a region has 4096"):
         from_region(b"hello", FULL)
     with pytest.raises(DocumentError, match=f"revision identifier 0x7 is not this processor's, {REVISION:#x}"):
         from_region(Vmcs(OLD).to_image().ljust(4096, b"\0"), FULL)

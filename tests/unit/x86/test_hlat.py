@@ -17,6 +17,7 @@ from vtx.x86.hlat import Hlat, walk_with_hlat
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.page_rights import Privilege
 from vtx.x86.paging import PageFault, PagingContext, Translation, WalkStep
+from vtx.x86.profile import Profile, build_profile, profile_document
 from vtx.x86.second_level import AccessKind, IdentitySecondLevel
 
 CR3, HLATP = 0x1_0000, 0x2_0000
@@ -150,11 +151,17 @@ f4                              ; hlt
 """)
 
 
+def with_prefixes() -> Profile:
+    document = profile_document("everything")
+    document["vmx"]["maximum_hlat_prefix_size"] = 1
+    return build_profile("prefixes", document)
+
+
 def run_guest(
     *, restart: bool = False, present: bool = True, more: dict[Field, int] | None = None
 ) -> tuple[Machine, Vmcs]:
     """Linear 600000H is at A00000H by the hypervisor's tables, at 600000H by the guest's own; the rest is alike."""
-    machine = Machine(profile="everything", memory=16 << 20)
+    machine = Machine(profile=with_prefixes(), memory=16 << 20)
     memory = machine.memory
     vmcs = install(
         machine,

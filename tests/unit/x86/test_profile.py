@@ -57,8 +57,8 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x490, 0x0000_D3FF_0000_11FB),
         # XSAVES, mode-based execute control, sub-page permissions, user wait and pause, instruction timeout
         (EVERYTHING, 0x48B, SKYLAKE.vmx_capabilities[0x48B] | 0x84D0_0000 << 32),
-        # 5-level walks, advanced information for EPT violations, HLAT prefix size
-        (EVERYTHING, 0x48C, SKYLAKE.vmx_capabilities[0x48C] | 1 << 7 | 1 << 22 | 1 << 48),
+        # 5-level walks, advanced information for EPT violations
+        (EVERYTHING, 0x48C, SKYLAKE.vmx_capabilities[0x48C] | 1 << 7 | 1 << 22),
         (SKYLAKE, 0x491, 1),
         (NEHALEM, 0x485, 0x0000_0000_0004_01C0),
         (NEHALEM, 0x48B, 0x0000_006E_0000_0000),
