@@ -10,6 +10,8 @@ import ctypes
 import struct
 from typing import Any, Final
 
+from attrs import evolve
+
 from vtx.engine import layout, native, x87_sse
 from vtx.engine.code_kind import kind_of, width
 from vtx.engine.transfer import register_transfer
@@ -164,7 +166,11 @@ class Context:
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
-        self._transfer.put_segments(*state.segments, state.ldtr, state.tr, state.gdtr, state.idtr)
+        segments = state.segments
+        if segments[1].base and state.in_64_bit_mode:
+            # The library adds the base of CS to RIP in 64-bit mode too, where a processor ignores it.
+            segments = [segments[0], evolve(segments[1], base=0), *segments[2:]]
+        self._transfer.put_segments(*segments, state.ldtr, state.tr, state.gdtr, state.idtr)
         self._hidden_flags = layout.hidden_flags(state)
         cr4 = state.cr4 & layout.CR4_SEEN
         _CONTROL_REGISTERS.pack_into(image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
@@ -210,10 +216,13 @@ class Context:
         return not state.shadow
 
     def _store_segments(self, state: CpuState) -> None:
+        code_base = state.cs.base
         for i, segment in enumerate(state.segments):
             place = layout.SEGMENTS + layout.SEGMENT.size * i
             segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(self._image, place)
             segment.access_rights = layout.access_rights(flags)
+        if self._hidden & layout.CODE64:
+            state.cs.base = code_base  # which the library was not told, and cannot have changed
         if not state.segments[2].usable:
             # A null SS keeps the privilege level, which the engine holds apart from the segment.
             state.segments[2].access_rights |= self.cpl() << 5

@@ -46,6 +46,12 @@ from vtx.x86.timing import IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TI
 from vtx.x86.virtualization import Virtualization
 from vtx.x86.watch import PENDING_SINGLE_STEP
 
+MOST_FRUITLESS: Final = 10_000
+"""Events in a row after which a limit of instructions counts as reached although no instruction is executed.
+
+A handler that faults as it begins, on a stack that does not move, keeps a processor busy for ever.
+"""
+
 _DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP
 _DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP  # the bits it shares with DR6
 _IF: Final = int(Rflags.IF)
@@ -117,6 +123,7 @@ class LogicalProcessor(ProcessorCore):
     def limit_instructions(self, most: int | None) -> None:
         """Let `run` return after ``most`` instructions since power-up, or never for that reason."""
         self.instruction_limit = most
+        self._fruitless = 0
         self._approached = None  # it may have been the former limit that was close
 
     def run(self, until: int | None = None) -> None:
@@ -159,14 +166,14 @@ class LogicalProcessor(ProcessorCore):
 
     @property
     def at_instruction_limit(self) -> bool:
-        """Whether as many instructions as allowed have been executed."""
-        return self.instruction_limit is not None and self.instructions >= self.instruction_limit
+        """Whether as many instructions as allowed have been executed, or no other ever will, it seems."""
+        limit = self.instruction_limit
+        return limit is not None and (self.instructions >= limit or self._fruitless >= MOST_FRUITLESS)
 
     @property
     def finished(self) -> bool:
         """Whether it must not run any more."""
-        limit = self.instruction_limit
-        return self.stop_requested or self.halt is not None or (limit is not None and self.instructions >= limit)
+        return self.stop_requested or self.halt is not None or self.at_instruction_limit
 
     def give_way(self) -> None:
         """Make `run` return soon."""

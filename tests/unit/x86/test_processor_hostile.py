@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 
 import pytest
-from processor_bench import CODE, IDT, STACK, TSS, ProcessorBench, long_mode, protected_mode, real_mode
+from processor_bench import (
+    ABSENT,
+    CODE,
+    IDT,
+    KERNEL_CODE_64,
+    STACK,
+    TSS,
+    ProcessorBench,
+    long_mode,
+    protected_mode,
+    real_mode,
+)
 
 from vtx.x86.outcome import NotModelled
 from vtx.x86.state import CpuState
@@ -96,3 +107,28 @@ def test_random_code__at_length(block: int) -> None:
 def test_random_code__is_reproducible() -> None:
     for seed in range(2000, 2030):
         assert _run(seed) == _run(seed)
+
+
+def test_a_handler_that_faults_as_it_begins__ends_at_the_limit_of_instructions() -> None:
+    bench = ProcessorBench("0f0b", deliver=True)  # ud2
+    handler, stack_table = ABSENT, 1
+    bench.page(ABSENT, 0)
+    for vector in range(32):
+        gate = handler & 0xFFFF | 8 << 16 | stack_table << 32 | 0x8E00 << 32
+        bench.memory.write_u64(IDT + 16 * vector, gate)
+    bench.memory.write_u64(TSS + 0x24, STACK)
+    bench.descriptor(8, KERNEL_CODE_64)
+    bench.processor.limit_instructions(50)
+    bench.processor.run()
+    assert bench.processor.at_instruction_limit
+    assert bench.processor.instructions < 50
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_base_of_a_64_bit_code_segment__is_ignored_and_kept(*, compiled: bool) -> None:
+    state = long_mode()
+    state.cs.base = 0x20_0000
+    bench = ProcessorBench("8ed8 48ffc3 f4", state, compiled=compiled)  # mov ds, ax; inc rbx; hlt
+    state.gpr[0], state.gpr[3] = 0x10, 1
+    bench.run()
+    assert (state.gpr[3], state.rip, state.cs.base) == (2, CODE + 6, 0x20_0000)
