@@ -21,7 +21,7 @@ from attrs import define, field
 SHORTEST_QUANTUM: Final = 4_000
 """Ticks that a processor may run ahead of the slowest one after it has sent something: an interrupt's handler."""
 
-LONGEST_QUANTUM: Final = 1_000_000
+LONGEST_QUANTUM: Final = 4_000_000
 """The same when nothing has been sent for long: a turn then outweighs what it costs to begin one."""
 
 IDLE_TURN: Final = 1_000

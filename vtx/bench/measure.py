@@ -22,6 +22,9 @@ _TRAPS: Final = 20_000
 _EXITS: Final = 4_000
 _STATES: Final = 20_000
 _START_RUNS: Final = 5
+_PROCESSORS: Final = 8
+_SHARED_PASSES: Final = 2_000_000
+_SHARED_RUNS: Final = 2
 _TOUCHED_MIB: Final = 64
 _PAGES_PER_MIB: Final = 256
 
@@ -73,6 +76,7 @@ def measurements() -> Iterator[Measurement]:
     yield exit_and_entry()
     yield rule_evaluation()
     yield from snapshot_restore()
+    yield several_processors()
     yield resident_memory()
 
 
@@ -147,6 +151,17 @@ def snapshot_restore() -> tuple[Measurement, Measurement]:
         Measurement("snapshot restore", "us", restore * 1e6, Target(1000.0)),
         Measurement("snapshot restore, per written page", "us", page * 1e6, Target(1.0)),
     )
+
+
+def several_processors() -> Measurement:
+    """A machine of 8 processors that all compute, over 8 machines of one: what taking turns costs."""
+    from vtx.bench.processors import compute_time  # noqa: PLC0415 - the machine, for this one alone
+
+    def best(processors: int) -> float:
+        return min(compute_time(processors, _SHARED_PASSES) for _ in range(_SHARED_RUNS))
+
+    ratio = best(_PROCESSORS) / (_PROCESSORS * best(1))
+    return Measurement(f"{_PROCESSORS} processors, over {_PROCESSORS} times one", "x", ratio, Target(1.25))
 
 
 def start_to_exit() -> tuple[Measurement, Measurement]:

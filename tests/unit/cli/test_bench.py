@@ -8,7 +8,7 @@ import pytest
 from iced_x86 import Decoder, Formatter, FormatterSyntax
 
 from vmcs.rules import CONSISTENCY
-from vtx.bench import hypervisor, programs, rules
+from vtx.bench import hypervisor, processors, programs, rules
 from vtx.bench.emulators import VTX, Unavailable
 from vtx.bench.hypervisor import install
 from vtx.bench.listing import code
@@ -23,6 +23,7 @@ LISTINGS = {
     "TRAP": (programs.TRAP.listing, 32),
     "LOOP": (programs.LOOP.listing, 32),
     "TOUCH": (programs.TOUCH.listing, 32),
+    "ARRIVE": (processors.ARRIVE, 32),
     "HOST": (hypervisor.HOST, 64),
     "GUEST": (hypervisor.GUEST, 64),
 }
@@ -77,6 +78,14 @@ def test_the_hypervisor__takes_as_many_exits_as_asked() -> None:
     install(machine, exits=7)
     assert machine.run(max_instructions=10_000).exit_value == 0
     assert machine.exit_counts == {"CPUID": 7}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_processors__each_executes_the_body(count: int) -> None:
+    machine = processors.machine_of(count, programs.COMPUTE, 10)
+    assert machine.run(max_instructions=10_000).exit_value == 0
+    assert [cpu.state.gpr[1] for cpu in machine.cpus] == [0] * count
+    assert processors.compute_time(count, 10) > 0
 
 
 def test_measuring__gives_up_on_a_program_that_does_not_end() -> None:
