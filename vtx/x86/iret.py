@@ -161,24 +161,25 @@ def _protected(state: CpuState, memory: LinearMemory, operand_size: int) -> None
     if operand_size == 32 and frame.rflags & _VM and cpl == 0 and not state.long_mode:
         _to_virtual_8086(state, frame, stack)
         return
-    code = _code_segment(state, memory, frame.cs, cpl)
+    code = return_segment(state, memory, frame.cs, cpl)
     new_cpl = frame.cs & 3
     pointer, stack_segment = stack.pointer, state.ss
     if new_cpl > cpl or state.in_64_bit_mode:
         popped, selector = stack.pop(size), stack.pop(size) & 0xFFFF
-        stack_segment = _stack_segment(state, memory, selector, code, new_cpl)
-        pointer = _loaded_pointer(state, popped, code, stack_segment)
-    _check_target(state, code, frame.rip)
+        stack_segment = outer_stack_segment(state, memory, selector, code, new_cpl)
+        pointer = loaded_pointer(state, popped, code, stack_segment)
+    check_target(state, code, frame.rip)
     code = descriptors.set_accessed(state, memory, frame.cs, code)
 
     rflags = _replace(state, frame.rflags, _changeable(state), operand_size)
     state.segments[SegmentRegister.SS] = stack_segment
     _commit(state, code.segment(frame.cs), frame.rip, rflags, pointer)
     if new_cpl > cpl:
-        _drop_inner_segments(state, new_cpl)
+        drop_inner_segments(state, new_cpl)
 
 
-def _code_segment(state: CpuState, memory: LinearMemory, selector: int, cpl: int) -> Descriptor:
+def return_segment(state: CpuState, memory: LinearMemory, selector: int, cpl: int) -> Descriptor:
+    """The code segment that privilege level ``cpl`` may return to; raises #GP or #NP."""
     if is_null(selector):
         raise gp(0)
     code = descriptors.read_descriptor(state, memory, selector)
@@ -194,7 +195,7 @@ def _code_segment(state: CpuState, memory: LinearMemory, selector: int, cpl: int
     return code
 
 
-def _stack_segment(state: CpuState, memory: LinearMemory, selector: int, code: Descriptor, cpl: int) -> Segment:
+def outer_stack_segment(state: CpuState, memory: LinearMemory, selector: int, code: Descriptor, cpl: int) -> Segment:
     """SS of the outer level; a null one is for 64-bit code below privilege level 3 only."""
     if is_null(selector):
         if not (state.long_mode and code.long) or cpl == 3:
@@ -210,7 +211,7 @@ def _stack_segment(state: CpuState, memory: LinearMemory, selector: int, code: D
     return descriptors.set_accessed(state, memory, selector, stack).segment(selector)
 
 
-def _loaded_pointer(state: CpuState, popped: int, code: Descriptor, stack_segment: Segment) -> int:
+def loaded_pointer(state: CpuState, popped: int, code: Descriptor, stack_segment: Segment) -> int:
     """RSP after loading a popped stack pointer: a 16-bit stack takes SP and keeps the rest of the old ESP."""
     if state.long_mode and code.long:
         return popped
@@ -219,7 +220,8 @@ def _loaded_pointer(state: CpuState, popped: int, code: Descriptor, stack_segmen
     return state.gpr[Gpr.RSP] & 0xFFFF_0000 | popped & 0xFFFF
 
 
-def _check_target(state: CpuState, code: Descriptor, rip: int) -> None:
+def check_target(state: CpuState, code: Descriptor, rip: int) -> None:
+    """Raise #GP(0) unless ``rip`` is in the segment, or canonical for 64-bit code."""
     if state.long_mode and code.long:
         if not is_canonical(rip, linear_address_width(state)):
             raise gp(0)
@@ -238,7 +240,7 @@ def _changeable(state: CpuState) -> int:
     return mask
 
 
-def _drop_inner_segments(state: CpuState, cpl: int) -> None:
+def drop_inner_segments(state: CpuState, cpl: int) -> None:
     """Make unusable the data segments that the outer level may not use."""
     for register in (SegmentRegister.ES, SegmentRegister.DS, SegmentRegister.FS, SegmentRegister.GS):
         segment = state.segments[register]

@@ -92,6 +92,10 @@ class Stack:
         self.pointer = self._moved(self.pointer, size)
         return value
 
+    def release(self, distance: int) -> None:
+        """Move the pointer up over ``distance`` bytes."""
+        self.pointer = self._moved(self.pointer, distance)
+
     def _moved(self, pointer: int, distance: int) -> int:
         """``pointer`` moved by ``distance`` bytes; a 16-bit stack leaves the bits above SP alone."""
         if self.bits == 64:

@@ -54,6 +54,14 @@ def write_linear(cpu: LogicalProcessor, linear: int, size: int, value: int) -> N
     cpu.mmu.write(linear, size, value, user=state.cpl == 3, ac=bool(state.rflags & Rflags.AC))
 
 
+def read_far_pointer(cpu: LogicalProcessor, instruction: Instruction) -> tuple[int, int]:
+    """Selector and offset of the far pointer in memory."""
+    size = instruction.operand_size
+    linear = operand_address(cpu, instruction, size + 2)
+    offset = read_linear(cpu, linear, size)
+    return read_linear(cpu, linear + size, 2), offset
+
+
 def read_operand(cpu: LogicalProcessor, instruction: Instruction, operand: int, size: int) -> int:
     """Value of operand number ``operand``: a general register, or else the memory operand."""
     register = instruction.registers[operand]

@@ -18,7 +18,7 @@ from iced_x86 import Code, Mnemonic
 from vtx.x86 import descriptors
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.descriptors import is_null, null_segment, selector_fault
-from vtx.x86.instructions.common import operand_address, read_linear, read_operand
+from vtx.x86.instructions.common import read_far_pointer, read_operand
 from vtx.x86.linear import LinearMemory
 from vtx.x86.outcome import Vector, gp
 from vtx.x86.stack import Stack
@@ -120,12 +120,11 @@ def pop(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def load_far_pointer(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """LDS, LES, LFS, LGS, LSS. LSS loads the stack pointer along with SS and therefore casts no shadow."""
-    size = instruction.operand_size
-    pointer = read_linear(cpu, operand_address(cpu, instruction, size + 2), size + 2)
+    selector, offset = read_far_pointer(cpu, instruction)
     register = instruction.registers[0]
     assert register is not None
-    _load(cpu, _FAR_POINTERS[instruction.mnemonic], pointer >> 8 * size)
-    write_register(cpu.state, register, pointer & ((1 << 8 * size) - 1))
+    _load(cpu, _FAR_POINTERS[instruction.mnemonic], selector)
+    write_register(cpu.state, register, offset)
     cpu.retire(instruction)
 
 

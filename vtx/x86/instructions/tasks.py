@@ -1,4 +1,4 @@
-"""Task switches, as the processor and its virtualization extension see them; far CALL and JMP, which may be one.
+"""Task switches, as the processor and its virtualization extension see them; far CALL, JMP, which may be one, and RET.
 
 Spec: SDM Vol. 3, "Task Switching"; SDM Vol. 2, "CALL—Call Procedure", "JMP—Jump".
 """
@@ -14,10 +14,11 @@ from vtx.x86 import descriptors, operations
 from vtx.x86.decode import Instruction, decode
 from vtx.x86.descriptors import AVAILABLE_TSS_TYPES, BUSY_TSS_TYPES, Descriptor, SystemType, is_null, selector_fault
 from vtx.x86.event import Event
-from vtx.x86.instructions.common import operand_address, read_linear
+from vtx.x86.far_transfer import far_call, far_jump, far_return
+from vtx.x86.instructions.common import read_far_pointer
 from vtx.x86.outcome import Exited, InstructionAborted, Vector, gp
 from vtx.x86.paging import PagingMode
-from vtx.x86.state import MASK32, CpuState, Rflags
+from vtx.x86.state import MASK32, MASK64, CpuState, Rflags
 from vtx.x86.task import TaskSwitchHooks, TaskSwitchSource, task_switch
 
 if TYPE_CHECKING:
@@ -54,25 +55,49 @@ def _of_event(delivering: Event | None) -> Instruction:
     return evolve(_NOP, length=delivering.instruction_length if delivering is not None else 0)
 
 
-def _target(cpu: LogicalProcessor, instruction: Instruction) -> int:
-    """The selector of a far CALL or JMP."""
-    if instruction.memory is None:
-        return int.from_bytes(instruction.encoding[-2:], "little")
+def _target(cpu: LogicalProcessor, instruction: Instruction) -> tuple[int, int]:
+    """The selector and the offset of a far CALL or JMP."""
     size = instruction.operand_size
-    pointer = operand_address(cpu, instruction, size + 2)
-    return read_linear(cpu, pointer, size + 2) >> 8 * size
+    if instruction.memory is None:
+        return int.from_bytes(instruction.encoding[-2:], "little"), _immediate_offset(instruction, size)
+    return read_far_pointer(cpu, instruction)
+
+
+def _immediate_offset(instruction: Instruction, size: int) -> int:
+    """The offset in a far pointer that is part of the instruction, ``size`` bytes wide."""
+    return int.from_bytes(instruction.encoding[-2 - size : -2], "little")
 
 
 def far_transfer(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """Far CALL and JMP: the engine executes those that are no task switch."""
+    """Far CALL and JMP. Those of real-address and virtual-8086 mode check nothing and are left to the engine."""
     state = cpu.state
-    selector = _target(cpu, instruction)
-    descriptor = None
-    if state.protected and not state.virtual_8086 and not state.long_mode and not is_null(selector):
-        descriptor = descriptors.read_descriptor(state, cpu.mmu, selector)
-    if descriptor is None or descriptor.system_type not in _TASK_TYPES:
+    if not state.protected or state.virtual_8086:
         cpu.native(instruction)
         return
+    selector, offset = _target(cpu, instruction)
+    descriptor = None
+    if not state.long_mode and not is_null(selector):
+        descriptor = descriptors.read_descriptor(state, cpu.mmu, selector)
+    if descriptor is None or descriptor.system_type not in _TASK_TYPES:
+        _transfer(cpu, instruction, selector, offset)
+    else:
+        _switch_task(cpu, instruction, selector, descriptor)
+
+
+def _transfer(cpu: LogicalProcessor, instruction: Instruction, selector: int, offset: int) -> None:
+    state = cpu.state
+    single_step = bool(state.rflags & _TF)
+    if instruction.mnemonic == Mnemonic.CALL:
+        next_rip = (state.rip + instruction.length) & (MASK64 if state.in_64_bit_mode else MASK32)
+        far_call(state, cpu.mmu, selector, offset, operand_size=instruction.operand_size, next_rip=next_rip)
+    else:
+        far_jump(state, cpu.mmu, selector, offset)
+    cpu.load_control_state()
+    cpu.completed(single_step=single_step)
+
+
+def _switch_task(cpu: LogicalProcessor, instruction: Instruction, selector: int, descriptor: Descriptor) -> None:
+    state = cpu.state
     if descriptor.dpl < max(state.cpl, selector & 3):
         raise selector_fault(Vector.GP, selector)
     source = TaskSwitchSource.CALL if instruction.mnemonic == Mnemonic.CALL else TaskSwitchSource.JMP
@@ -104,9 +129,16 @@ def _tss_selector(selector: int, descriptor: Descriptor) -> int:
     return target
 
 
-def far_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
+def far_ret(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """Far RET."""
-    cpu.native(instruction)
+    state = cpu.state
+    if not state.protected or state.virtual_8086:
+        cpu.native(instruction)
+        return
+    single_step = bool(state.rflags & _TF)
+    far_return(state, cpu.mmu, instruction.operand_size, instruction.immediate)
+    cpu.load_control_state()
+    cpu.completed(single_step=single_step)
 
 
-HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer, Mnemonic.RETF: far_return}
+HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer, Mnemonic.RETF: far_ret}
