@@ -63,4 +63,4 @@ def test_reads_no_clock_and_rolls_no_dice(module: Module) -> None:
 def test_ram_is_written_past_the_memory_only_where_that_is_noted() -> None:
     """What writes to ``PhysicalMemory.backing`` must tell, or snapshots and translated code miss it."""
     users = {module.name for module in modules() if re.search(r"\b_?memory\.backing\b", module.path.read_text())}
-    assert users == {"vtx.engine.unicorn_engine", "vtx.svm.control_block"}
+    assert users == {"vtx.engine.address_map", "vtx.svm.control_block"}
