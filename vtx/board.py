@@ -26,6 +26,7 @@ from vtx.devices.apic_bus import InterruptBus
 from vtx.devices.apic_core import ProcessorPins
 from vtx.devices.apic_msrs import apic_profile, bind_local_apic
 from vtx.devices.apic_registers import Register
+from vtx.devices.apm_control import ApmControl
 from vtx.devices.clock import Clock
 from vtx.devices.debug_exit import DebugExit
 from vtx.devices.fw_cfg import FwCfg, standard_items
@@ -192,12 +193,17 @@ class Board:
         keyboard, mouse = self.lines.driver(pc_map.KEYBOARD_IRQ), self.lines.driver(pc_map.MOUSE_IRQ)
         self._keyboard = KeyboardController(power.init_processors, keyboard, mouse)
         self._port_a = SystemControlPortA(power.init_processors)
+        self._apm = ApmControl(self._interrupt_running)
+        self._attach(pc_map.APM_PORT, 2, self._apm)
         self._reset_control = ResetControlPort(power.init_processors, power.reset)
         for port in (pc_map.KEYBOARD_DATA_PORT, pc_map.KEYBOARD_COMMAND_PORT):
             offset = port - pc_map.KEYBOARD_DATA_PORT
             self._ports[port] = PortEntry(self._keyboard, offset, timed_reads=False, timed_writes=True)
         self._attach(pc_map.SYSTEM_CONTROL_PORT_A, 1, self._port_a)
         self._attach(pc_map.BOOT_PORT, 1, BootPort(power.boot))
+
+    def _interrupt_running(self) -> None:
+        self.running.pins.smi()
 
     def _attach(
         self, first: int, count: int, device: PortDevice, *, timed: bool = False, timed_reads: bool = False
@@ -304,6 +310,7 @@ class Board:
             "pci": self._pci,
             "keyboard": self._keyboard,
             "port a": self._port_a,
+            "apm": self._apm,
             "reset control": self._reset_control,
             "test ports": self._test_ports,
             "test memory": self._test_memory,
@@ -385,6 +392,7 @@ class Socket:
     """One processor's place on the board: its local APIC, and the board as it sees it (`Platform`)."""
 
     apic: LocalApic
+    pins: ProcessorPins
     counters: PerformanceCounters | None = None
 
     def __init__(self, board: Board) -> None:
@@ -392,6 +400,7 @@ class Socket:
 
     def insert(self, profile: Profile, index: int, work: Work, pins: ProcessorPins, msrs: MsrFile) -> None:
         """Give the processor ``index`` its local APIC and performance counters; processor 0 is the bootstrap one."""
+        self.pins = pins
         self.apic = LocalApic(apic_profile(profile, index, bootstrap=index == 0), work, self.board.bus, pins)
         bind_local_apic(msrs, self.apic)
         if profile.performance is not None:

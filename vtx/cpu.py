@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import fields
 
+from vtx import pc_map
 from vtx.board import Socket
 from vtx.devices.apic_registers import ApicBase
+from vtx.x86 import smm
 from vtx.x86.msrs import bind_clock, tsc_of
-from vtx.x86.outcome import NotModelled
 from vtx.x86.processor import LogicalProcessor
 from vtx.x86.second_level import IdentitySecondLevel
 from vtx.x86.state import Activity, CpuState, Cr0, Gpr
+from vtx.x86.timing import EVENT_TICKS
 
 if TYPE_CHECKING:
     from vtx.machine import Machine
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from vtx.vmx import Vmx
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
-_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base", "debugctl", "last_branch"})
+_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base", "debugctl", "last_branch", "smbase"})
 
 
 class Cpu(LogicalProcessor):
@@ -35,6 +37,7 @@ class Cpu(LogicalProcessor):
     svm: Svm
     socket: Socket
     machine: Machine
+    synchronous_ports = frozenset((pc_map.APM_PORT,))
 
     def attach(self, machine: Machine, socket: Socket) -> None:
         """Put the processor into its socket. All but the bootstrap processor wait for a start-up IPI."""
@@ -80,10 +83,11 @@ class Cpu(LogicalProcessor):
             self._signalled()
 
     def smi(self) -> None:
-        """A system-management interrupt."""
-        if not self.profile.is_amd:
-            raise NotModelled("system-management mode")
-        self.svm.smi()
+        """A system-management interrupt: latched, and taken at the next boundary at which it is not blocked."""
+        if self.profile.is_amd:
+            self.svm.smi()
+        else:
+            self.smi_pending = True
         self._signalled()
 
     def interrupt_requested(self) -> None:
@@ -126,7 +130,11 @@ class Cpu(LogicalProcessor):
     @property
     def awake(self) -> bool:
         """Whether it executes instructions or may take an event that is pending."""
-        return super().awake or (self.init_pending and not self._init_is_blocked())
+        return (
+            super().awake
+            or (self.smi_pending and not self._smi_is_blocked())
+            or (self.init_pending and not self._init_is_blocked())
+        )
 
     @property
     def finished(self) -> bool:
@@ -135,7 +143,23 @@ class Cpu(LogicalProcessor):
 
     def _init_is_blocked(self) -> bool:
         extension = self.virtualization
-        return extension is not None and extension.init_is_blocked
+        return self.state.smm is not None or (extension is not None and extension.init_is_blocked)
+
+    def _smi_is_blocked(self) -> bool:
+        state = self.state
+        return state.smm is not None or bool(state.shadow) or state.activity is Activity.WAIT_FOR_SIPI
+
+    def enter_smm(self) -> None:
+        """Deliver a system-management interrupt now."""
+        smm.enter(self)
+        self.charge(EVENT_TICKS)
+
+    def _take_signal(self) -> bool:
+        if self.smi_pending and not self._smi_is_blocked():
+            self.smi_pending = False
+            self.enter_smm()
+            return True
+        return self._take_init()
 
     def _take_init(self) -> bool:
         if not self.init_pending or self._init_is_blocked():
@@ -162,7 +186,8 @@ class Cpu(LogicalProcessor):
     def reset(self) -> None:
         """As after power-up, but that the time-stamp counter goes on."""
         self.acknowledge_nmi()
-        self.init_pending, self.halt = False, None
+        self.init_pending = self.smi_pending = False
+        self.halt = None
         self.clear_registers()
         engine = self.engine
         engine.resume(engine.elapsed(), engine.instructions(), engine.power_up_fpu())

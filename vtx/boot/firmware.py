@@ -8,6 +8,9 @@ Code: the last page of the BIOS segment, in ROM below 4 GiB and copied to RAM be
 reset vector, after a reset or INIT or by a jump, goes where the shutdown code in CMOS byte 0FH says, and clears it: on
 through the far pointer at 40:67 (codes 05H and 0AH), or to the image, which is booted again.
 
+System-management mode: SMRAM is where it is after reset, ordinary memory from 30000H, the same for all processors. The
+handler has nothing to do and resumes; software may put its own there, and relocate SMBASE.
+
 Devices: the 8259s at vectors 08H and 70H, edge-triggered, with only the timer (IRQ 0) and the cascade open: no other
 device is active before its driver, and a driver opens its own line. Counter 0 of the 8254 runs at 18.2 Hz, so a
 processor that halts with interrupts on is woken. The real-time clock runs without interrupts.
@@ -41,6 +44,7 @@ DATE_OFFSET: Final = 0xFFF5
 MODEL_OFFSET: Final = 0xFFFE
 MODEL_AT: Final = 0xFC
 EBDA_SEGMENT: Final = CONVENTIONAL_END >> 4
+SMM_HANDLER: Final = 0x3_8000
 
 RETURN = bytes.fromhex("cf")  # iret
 TIMER = bytes.fromhex(
@@ -52,6 +56,7 @@ TIMER = bytes.fromhex(
 )
 END_MASTER = bytes.fromhex("50 b0 20 e6 20 58 cf")  # push ax; mov al, 0x20; out 0x20, al; pop ax; iret
 END_SLAVE = bytes.fromhex("50 b0 20 e6 a0 e6 20 58 cf")  # the same for both controllers
+RESUME = bytes.fromhex("0f aa")  # rsm
 RESET = b"\xea" + struct.pack("<HH", POST_OFFSET, SEGMENT)  # jmp far SEGMENT:POST
 POST = (
     bytes.fromhex(
@@ -108,6 +113,7 @@ def install(memory: PhysicalMemory, port_write: PortWrite) -> None:
         memory.write(0x400, data_area(memory.size))
         memory.write(CONVENTIONAL_END, bytes((1,)))  # size of the extended BIOS data area in KiB
         memory.write((SEGMENT << 4) + ROM_OFFSET, rom())
+        memory.write(SMM_HANDLER, RESUME)
     for port, value in DEVICE_SET_UP:
         port_write(port, 1, value)
 

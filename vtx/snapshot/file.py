@@ -27,12 +27,14 @@ from vtx.addresses import PAGE_SIZE
 from vtx.board import SavedDevices
 from vtx.devices.acpi_pm import AcpiPmState
 from vtx.devices.apic_core import LocalApicState
+from vtx.devices.apm_control import ApmState
 from vtx.devices.fw_cfg import FwCfgState
 from vtx.devices.hpet import HpetState
 from vtx.devices.interrupt_routing import LinesState, SwitchState
 from vtx.devices.io_apic import IoApicState
 from vtx.devices.keyboard_controller import KeyboardControllerState
 from vtx.devices.pci_config import PciConfigState
+from vtx.devices.performance_counters import PerformanceState
 from vtx.devices.pic import PicState
 from vtx.devices.pit import ChannelState, PitState, SystemControlState
 from vtx.devices.post_port import PostPortState
@@ -50,6 +52,7 @@ PAGE_NUMBER: Final = struct.Struct("<Q")
 
 DEVICE_STATES: Final[tuple[type, ...]] = (
     AcpiPmState,
+    ApmState,
     ChannelState,
     FwCfgState,
     HpetState,
@@ -59,6 +62,7 @@ DEVICE_STATES: Final[tuple[type, ...]] = (
     LinesState,
     LocalApicState,
     PciConfigState,
+    PerformanceState,
     PicState,
     PitState,
     PostPortState,

@@ -67,6 +67,7 @@ class SavedCpu:
     vmx: SavedVmx | None
     svm: SavedSvm | None
     init_pending: bool
+    smi_pending: bool
 
 
 @frozen
@@ -135,6 +136,7 @@ def _save_cpu(cpu: Cpu) -> SavedCpu:
         vmx=None if amd else save_vmx(cpu.vmx),
         svm=save_svm(cpu.svm) if amd else None,
         init_pending=cpu.init_pending,
+        smi_pending=cpu.smi_pending,
     )
 
 
@@ -148,7 +150,7 @@ def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:
     if saved.svm is not None:
         restore_svm(cpu.svm, saved.svm)
     restore_processor(cpu, saved.processor)
-    cpu.init_pending = saved.init_pending
+    cpu.init_pending, cpu.smi_pending = saved.init_pending, saved.smi_pending
 
 
 @functools.lru_cache(maxsize=16)

@@ -32,7 +32,7 @@ from vtx.x86.outcome import Fault, NotModelled
 from vtx.x86.second_level import SecondLevelFault
 from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK64, Efer, Rflags, Shadow
-from vtx.x86.virtualization import Processor, RefusedInstruction
+from vtx.x86.virtualization import Processor, RefusedInstruction, SmmSuspension
 
 _PAUSE: Final = Simple(Plain.PAUSE)
 _SVME: Final = int(Efer.SVME)
@@ -155,15 +155,17 @@ class Svm:
         """See `Virtualization.boundary`."""
         svm = self.operation
         if not svm.guest_mode:
-            if svm.smi_pending and svm.processor.state.gif:
-                svm.smi_pending = False  # the firmware's handler has nothing to do and returns
+            if svm.smi_pending and svm.processor.state.gif and svm.processor.state.smm is None:
+                svm.smi_pending = False
+                svm.processor.enter_smm()
+                return True
             return False
         due = boundary_event(svm)
         if isinstance(due, Event):
             svm.processor.deliver(due)
             return True
         if due is None and svm.smi_pending and svm.processor.state.gif:
-            svm.smi_pending = False
+            svm.smi_pending = False  # as if the handler of firmware, which has nothing to do, had returned
         return self._exit_if(due)
 
     def next_deadline(self) -> int | None:
@@ -177,6 +179,13 @@ class Svm:
     def wants_interrupt_window(self) -> bool:
         """See `Virtualization.wants_interrupt_window`."""
         return wants_interrupt_window(self.operation)
+
+    def enter_smm(self) -> SmmSuspension | None:
+        """See `Virtualization.enter_smm`; SMIs in guest mode do not get there."""
+        return None
+
+    def leave_smm(self, suspended: tuple[int, ...]) -> None:
+        """See `Virtualization.leave_smm`."""
 
     def read_control_register(self, number: int) -> int:
         """SVM has no read shadows."""

@@ -81,7 +81,7 @@ def perform_entry_failure(operation: VmxOperation, reason: Reason, qualification
 
 def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlView) -> Outcome | None:
     """Load host state and the host's MSRs; VmxAborted if that fails."""
-    _leave_non_root(operation)
+    leave_non_root(operation)
     operation.transitions += 1
     indicator = load_host(operation, active.vmcs, view)
     if indicator is not None:
@@ -94,7 +94,8 @@ def return_to_host(operation: VmxOperation, active: ActiveVmcs, view: ControlVie
     return None
 
 
-def _leave_non_root(operation: VmxOperation) -> None:
+def leave_non_root(operation: VmxOperation) -> None:
+    """Forget what belongs to a running guest."""
     operation.non_root = False
     operation.view = None
     operation.timer_deadline = None
@@ -143,7 +144,7 @@ def abort(operation: VmxOperation, indicator: AbortIndicator, cause: MsrViolatio
     active = operation.current
     assert active is not None
     active.vmcs.abort_indicator = indicator
-    _leave_non_root(operation)
+    leave_non_root(operation)
     processor = operation.processor
     processor.memory.write_u32(active.pointer + _ABORT_OFFSET, indicator)
     message = f"VMX abort {int(indicator)} ({indicator.name.lower().replace('_', ' ')})"

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from vmcs import controls as c
 from vmcs.region import LaunchState, Vmcs
+from vtx.vmx.derived import derive_running_guest
 from vtx.vmx.host_state import NO_SECOND_LEVEL
 from vtx.vmx.operation import ActiveVmcs, VmxOperation
 from vtx.vmx.record import VmExit
-from vtx.vmx.translation import second_level_of
-from vtx.vmx.view import build_view
-from vtx.vmx.virtual_apic import VirtualApic
 from vtx.vmx.vmx import Vmx
 
 
@@ -97,7 +94,7 @@ def restore_vmx(vmx: Vmx, saved: SavedVmx) -> None:
     operation.processor.mmu.second_level = NO_SECOND_LEVEL
     operation.processor.mmu.hlat = None
     if saved.non_root:
-        _derive(operation, saved.virtual_interrupt)
+        derive_running_guest(operation, virtual_interrupt=saved.virtual_interrupt)
 
 
 def _save_vmcs(active: ActiveVmcs) -> SavedVmcs:
@@ -112,17 +109,3 @@ def _restore_vmcs(operation: VmxOperation, saved: SavedVmcs) -> ActiveVmcs:
     vmcs.values, vmcs.changed = dict(saved.values), dict(saved.changed)
     vmcs.launch_state, vmcs.shadow, vmcs.abort_indicator = saved.launch_state, saved.shadow, saved.abort_indicator
     return ActiveVmcs(saved.pointer, vmcs)
-
-
-def _derive(operation: VmxOperation, virtual_interrupt: bool) -> None:
-    """What VM entry had derived from the VMCS of the running guest."""
-    active = operation.current
-    assert active is not None
-    active.context = operation.new_context(active)
-    active.view = operation.view = view = build_view(active.vmcs.values)
-    active.second_level = second_level_of(operation, active.vmcs, view)
-    operation.processor.mmu.second_level = active.second_level
-    operation.processor.mmu.hlat = view.hlat
-    if view.primary & c.USE_TPR_SHADOW.mask:
-        active.virtual_apic = operation.virtual_apic = VirtualApic(operation.processor.memory, active.vmcs, view)
-        active.virtual_apic.pending = virtual_interrupt

@@ -28,6 +28,7 @@ from vtx.vmx import (
     instructions,
     msr_virtualization,
     pause_loop,
+    smm,
     sub_page,
     virtualization_exception,
 )
@@ -50,7 +51,7 @@ from vtx.x86.operations import Operation, TaskSwitch, WriteMsrList
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import SecondLevelFault, SubPageWrite
 from vtx.x86.state import MASK64, Activity
-from vtx.x86.virtualization import Processor, RefusedInstruction
+from vtx.x86.virtualization import Processor, RefusedInstruction, SmmSuspension
 
 _CR0_MASK: Final = f.CR0_GUEST_HOST_MASK.encoding
 _CR4_MASK: Final = f.CR4_GUEST_HOST_MASK.encoding
@@ -322,6 +323,14 @@ class Vmx:
     def wants_interrupt_window(self) -> bool:
         """See `Virtualization.wants_interrupt_window`."""
         return wants_interrupt_window(self.operation)
+
+    def enter_smm(self) -> SmmSuspension | None:
+        """See `Virtualization.enter_smm`."""
+        return smm.suspend(self.operation)
+
+    def leave_smm(self, suspended: tuple[int, ...]) -> None:
+        """See `Virtualization.leave_smm`."""
+        smm.resume(self.operation, suspended)
 
     def read_control_register(self, number: int) -> int:
         """See `Virtualization.read_control_register`."""

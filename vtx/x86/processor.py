@@ -75,7 +75,7 @@ class LogicalProcessor(ProcessorCore):
     ) -> None:
         super().__init__(memory, profile, platform, engine_factory, index=index, count=count, seed=seed)
         self.stop_requested = False
-        self.init_pending = False
+        self.init_pending = self.smi_pending = False
         self.instruction_limit: int | None = None
         self.step_next = False
         self.transitions_seen = 0  # VM entries and VM exits whose time has passed
@@ -87,6 +87,9 @@ class LogicalProcessor(ProcessorCore):
         self._planned: int | None = None  # the deadline of the current run, and the caller's part in it
         self._until: int | None = None
         self._planned_waiting = False  # whether the current run knew of an interrupt that waits
+
+    synchronous_ports: frozenset[int] = frozenset()
+    """Ports to which a write has an effect on the processor before the next instruction."""
 
     # EngineClient.
 
@@ -101,8 +104,8 @@ class LogicalProcessor(ProcessorCore):
         return self.port_read(port, size)
 
     def port_out(self, port: int, size: int, value: int, cpl: int) -> bool:
-        """A port write the engine may make on the spot."""
-        if self._needs_port_checks(cpl):
+        """A port write the engine may make on the spot; after other ones it must not execute another instruction."""
+        if port in self.synchronous_ports or self._needs_port_checks(cpl):
             return False
         self.port_write(port, size, value)
         self.device_written()
@@ -245,7 +248,7 @@ class LogicalProcessor(ProcessorCore):
 
     def _is_ready(self) -> bool:
         """Handle what is pending between instructions; whether nothing was, so that the next may execute."""
-        if self.init_pending and self._take_init():
+        if (self.init_pending or self.smi_pending) and self._take_signal():
             return False
         extension = self.virtualization
         if extension is not None and extension.transitions != self.transitions_seen:
@@ -261,8 +264,8 @@ class LogicalProcessor(ProcessorCore):
             return False
         return not self._accept_interrupt()
 
-    def _take_init(self) -> bool:
-        """Act on the pending INIT unless it is blocked; whether it was acted on."""
+    def _take_signal(self) -> bool:
+        """Act on a pending SMI or INIT unless it is blocked; whether it was acted on."""
         return False
 
     def _raise_pending_debug(self) -> bool:

@@ -137,6 +137,28 @@ class Activity(enum.IntEnum):
     MWAIT = 0x100
 
 
+@frozen
+class SmmContext:
+    """What an SMI interrupted, as far as SMRAM does not show it (see `vtx.x86.smm`).
+
+    ``segments`` are copies of the segment registers, LDTR and TR; ``gdtr`` and ``idtr`` base and limit. ``vmxe`` and
+    ``virtual_8086`` are CR4.VMXE and RFLAGS.VM in place. ``suspended`` is the virtualization extension's own, None if
+    there was no VMX operation.
+    """
+
+    segments: tuple[Segment, ...]
+    gdtr: tuple[int, int]
+    idtr: tuple[int, int]
+    pdptrs: tuple[int, ...]
+    cr3: int
+    virtual_8086: int
+    activity: Activity
+    nmi_blocked: bool
+    pending_debug: int
+    vmxe: int
+    suspended: tuple[int, ...] | None
+
+
 class Shadow(enum.IntFlag):
     """Interruptibility caused by the previous instruction, with the VMCS bit positions."""
 
@@ -277,6 +299,8 @@ class CpuState:
     nmi_blocked: bool = False
     gif: bool = True  # the global interrupt flag of SVM
     popf_intercepted: bool = False  # an intercept of SVM for an instruction that engines execute by themselves
+    smbase: int = 0x3_0000
+    smm: SmmContext | None = None  # in system-management mode: what it interrupted
     pending_debug: int = 0  # layout of the VMCS field "pending debug exceptions"
 
     @property

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from attrs import frozen
+
 if TYPE_CHECKING:
     from vtx.x86.access import Operand
     from vtx.x86.decode import Instruction
@@ -80,6 +82,10 @@ class Processor(Protocol):
         """Deliver ``event`` through the IDT now, with all that may happen on the way: further exceptions, VM exits."""
         ...
 
+    def enter_smm(self) -> None:
+        """Deliver a system-management interrupt now."""
+        ...
+
     def fetch(self) -> Instruction | None:
         """The instruction at RIP, None if its bytes are none; raises `InstructionAborted` with a fault of the fetch."""
         ...
@@ -95,6 +101,14 @@ class Processor(Protocol):
     def shut_down(self, reason: str) -> None:
         """Enter the shutdown state (triple fault, VMX abort) for ``reason``."""
         ...
+
+
+@frozen
+class SmmSuspension:
+    """VMX operation interrupted by an SMI: ``state`` is the extension's own; ``eptp`` the EPT pointer of the guest."""
+
+    state: tuple[int, ...]
+    eptp: int | None
 
 
 class RefusedInstruction(Protocol):
@@ -246,6 +260,14 @@ class Virtualization(Protocol):
 
     def wants_interrupt_window(self) -> bool:
         """Whether `boundary` must be called as soon as RFLAGS.IF is 1 (interrupt-window exiting)."""
+        ...
+
+    def enter_smm(self) -> SmmSuspension | None:
+        """An SMI is being delivered: leave VMX operation; what `leave_smm` needs to come back, None if outside it."""
+        ...
+
+    def leave_smm(self, suspended: tuple[int, ...]) -> None:
+        """RSM has restored the registers: return to VMX operation."""
         ...
 
     def read_control_register(self, number: int) -> int:

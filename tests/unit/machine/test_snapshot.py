@@ -181,7 +181,7 @@ def test_profiles_of_one_name_are_told_apart() -> None:
 
 SAVED = {
     "Cpu": "state msrs mmu engine random_state halt stop_requested spin monitor wait retired halted _nmi _extra_ticks"
-    " transitions_seen init_pending vmx virtualization",
+    " transitions_seen init_pending smi_pending vmx virtualization",
     "Mmu": "asid pkru pkrs reserved_page tlb second_level",
     "Tlb": "tag _spaces",
     "Vmx": "operation iret_unblocked_nmi",

@@ -122,7 +122,7 @@ def _check_cr4(cpu: LogicalProcessor, value: int) -> None:
     """#GP(0) for a value that CR4 cannot be given now."""
     state = cpu.state
     changed = value ^ state.cr4
-    if value & reserved_cr4_bits(cpu.profile):
+    if value & reserved_cr4_bits(cpu.profile) or (value & Cr4.VMXE and state.smm is not None):
         raise gp(0)
     if state.long_mode and (not value & Cr4.PAE or changed & Cr4.LA57):
         raise gp(0)

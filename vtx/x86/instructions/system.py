@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
+from vtx.x86 import smm
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
@@ -229,8 +230,12 @@ def rdseed(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 def rsm(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """RSM outside SMM."""
-    if not cpu.intercepts(SIMPLE[Plain.RSM], instruction):
+    """RSM, which is invalid outside SMM."""
+    if cpu.intercepts(SIMPLE[Plain.RSM], instruction):
+        return
+    if cpu.state.smm is not None:
+        smm.leave(cpu)
+    else:
         raise ud()
 
 
