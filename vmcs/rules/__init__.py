@@ -9,8 +9,7 @@ Spec: SDM Vol. 3, "VM Entries".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Final
 
 from vmcs.rules import basic, controls, guest, guest_non_register, guest_segments, host
@@ -21,10 +20,9 @@ from vmcs.rules.model import (
     FailValid,
     Outcome,
     Rule,
+    RuleSet,
     Stage,
-    Test,
     Violation,
-    violation_of,
 )
 
 __all__ = [
@@ -46,87 +44,6 @@ __all__ = [
     "explain",
     "repair",
 ]
-
-# Neighbouring rules with the same condition are a group: (condition, ((holds, rule), ...)).
-_Groups = tuple[tuple[Test | None, tuple[tuple[Test, Rule], ...]], ...]
-
-
-def _group(rules: Iterable[Rule]) -> _Groups:
-    groups = groupby(rules, key=lambda rule: rule.when)
-    return tuple((when.test, tuple((rule.demand.holds, rule) for rule in group)) for when, group in groups)
-
-
-class RuleSet:
-    """Rules in the order of evaluation, with an index from bits of fields to the rules that read them."""
-
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.rules = rules
-        self._all = _group(rules)
-        self._volatile = 0  # sets of rules are integers: bit n stands for rule n
-        self._selected: dict[int, _Groups] = {}
-        readers: dict[int, dict[int, int]] = {}
-        for number, rule in enumerate(rules):
-            self._volatile |= rule.volatile << number
-            for field, bits in rule.reads:
-                by_bits = readers.setdefault(field.encoding, {})
-                by_bits[bits] = by_bits.get(bits, 0) | 1 << number
-        self._readers = {encoding: tuple(by_bits.items()) for encoding, by_bits in readers.items()}
-
-    def __iter__(self) -> Iterator[Rule]:
-        return iter(self.rules)
-
-    def __len__(self) -> int:
-        return len(self.rules)
-
-    def without(self, rule_id: str) -> RuleSet:
-        """The set with one rule switched off; KeyError if it has no such rule."""
-        rest = tuple(rule for rule in self.rules if rule.id != rule_id)
-        if len(rest) == len(self.rules):
-            raise KeyError(rule_id)
-        return RuleSet(rest)
-
-    def affected_by(self, changed: Mapping[int, int]) -> tuple[Rule, ...]:
-        """The rules to evaluate when these bits of these encodings changed, volatile rules included."""
-        return tuple(rule for _, group in self._select(changed) for _, rule in group)
-
-    def _select(self, changed: Mapping[int, int]) -> _Groups:
-        numbers = self._volatile
-        readers = self._readers
-        for encoding, bits in changed.items():
-            for read, rules in readers.get(encoding, ()):
-                if read & bits:
-                    numbers |= rules
-        selected = self._selected.get(numbers)
-        if selected is None:
-            selected = _group(self._members(numbers))
-            if len(self._selected) < 1024:  # a guest cannot make this grow without bound
-                self._selected[numbers] = selected
-        return selected
-
-    def _members(self, numbers: int) -> Iterator[Rule]:
-        """The rules of a set, in order."""
-        while numbers:
-            lowest = numbers & -numbers
-            yield self.rules[lowest.bit_length() - 1]
-            numbers ^= lowest
-
-    def check(self, context: EntryContext, changed: Mapping[int, int] | None = None) -> Violation | None:
-        """The first violation, or None.
-
-        ``changed`` maps encodings to the bits that may have changed since all rules of this set last held for this
-        VMCS in this context (`vmcs.region.Vmcs.changed`); None evaluates every rule.
-        """
-        for applies, group in self._all if changed is None else self._select(changed):
-            if applies is None or applies(context):
-                for holds, rule in group:
-                    if not holds(context):
-                        return violation_of(rule, context)
-        return None
-
-    def explain(self, context: EntryContext) -> list[Violation]:
-        """Every violation, in order."""
-        return [violation_of(rule, context) for rule in self.rules if not rule.holds(context)]
-
 
 RULES: Final[dict[Stage, RuleSet]] = {
     Stage.BASIC: RuleSet(basic.RULES),

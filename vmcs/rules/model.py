@@ -1,8 +1,7 @@
-"""What a VM-entry rule is, what it may look at, and what its violation says.
+"""What a VM-entry rule is and what it may look at: the machinery of `vmcs.checks` for VMCS fields.
 
-A rule is a record: an id that never changes, a sentence, a citation, the condition under which it applies, the demand
-it makes, and what VM entry does when the demand is not met. Rules are pure: they read an `EntryContext` and nothing
-else. Only `Rule.repair` writes, and (outside the basic stage) only to the VMCS.
+Rules are pure: they read an `EntryContext` and nothing else. Only `Check.repair` writes, and (outside the basic stage)
+only to the VMCS.
 
 Spec: SDM Vol. 3, "VM Entries".
 """
@@ -10,16 +9,16 @@ Spec: SDM Vol. 3, "VM Entries".
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 from attrs import define, field, frozen
 
-from vmcs.bits import MASK64, describe_bits, mask
+from vmcs import checks
+from vmcs.bits import MASK64, mask
 from vmcs.capabilities import Capabilities
 from vmcs.exits import BY_NUMBER, InstructionError, Reason
 from vmcs.fields import Field
-from vmcs.refs import Reference
 from vmcs.region import Vmcs
 
 
@@ -100,40 +99,12 @@ Reads = tuple[tuple[Field, int], ...]  # per field, a mask of the bits that matt
 FaultyBits = tuple[tuple[Field, int], ...]  # per field, a mask of the bits that are at fault
 
 
-def _reads(items: Iterable[Field | tuple[Field, int]]) -> Reads:
-    """Which bits of which fields are read; a bare field stands for all its bits."""
-    bits: dict[Field, int] = {}
-    for item in items:
-        vmcs_field, read = item if isinstance(item, tuple) else (item, item.mask)
-        bits[vmcs_field] = bits.get(vmcs_field, 0) | read
-    return tuple(bits.items())
+class Condition(checks.Condition[Field, EntryContext]):
+    """When a rule of VM entry applies."""
 
 
-@frozen(eq=False)
-class Condition:
-    """When a rule applies. ``test`` is None for a condition that always holds; ``text`` follows the word "if"."""
-
-    text: str = ""
-    reads: Reads = field(default=(), converter=_reads)
-    test: Test | None = None
-    volatile: bool = False  # whether it reads more of the context than VMCS fields
-
-
-@frozen(eq=False)
-class Demand:
-    """What a rule demands of the fields it reads.
-
-    ``faulty`` names the bits at fault when it does not hold. ``repair`` changes the VMCS such that it does, or such
-    that the rule no longer applies; what else that breaks is for the other rules to say. ``legal`` says what this
-    processor accepts, where the rule's sentence leaves that open.
-    """
-
-    reads: Reads = field(converter=_reads)
-    holds: Test
-    repair: Callable[[EntryContext], None]
-    faulty: Callable[[EntryContext], FaultyBits] = lambda context: ()
-    volatile: bool = False
-    legal: Callable[[EntryContext], str] = lambda context: ""
+class Demand(checks.Demand[Field, EntryContext]):
+    """What a rule of VM entry demands."""
 
 
 @frozen
@@ -170,53 +141,13 @@ Outcome = FailInvalid | FailValid | EntryFails
 ALWAYS: Final = Condition()
 
 
-@frozen(eq=False)
-class Rule:
-    """One check of VM entry.
-
-    ``id`` is stage, dot, name; it is stable, so that tests, coverage and users can refer to it. ``sentence`` states
-    what must hold, in our words, without the condition.
-    """
-
-    id: str
-    sentence: str
-    demand: Demand = field(repr=False)
-    ref: Reference = field(repr=False)
-    outcome: Outcome = field(repr=False)
-    when: Condition = field(default=ALWAYS, repr=False)
-    reads: Reads = field(init=False, repr=False)
-    """Every field the rule depends on, with the bits that matter; the condition's fields first."""
-
-    @reads.default
-    def _reads_of_both(self) -> Reads:
-        return _reads(self.when.reads + self.demand.reads)
+class Rule(checks.Check[Field, EntryContext, Outcome]):
+    """One check of VM entry; its ``id`` is stage, dot, name."""
 
     @property
     def stage(self) -> Stage:
         """The stage that evaluates the rule."""
         return _STAGES[self.id.partition(".")[0]]
-
-    @property
-    def volatile(self) -> bool:
-        """Whether the rule depends on more than VMCS fields: memory, or the state of the processor."""
-        return self.when.volatile or self.demand.volatile
-
-    def applies(self, context: EntryContext) -> bool:
-        """Whether the rule has anything to say about this entry."""
-        return self.when.test is None or bool(self.when.test(context))
-
-    def holds(self, context: EntryContext) -> bool:
-        """Whether the demand is met, or need not be."""
-        return not self.applies(context) or bool(self.demand.holds(context))
-
-    def repair(self, context: EntryContext) -> None:
-        """Change the VMCS such that the rule holds; nothing happens if it does already."""
-        if not self.holds(context):
-            self.demand.repair(context)
-
-    def statement(self) -> str:
-        """The sentence with its condition."""
-        return f"If {self.when.text}: {self.sentence}" if self.when.text else self.sentence
 
 
 _STAGES: Final = {
@@ -227,33 +158,5 @@ _STAGES: Final = {
     "msr-load": Stage.MSR_LOAD,
 }
 
-
-@frozen
-class Violation:
-    """A rule that does not hold, with the values that broke it: (field, value, bits at fault), in reading order."""
-
-    rule: Rule
-    values: tuple[tuple[Field, int, int], ...]
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the processor does about it."""
-        return self.rule.outcome
-
-    def render(self) -> str:
-        """The message: rule and statement, outcome, every field read, and the citation, one per line."""
-        lines = [f"{self.rule.id}: {self.rule.statement()}", f"  outcome: {self.outcome}"]
-        for each, value, bits in self.values:
-            at_fault = f" <- {describe_bits(bits)}" if bits else ""
-            lines.append(f"  {each.name} = {each.describe(value)}{at_fault}")
-        lines.append(f"  see {self.rule.ref}")
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.render()
-
-
-def violation_of(rule: Rule, context: EntryContext) -> Violation:
-    """The violation of a rule known not to hold."""
-    bits = dict(rule.demand.faulty(context))
-    return Violation(rule, tuple((each, context.vmcs[each], bits.get(each, 0)) for each, _ in rule.reads))
+Violation = checks.Violation[Rule, Field]
+RuleSet = checks.RuleSet[Rule, EntryContext, Field]

@@ -5,6 +5,7 @@ Spec: APM Vol. 2, "Canonicalization and Consistency Checks", "Event Injection", 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from vmcs.bits import bit_range
@@ -12,7 +13,7 @@ from vmcs.refs import Reference, apm
 from vmcs.vmcb import layouts
 from vmcs.vmcb.fields import BY_NAME, VmcbField
 from vmcs.vmcb.intercepts import Exit
-from vmcs.vmcb.model import Rule, Test, Violation, VmrunContext, violation_of
+from vmcs.vmcb.model import ALWAYS, INVALID, Condition, Demand, FaultyBits, Rule, RuleSet, VmrunContext
 
 _CHECKS: Final = apm("Secure Virtual Machine", "Canonicalization and Consistency Checks")
 _INJECTION: Final = apm("Secure Virtual Machine", "Event Injection")
@@ -54,145 +55,85 @@ _TYPES: Final = frozenset(int(each) for each in layouts.InjectedType)
 _NO_EXCEPTION: Final = frozenset((2, 9, 15, 20, 31, *range(22, 28)))
 
 
-def _bits_clear(
-    id_: str, sentence: str, field: VmcbField, bits: int, ref: Reference = _CHECKS, when: Test | None = None,
-    condition: str = "",
-) -> Rule:  # fmt: skip
-    """A rule that none of the constant ``bits`` is 1."""
-    position = field.encoding
+# Shapes of demands.
+
+
+def bits_clear(field: VmcbField, bits: int) -> Demand:
+    """None of the constant ``bits`` is 1."""
+    place = field.encoding
 
     def repair(context: VmrunContext) -> None:
-        context.values[position] &= ~bits
+        context.values[place] &= ~bits
 
-    return Rule(
-        id_,
-        sentence,
-        ref,
-        (field,),
-        lambda context: not context.values[position] & bits,
+    return Demand(
+        ((field, bits),),
+        lambda context: not context.values[place] & bits,
         repair,
-        lambda context: {field: context.values[position] & bits},
-        when,
-        condition,
+        lambda context: ((field, context.values[place] & bits),),
     )
 
 
-def _bits_required(
-    id_: str, sentence: str, field: VmcbField, bits: int, ref: Reference = _CHECKS, when: Test | None = None,
-    condition: str = "",
-) -> Rule:  # fmt: skip
-    """A rule that all of the constant ``bits`` are 1."""
-    position = field.encoding
+def bits_required(field: VmcbField, bits: int) -> Demand:
+    """All of the constant ``bits`` are 1."""
+    place = field.encoding
 
     def repair(context: VmrunContext) -> None:
-        context.values[position] |= bits
+        context.values[place] |= bits
 
-    return Rule(
-        id_,
-        sentence,
-        ref,
-        (field,),
-        lambda context: context.values[position] & bits == bits,
+    return Demand(
+        ((field, bits),),
+        lambda context: context.values[place] & bits == bits,
         repair,
-        lambda context: {field: bits & ~context.values[position]},
-        when,
-        condition,
+        lambda context: ((field, bits & ~context.values[place]),),
     )
 
 
-def _processor_reserved(id_: str, sentence: str, field: VmcbField, attribute: str, ref: Reference = _CHECKS) -> Rule:
-    """A rule that none of the bits is 1 that ``VmrunContext.attribute`` reserves."""
-    position = field.encoding
-
-    def reserved(context: VmrunContext) -> int:
-        bits: int = getattr(context, attribute)
-        return context.values[position] & bits
+def not_reserved(field: VmcbField, reserved: Callable[[VmrunContext], int]) -> Demand:
+    """None of the bits is 1 that the processor reserves."""
+    place = field.encoding
 
     def repair(context: VmrunContext) -> None:
-        context.values[position] &= ~reserved(context)
+        context.values[place] &= ~reserved(context)
 
-    return Rule(
-        id_,
-        sentence,
-        ref,
+    return Demand(
         (field,),
-        lambda context: not reserved(context),
+        lambda context: not context.values[place] & reserved(context),
         repair,
-        lambda context: {field: reserved(context)},
+        lambda context: ((field, context.values[place] & reserved(context)),),
     )
 
 
-def _long_mode_paging(context: VmrunContext) -> bool:
-    values = context.values
-    return bool(values[EFER.encoding] & _LME and values[CR0.encoding] & _PG)
-
-
-def _long_mode_with_pae(context: VmrunContext) -> bool:
-    return _long_mode_paging(context) and bool(context.values[CR4.encoding] & _PAE)
-
-
-def _nested(context: VmrunContext) -> bool:
-    return bool(context.values[NESTED.encoding] & layouts.NP_ENABLE)
-
-
-_LONG_MODE_TEXT: Final = "EFER.LME and CR0.PG are 1"
-_NESTED_TEXT: Final = "NP_ENABLE is 1"
-
-
-def _permission_map(id_: str, sentence: str, field: VmcbField, size: int, intercept: int) -> Rule:
-    """A rule that a map of ``size`` bytes, at an address without its low 12 bits, ends below the physical limit.
+def map_ends_within(field: VmcbField, size: int) -> Demand:
+    """A map of ``size`` bytes, at an address without its low 12 bits, ends below the physical limit.
 
     The manual says "extends to"; here the address right after the map counts, as software has seen it count.
     """
-    position = field.encoding
+    place = field.encoding
 
-    def ends_within(context: VmrunContext) -> bool:
-        return (context.values[position] & ~(_PAGE - 1)) + size < 1 << context.physical_address_width
+    def holds(context: VmrunContext) -> bool:
+        return (context.values[place] & ~(_PAGE - 1)) + size < 1 << context.physical_address_width
 
     def repair(context: VmrunContext) -> None:
-        context.values[position] = 0
+        context.values[place] = 0
 
-    return Rule(
-        id_,
-        sentence,
-        _CHECKS,
-        (VECTOR_3, field),
-        ends_within,
-        repair,
-        lambda context: {field: context.values[position]},
-        lambda context: bool(context.values[VECTOR_3.encoding] & intercept),
-        "the intercept is on",
-    )
+    return Demand((field,), holds, repair, lambda context: ((field, context.values[place]),))
 
 
-def _asid_zero() -> Rule:
+def asid_of_a_guest() -> Demand:
+    """The ASID is not that of the host."""
+    place = ASID.encoding
+
     def repair(context: VmrunContext) -> None:
-        context.values[ASID.encoding] = 1
+        context.values[place] = 1
 
-    return Rule(
-        "vmrun.asid-not-zero",
-        "the guest's ASID is not that of the host, 0",
-        _CHECKS,
-        (ASID,),
-        lambda context: context.values[ASID.encoding] != 0,
-        repair,
-        lambda context: {ASID: ASID.mask},
-    )
+    return Demand((ASID,), lambda context: context.values[place] != 0, repair, lambda context: ((ASID, ASID.mask),))
 
 
 # Event injection.
 
 
-def _injecting(context: VmrunContext) -> bool:
-    return bool(context.values[EVENTINJ.encoding] & layouts.EVENT_VALID)
-
-
 def _injected_type(context: VmrunContext) -> int:
     return context.values[EVENTINJ.encoding] >> layouts.EVENT_TYPE_SHIFT & 7
-
-
-def _injecting_exception(context: VmrunContext) -> bool:
-    return _injecting(context) and _injected_type(context) == layouts.InjectedType.EXCEPTION
 
 
 def _is_exception(context: VmrunContext) -> bool:
@@ -204,153 +145,155 @@ def _inject_nothing(context: VmrunContext) -> None:
     context.values[EVENTINJ.encoding] &= ~layouts.EVENT_VALID
 
 
+def injected(bits: int, holds: Callable[[VmrunContext], bool]) -> Demand:
+    """A demand on the injected event, with ``bits`` of it at fault; the repair is to inject nothing."""
+    return Demand(((EVENTINJ, bits),), holds, _inject_nothing, lambda context: ((EVENTINJ, bits),))
+
+
 # Nested paging.
 
 
-def _pat_faults(context: VmrunContext) -> int:
+def _wrong_types(context: VmrunContext) -> int:
     value = context.values[G_PAT.encoding]
     return sum(0xFF << shift for shift in range(0, 64, 8) if value >> shift & 0xFF not in _PAT_TYPES)
 
 
 def _repair_pat(context: VmrunContext) -> None:
-    context.values[G_PAT.encoding] &= ~_pat_faults(context)
+    context.values[G_PAT.encoding] &= ~_wrong_types(context)
+
+
+def _wrong_pat(context: VmrunContext) -> FaultyBits:
+    return ((G_PAT, _wrong_types(context)),)
 
 
 def _no_nested_paging(context: VmrunContext) -> None:
     context.values[NESTED.encoding] &= ~(layouts.NP_ENABLE | layouts.GMET_ENABLE)
 
 
-def _n_cr3_faults(context: VmrunContext) -> int:
-    return context.values[N_CR3.encoding] & context.beyond_width
+# Conditions.
 
 
-def _repair_n_cr3(context: VmrunContext) -> None:
-    context.values[N_CR3.encoding] &= ~context.beyond_width
+def on(field: VmcbField, bits: int, text: str) -> Condition:
+    """All of ``bits`` are 1."""
+    place = field.encoding
+    return Condition(text, ((field, bits),), lambda context: context.values[place] & bits == bits)
 
 
-RULES: Final[tuple[Rule, ...]] = (
-    _bits_required("vmrun.efer-svme", "EFER.SVME is 1", EFER, _SVME),
-    _bits_clear(
-        "vmrun.cr0-nw-without-cd",
-        "CR0.NW is 0",
-        CR0,
-        _NW,
-        when=lambda context: not context.values[CR0.encoding] & _CD,
-        condition="CR0.CD is 0",
-    ),
-    _bits_clear("vmrun.cr0-upper", "bits 63:32 of CR0 are 0", CR0, bit_range(63, 32)),
-    _processor_reserved(
-        "vmrun.cr3-reserved", "CR3 holds no address beyond the physical-address width", CR3, "beyond_width"
-    ),
-    _processor_reserved("vmrun.cr4-reserved", "no bit of CR4 that the processor reserves is 1", CR4, "cr4_reserved"),
-    _bits_clear("vmrun.dr6-upper", "bits 63:32 of DR6 are 0", DR6, bit_range(63, 32)),
-    _bits_clear("vmrun.dr7-upper", "bits 63:32 of DR7 are 0", DR7, bit_range(63, 32)),
-    _processor_reserved(
-        "vmrun.efer-reserved", "no bit of EFER that the processor reserves is 1", EFER, "efer_reserved"
-    ),
-    _bits_clear(
-        "vmrun.efer-long-mode-unsupported",
-        "EFER.LME and EFER.LMA are 0",
-        EFER,
-        _LME | _LMA,
-        when=lambda context: not context.long_mode_supported,
-        condition="the processor has no long mode",
-    ),
-    _bits_required(
-        "vmrun.long-mode-pae", "CR4.PAE is 1", CR4, _PAE, when=_long_mode_paging, condition=_LONG_MODE_TEXT
-    ),
-    _bits_required("vmrun.long-mode-pe", "CR0.PE is 1", CR0, _PE, when=_long_mode_paging, condition=_LONG_MODE_TEXT),
-    _bits_clear(
-        "vmrun.cs-l-and-d",
-        "CS.D is 0",
-        CS,
-        _CS_D,
-        when=lambda context: _long_mode_with_pae(context) and bool(context.values[CS.encoding] & _CS_L),
-        condition="EFER.LME, CR0.PG, CR4.PAE and CS.L are 1",
-    ),
-    _bits_required("vmrun.vmrun-intercept", "the intercept of VMRUN is on", VECTOR_4, _VMRUN),
-    _permission_map("vmrun.msrpm-address", "the MSR permissions map ends below the physical-address width", MSRPM,
-                    _MSRPM_SIZE, _MSR_PROT),
-    _permission_map("vmrun.iopm-address", "the I/O permissions map ends below the physical-address width", IOPM,
-                    _IOPM_SIZE, _IOIO_PROT),
-    Rule(
-        "vmrun.event-type",
-        "the type of the injected event is not a reserved one",
-        _INJECTION,
-        (EVENTINJ,),
-        lambda context: _injected_type(context) in _TYPES,
-        _inject_nothing,
-        lambda context: {EVENTINJ: 7 << layouts.EVENT_TYPE_SHIFT},
-        _injecting,
-        "an event is injected",
-    ),
-    Rule(
-        "vmrun.event-vector",
-        "the vector is that of an exception",
-        _INJECTION,
-        (EVENTINJ,),
-        _is_exception,
-        _inject_nothing,
-        lambda context: {EVENTINJ: 0xFF},
-        _injecting_exception,
-        "an exception is injected",
-    ),
-    _asid_zero(),
-    _bits_required(
-        "vmrun.virtual-nmi-intercept",
-        "the intercept of NMI is on",
-        VECTOR_3,
-        _NMI_INTERCEPT,
-        _NMI,
-        lambda context: bool(context.values[VIRTUAL.encoding] & layouts.V_NMI_ENABLE),
-        "V_NMI_ENABLE is 1",
-    ),
-    Rule(
-        "vmrun.nested-paging-host",
-        "the host has paging enabled, whose mode nested paging takes over",
-        _PAGING,
-        (NESTED,),
-        lambda context: context.host_paging,
-        _no_nested_paging,
-        lambda context: {NESTED: layouts.NP_ENABLE},
-        _nested,
-        _NESTED_TEXT,
-    ),
-    Rule(
-        "vmrun.n-cr3-reserved",
-        "N_CR3 holds no address beyond the physical-address width",
-        _PAGING,
-        (NESTED, N_CR3),
-        lambda context: not _n_cr3_faults(context),
-        _repair_n_cr3,
-        lambda context: {N_CR3: _n_cr3_faults(context)},
-        _nested,
-        _NESTED_TEXT,
-    ),
-    Rule(
-        "vmrun.g-pat",
-        "each byte of G_PAT is a memory type",
-        _PAGING,
-        (NESTED, G_PAT),
-        lambda context: not _pat_faults(context),
-        _repair_pat,
-        lambda context: {G_PAT: _pat_faults(context)},
-        _nested,
-        _NESTED_TEXT,
-    ),
-)  # fmt: skip
+def _injecting_exception(context: VmrunContext) -> bool:
+    is_valid = context.values[EVENTINJ.encoding] & layouts.EVENT_VALID
+    return bool(is_valid) and _injected_type(context) == layouts.InjectedType.EXCEPTION
+
+
+def _long_mode_paging(context: VmrunContext) -> bool:
+    return bool(context.values[EFER.encoding] & _LME and context.values[CR0.encoding] & _PG)
+
+
+def _long_mode_code(context: VmrunContext) -> bool:
+    pae, long = context.values[CR4.encoding] & _PAE, context.values[CS.encoding] & _CS_L
+    return bool(pae and long) and _long_mode_paging(context)
+
+
+NESTED_PAGING: Final = on(NESTED, layouts.NP_ENABLE, "NP_ENABLE is 1")
+INJECTING: Final = on(EVENTINJ, layouts.EVENT_VALID, "an event is injected")
+INJECTING_EXCEPTION: Final = Condition("an exception is injected", (EVENTINJ,), _injecting_exception)
+LONG_MODE_PAGING: Final = Condition("EFER.LME and CR0.PG are 1", ((EFER, _LME), (CR0, _PG)), _long_mode_paging)
+LONG_MODE_CODE: Final = Condition(
+    "EFER.LME, CR0.PG, CR4.PAE and CS.L are 1", ((EFER, _LME), (CR0, _PG), (CR4, _PAE), (CS, _CS_L)), _long_mode_code
+)
+CACHES_ON: Final = Condition("CR0.CD is 0", ((CR0, _CD),), lambda context: not context.values[CR0.encoding] & _CD)
+NO_LONG_MODE: Final = Condition("the processor has no long mode", (), lambda context: not context.long_mode_supported)
+MSR_MAP_IN_USE: Final = on(VECTOR_3, _MSR_PROT, "the intercept of MSR accesses is on")
+IO_MAP_IN_USE: Final = on(VECTOR_3, _IOIO_PROT, "the intercept of I/O instructions is on")
+VIRTUAL_NMIS: Final = on(VIRTUAL, layouts.V_NMI_ENABLE, "V_NMI_ENABLE is 1")
+
+
+def _rule(id_: str, sentence: str, demand: Demand, when: Condition = ALWAYS, ref: Reference = _CHECKS) -> Rule:
+    return Rule(f"vmrun.{id_}", sentence, demand, ref, INVALID, when)
+
+
+_LONG_MODE_BITS: Final = "EFER.LME and EFER.LMA are 0"
+_MSR_MAP: Final = "the MSR permissions map ends below the physical-address width"
+_IO_MAP: Final = "the I/O permissions map ends below the physical-address width"
+
+RULES: Final = RuleSet(
+    (
+        _rule("efer-svme", "EFER.SVME is 1", bits_required(EFER, _SVME)),
+        _rule("cr0-nw-without-cd", "CR0.NW is 0", bits_clear(CR0, _NW), CACHES_ON),
+        _rule("cr0-upper", "bits 63:32 of CR0 are 0", bits_clear(CR0, bit_range(63, 32))),
+        _rule(
+            "cr3-reserved",
+            "CR3 holds no address beyond the physical-address width",
+            not_reserved(CR3, lambda context: context.beyond_width),
+        ),
+        _rule(
+            "cr4-reserved",
+            "no bit of CR4 that the processor reserves is 1",
+            not_reserved(CR4, lambda context: context.cr4_reserved),
+        ),
+        _rule("dr6-upper", "bits 63:32 of DR6 are 0", bits_clear(DR6, bit_range(63, 32))),
+        _rule("dr7-upper", "bits 63:32 of DR7 are 0", bits_clear(DR7, bit_range(63, 32))),
+        _rule(
+            "efer-reserved",
+            "no bit of EFER that the processor reserves is 1",
+            not_reserved(EFER, lambda context: context.efer_reserved),
+        ),
+        _rule("efer-long-mode-unsupported", _LONG_MODE_BITS, bits_clear(EFER, _LME | _LMA), NO_LONG_MODE),
+        _rule("long-mode-pae", "CR4.PAE is 1", bits_required(CR4, _PAE), LONG_MODE_PAGING),
+        _rule("long-mode-pe", "CR0.PE is 1", bits_required(CR0, _PE), LONG_MODE_PAGING),
+        _rule("cs-l-and-d", "CS.D is 0", bits_clear(CS, _CS_D), LONG_MODE_CODE),
+        _rule("vmrun-intercept", "the intercept of VMRUN is on", bits_required(VECTOR_4, _VMRUN)),
+        _rule("msrpm-address", _MSR_MAP, map_ends_within(MSRPM, _MSRPM_SIZE), MSR_MAP_IN_USE),
+        _rule("iopm-address", _IO_MAP, map_ends_within(IOPM, _IOPM_SIZE), IO_MAP_IN_USE),
+        _rule(
+            "event-type",
+            "the type of the injected event is not a reserved one",
+            injected(7 << layouts.EVENT_TYPE_SHIFT, lambda context: _injected_type(context) in _TYPES),
+            INJECTING,
+            _INJECTION,
+        ),
+        _rule(
+            "event-vector",
+            "the vector is that of an exception",
+            injected(0xFF, _is_exception),
+            INJECTING_EXCEPTION,
+            _INJECTION,
+        ),
+        _rule("asid-not-zero", "the guest's ASID is not that of the host, 0", asid_of_a_guest()),
+        _rule(
+            "virtual-nmi-intercept",
+            "the intercept of NMI is on",
+            bits_required(VECTOR_3, _NMI_INTERCEPT),
+            VIRTUAL_NMIS,
+            _NMI,
+        ),
+        _rule(
+            "nested-paging-host",
+            "the host has paging enabled, whose mode nested paging takes over",
+            Demand(
+                ((NESTED, layouts.NP_ENABLE),),
+                lambda context: context.host_paging,
+                _no_nested_paging,
+                lambda context: ((NESTED, layouts.NP_ENABLE),),
+                volatile=True,
+            ),
+            NESTED_PAGING,
+            _PAGING,
+        ),
+        _rule(
+            "n-cr3-reserved",
+            "N_CR3 holds no address beyond the physical-address width",
+            not_reserved(N_CR3, lambda context: context.beyond_width),
+            NESTED_PAGING,
+            _PAGING,
+        ),
+        _rule(
+            "g-pat",
+            "each byte of G_PAT is a memory type",
+            Demand((G_PAT,), lambda context: not _wrong_types(context), _repair_pat, _wrong_pat),
+            NESTED_PAGING,
+            _PAGING,
+        ),
+    )
+)
 
 BY_ID: Final = {rule.id: rule for rule in RULES}
-
-
-def check(context: VmrunContext) -> Violation | None:
-    """The first violation, or None if VMRUN goes on."""
-    for rule in RULES:
-        if not rule.holds(context):
-            return violation_of(rule, context)
-    return None
-
-
-def explain(context: VmrunContext) -> list[Violation]:
-    """Every violation, in order."""
-    return [violation_of(rule, context) for rule in RULES if not rule.holds(context)]

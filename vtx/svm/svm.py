@@ -13,7 +13,7 @@ from attrs import evolve
 from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import Violation
-from vmcs.vmcb.rules import explain
+from vmcs.vmcb.rules import RULES
 from vtx.svm import events, instructions, pause_filter
 from vtx.svm import places as at
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
@@ -80,7 +80,7 @@ class Svm:
 
     def explain(self) -> list[Violation]:
         """Every rule that the VMCB last run breaks; empty if there was none."""
-        return explain(new_context(self.operation, self.operation.vmcb)) if self.operation.address else []
+        return RULES.explain(new_context(self.operation, self.operation.vmcb)) if self.operation.address else []
 
     # The seam
 

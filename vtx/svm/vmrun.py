@@ -11,11 +11,12 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Final
 
-from vmcs.vmcb import layouts, rules
+from vmcs.vmcb import layouts
 from vmcs.vmcb.fields import FIELDS, Vmcb
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.layouts import InjectedType, TlbControl
 from vmcs.vmcb.model import VmrunContext
+from vmcs.vmcb.rules import RULES
 from vtx.svm import control_block, last_branch
 from vtx.svm import places as at
 from vtx.svm.nested_paging import NO_SECOND_LEVEL, NestedPaging
@@ -36,7 +37,7 @@ _PAE: Final = int(Cr4.PAE)
 _LME: Final = int(Efer.LME)
 _IF: Final = int(Rflags.IF)
 # What the rules look at, of a list of values.
-_CHECKED: Final = itemgetter(*sorted({field.encoding for rule in rules.RULES for field in rule.reads}))
+_CHECKED: Final = itemgetter(*sorted({field.encoding for rule in RULES for field, _ in rule.reads}))
 _EVENT_KINDS: Final = {
     InjectedType.EXTERNAL_INTERRUPT: EventKind.EXTERNAL_INTERRUPT,
     InjectedType.NMI: EventKind.NMI,
@@ -59,7 +60,7 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
     operation.address = address
     relevant = (*_CHECKED(vmcb.values), state.paging)
     if relevant != operation.checked:
-        violation = rules.check(new_context(operation, vmcb))
+        violation = RULES.check(new_context(operation, vmcb))
         if violation is not None:
             return _refuse(operation, VmrunFailure(address, violation))
         operation.checked = relevant

@@ -14,11 +14,11 @@ from attrs import field, frozen
 
 from vmcs import controls as c
 from vmcs import fields as f
+from vmcs.checks import violation_of
 from vmcs.document import VmcsDocument
 from vmcs.explanation import Explanation
 from vmcs.rules import RULES, EntryContext, Stage
 from vmcs.rules.advice import explain_msr_violation, explain_violation
-from vmcs.rules.model import violation_of
 from vmcs.rules.msr_load import Area, entries, violation
 from vtx.vmx.rule_context import rule_context
 from vtx.x86.msrs import MsrFile, bind_registers

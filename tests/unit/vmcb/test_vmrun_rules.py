@@ -6,7 +6,9 @@ import pytest
 
 from vmcs.vmcb.fields import BY_NAME, Vmcb
 from vmcs.vmcb.model import VmrunContext
-from vmcs.vmcb.rules import BY_ID, RULES, check, explain
+from vmcs.vmcb.rules import BY_ID, RULES
+
+check, explain = RULES.check, RULES.explain
 
 VALID = {
     "EFER": 0x1D01,

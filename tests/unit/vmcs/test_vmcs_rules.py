@@ -8,11 +8,11 @@ from vmcs_state_cases import STATE_CASES
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs import rules
+from vmcs.checks import violation_of
 from vmcs.exits import InstructionError
 from vmcs.fields import FIELDS
 from vmcs.rules import BY_ID, CONSISTENCY, RULES, EntryFails, FailValid, Stage
 from vmcs.rules.advice import explain_violation
-from vmcs.rules.model import violation_of
 
 BY_NAME = {field.name: field for field in FIELDS}
 CASES = (*CONTROL_CASES, *STATE_CASES)
