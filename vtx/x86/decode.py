@@ -142,8 +142,8 @@ def _general_register(raw: IcedInstruction, operand: int) -> RegisterOperand | N
     if not RegisterExt.is_gpr(register):
         return None
     high = register in (Register.AH, Register.CH, Register.DH, Register.BH)
-    number = RegisterExt.number(register)
-    return RegisterOperand(number - 4 if high else number, RegisterExt.size(register), high)
+    number = RegisterExt.number(RegisterExt.full_register(register))
+    return RegisterOperand(number, RegisterExt.size(register), high)
 
 
 def _system_register(raw: IcedInstruction, operand: int) -> int | None:
@@ -214,10 +214,11 @@ def _sizes(encoding: bytes, bits: int) -> tuple[int, int]:
         if byte in _LEGACY_PREFIXES:
             operand_override |= byte == 0x66
             address_override |= byte == 0x67
-            continue
-        if bits == 64 and byte & 0xF0 == 0x40:
+            rex_w = False  # a REX prefix counts only right before the opcode
+        elif bits == 64 and byte & 0xF0 == 0x40:
             rex_w = bool(byte & 8)
-        break
+        else:
+            break
     if bits == 64:
         operand = 8 if rex_w else 2 if operand_override else 4
         return operand, 4 if address_override else 8
