@@ -84,10 +84,7 @@ class Cpu(LogicalProcessor):
 
     def smi(self) -> None:
         """A system-management interrupt: latched, and taken at the next boundary at which it is not blocked."""
-        if self.profile.is_amd:
-            self.svm.smi()
-        else:
-            self.smi_pending = True
+        self.smi_pending = True
         self._signalled()
 
     def interrupt_requested(self) -> None:
@@ -147,7 +144,8 @@ class Cpu(LogicalProcessor):
 
     def _smi_is_blocked(self) -> bool:
         state = self.state
-        return state.smm is not None or bool(state.shadow) or state.activity is Activity.WAIT_FOR_SIPI
+        waits = bool(state.shadow) or not state.gif or state.activity is Activity.WAIT_FOR_SIPI
+        return waits or state.smm is not None
 
     def enter_smm(self) -> None:
         """Deliver a system-management interrupt now."""
@@ -157,8 +155,10 @@ class Cpu(LogicalProcessor):
     def _take_signal(self) -> bool:
         if self.smi_pending and not self._smi_is_blocked():
             self.smi_pending = False
-            self.enter_smm()
-            return True
+            if not self.profile.is_amd or not self.svm.non_root:
+                self.enter_smm()
+                return True
+            self.svm.smi()  # whose boundary says whether it is intercepted
         return self._take_init()
 
     def _take_init(self) -> bool:

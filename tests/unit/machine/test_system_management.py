@@ -316,3 +316,44 @@ def test_snapshot_in_the_handler__resumes_alike() -> None:
     assert machine.cpu.state.smm is not None
     assert run(machine).cpu.now() == first
     assert machine.memory.read_u32(COUNTER) == 1
+
+
+class TestAmd:
+    """The other map, and the global interrupt flag."""
+
+    RIP, RFLAGS, RAX, CS_BASE, REVISION = 0xFF78, 0xFF70, 0xFFF8, 0xFE18, 0xFEFC
+
+    @staticmethod
+    def machine(code: bytes) -> Machine:
+        machine = machine_with(1, code, profile="zen-server")
+        machine.memory.write(HANDLER, INC_COUNTER + RSM)
+        return machine
+
+    def test_map(self) -> None:
+        machine = self.machine(OUT_B2 + EXIT_0)
+        machine.cpu.state.gpr[0] = 0xABCD
+        memory = run(machine).memory
+        assert memory.read_u32(COUNTER) == 1
+        rows = (self.RIP, self.RFLAGS, self.RAX, self.CS_BASE)
+        assert [memory.read_u64(SMBASE + offset) for offset in rows] == [0x1002, 2, 0xABCD, 0]
+        assert memory.read_u32(SMBASE + self.REVISION) == 0x2_0064
+        assert memory.read_u16(SMBASE + 0xFE10) == 8
+
+    def test_smi_waits_while_the_global_interrupt_flag_is_clear(self) -> None:
+        machine = self.machine(OUT_B2 + b"\x90\xeb\xfe")
+        machine.cpu.state.gif = False
+        machine.run(max_instructions=10)
+        assert (machine.cpu.smi_pending, machine.memory.read_u32(COUNTER)) == (True, 0)
+        machine.cpu.state.gif = True
+        machine.run(max_instructions=20)
+        assert (machine.cpu.smi_pending, machine.memory.read_u32(COUNTER)) == (False, 1)
+
+    def test_smi_wakes_a_halted_processor_which_sleeps_on(self) -> None:
+        machine = self.machine(b"\xf4")
+        machine.run(max_instructions=10)
+        cpu = machine.cpu
+        assert cpu.state.activity is Activity.HLT
+        cpu.halt = None
+        cpu.smi()
+        machine.run(max_instructions=20)
+        assert (machine.memory.read_u32(COUNTER), cpu.state.activity) == (1, Activity.HLT)
