@@ -17,7 +17,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from attrs import frozen
@@ -90,7 +89,7 @@ def save_snapshot(snapshot: Snapshot, path: str | Path) -> None:
     Raises `SnapshotError` if it cannot be written.
     """
     state = encode(_State(snapshot.configuration, snapshot.run, snapshot.cpus))
-    devices = {name: [type(each).__name__, encode(each)] for name, each in snapshot.devices.states().items()}
+    devices = {name: [_name_of(each), encode(each)] for name, each in snapshot.devices.states().items()}
     numbers = sorted(snapshot.ram.pages)
     pages = b"".join([*map(PAGE_NUMBER.pack, numbers), *(snapshot.ram.pages[number] for number in numbers)])
     parts = [zlib.compress(json.dumps([state, devices]).encode("ascii"), 6), zlib.compress(pages, 1)]
@@ -143,6 +142,12 @@ def _parse(data: bytes) -> Snapshot:
         raise SnapshotError(f"it is damaged ({error})") from None
 
 
+def _name_of(state: object) -> str:
+    if type(state) not in DEVICE_STATES:
+        raise TypeError(f"{type(state).__name__} is missing in DEVICE_STATES")
+    return type(state).__name__
+
+
 def _pages(data: bytes) -> MemoryImage:
     count, rest = divmod(len(data), PAGE_NUMBER.size + PAGE_SIZE)
     if rest:
@@ -150,7 +155,7 @@ def _pages(data: bytes) -> MemoryImage:
     start = count * PAGE_NUMBER.size
     numbers = struct.unpack_from(f"<{count}Q", data)
     contents = (data[at : at + PAGE_SIZE] for at in range(start, len(data), PAGE_SIZE))
-    return MemoryImage(MappingProxyType(dict(zip(numbers, contents, strict=True))))
+    return MemoryImage(dict(zip(numbers, contents, strict=True)))
 
 
 def _devices(values: Any) -> SavedDevices:

@@ -118,7 +118,6 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     """Put ``machine`` back to ``snapshot``; `SnapshotError` if it is built differently."""
     snapshot.configuration.require(Configuration.of(machine))
     run = snapshot.run
-    machine.history.restore(snapshot.ram)
     for cpu, saved in zip(machine.cpus, snapshot.cpus, strict=True):
         _restore_cpu(cpu, saved)
     machine.board.restore(snapshot.devices)
@@ -127,6 +126,7 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     machine.exit_counts.clear()
     machine.exit_counts.update(run.exit_counts)
     machine.set_time(run.running, run.latest)
+    machine.history.restore(snapshot.ram)  # last: it takes the place of all else in the host's caches
 
 
 def _save_cpu(cpu: Cpu) -> SavedCpu:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from attrs import frozen
@@ -22,6 +22,7 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 
 LOW_RAM_END = 0xC000_0000
 HIGH_RAM_START = 0x1_0000_0000
+ZERO_PAGE = bytes(PAGE_SIZE)
 ROM_PAGES = (0xF_FFFF, 0xFF)
 
 
@@ -176,14 +177,14 @@ class PhysicalMemory:
         if page in self.code_pages:
             self.code_written(page)
 
-    def put_pages(self, pages: Collection[int], contents: Callable[[int], bytes]) -> None:
-        """Store what ``contents`` gives for each of the RAM pages of these numbers. Not noted in ``dirty``."""
-        view, low_end = self._bytes, self._low_end
+    def put_pages(self, pages: Collection[int], contents: Mapping[int, bytes]) -> None:
+        """Store ``contents``, zeros where they have none, in the RAM pages of these numbers. Not noted in ``dirty``."""
+        view, low_end, content_of = self.backing, self._low_end, contents.get
         for page in pages:
             offset = page << PAGE_SHIFT
             if offset >= low_end:
                 offset += low_end - HIGH_RAM_START
-            view[offset : offset + PAGE_SIZE] = contents(page)
+            view[offset : offset + PAGE_SIZE] = content_of(page, ZERO_PAGE)
         for page in sorted(self.code_pages.intersection(pages)):
             self.code_written(page)
 

@@ -8,25 +8,22 @@ copies those pages, going to another one also the pages in which the two images 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Final
 
 from attrs import frozen
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
-from vtx.x86.memory import PhysicalMemory
-
-ZERO_PAGE: Final = bytes(PAGE_SIZE)
+from vtx.x86.memory import ZERO_PAGE, PhysicalMemory
 
 
 @frozen(eq=False)
 class MemoryImage:
-    """The pages of RAM that are not zero, by page number."""
+    """The pages of RAM that are not zero, by page number; nobody changes the mapping."""
 
     pages: Mapping[int, bytes]
 
 
-_EMPTY: Final = MemoryImage(MappingProxyType({}))
+_EMPTY: Final = MemoryImage({})
 
 
 class RamHistory:
@@ -49,7 +46,7 @@ class RamHistory:
                 pages.pop(page, None)
             elif pages.get(page) != data:
                 pages[page] = data
-        image = MemoryImage(MappingProxyType(pages))
+        image = MemoryImage(pages)
         self._rebase(image)
         return image
 
@@ -57,8 +54,7 @@ class RamHistory:
         """Make memory what it was; the number of pages that had to be looked at."""
         pages = self._memory.dirty if image is self._base else self._memory.dirty | _differing(self._base, image)
         count = len(pages)
-        contents = image.pages
-        self._memory.put_pages(pages, lambda page: contents.get(page, ZERO_PAGE))
+        self._memory.put_pages(pages, image.pages)
         self._rebase(image)
         return count
 

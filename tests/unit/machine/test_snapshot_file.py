@@ -13,6 +13,7 @@ from vtx.machine import Machine
 from vtx.snapshot import Snapshot, SnapshotError, file, load_snapshot, save_snapshot
 from vtx.snapshot.codec import CodecError, decode, encode, shape
 from vtx.vmx.saved import SavedVmcs
+from vtx.x86.profile import profile_names
 from vtx.x86.saved import SavedProcessor
 from vtx.x86.state import Activity, CpuState
 
@@ -107,7 +108,8 @@ def test_files_that_cannot_be_opened(snapshot: Snapshot, tmp_path: Path) -> None
 
 
 def test_states_of_all_devices_are_known_to_the_format() -> None:
-    states = {type(state) for state in Machine(memory=4 * MIB, cpus=2, profile="everything").board.states().values()}
+    machines = (Machine(memory=4 * MIB, cpus=2, profile=name) for name in profile_names())
+    states = {type(state) for machine in machines for state in machine.board.states().values()}
     assert states == set(file.DEVICE_STATES)
 
 
