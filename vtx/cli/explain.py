@@ -27,7 +27,8 @@ def explain(file: str | None, name: str, template: bool, as_json: bool) -> int:
     """Say which rules of VM entry the VMCS in FILE breaks, and what would have been legal.
 
     FILE is JSON as `vtx explain --template` prints it, or the bytes of a VMCS region as VMCLEAR leaves them. Rules are
-    listed stage by stage; the first broken one is what the processor reports.
+    listed stage by stage; the first broken one is what the processor reports. For a processor with SVM, FILE is a VMCB,
+    as JSON or as the bytes of its page, and the rules are those of VMRUN.
 
     \b
     Exit status:
@@ -35,7 +36,14 @@ def explain(file: str | None, name: str, template: bool, as_json: bool) -> int:
       1    the VM entry would fail
       2    FILE or the profile cannot be used
     """
-    profile, capabilities = _processor(name)
+    profile = _profile(name)
+    if profile.has("SVM"):
+        from vtx.cli.explain_vmcb import explain_vmcb  # noqa: PLC0415 - of use here alone
+
+        if file is None and not template:
+            raise click.UsageError("name a FILE, or use --template", click.get_current_context())
+        return explain_vmcb(None if template else file, profile, as_json=as_json)
+    capabilities = _capabilities(profile)
     if template:
         from vmcs.document import to_json  # noqa: PLC0415 - of use here alone
         from vmcs.template import template as valid_vmcs  # noqa: PLC0415
@@ -51,18 +59,22 @@ def explain(file: str | None, name: str, template: bool, as_json: bool) -> int:
     return int(bool(diagnosis.broken))
 
 
-def _processor(name: str) -> tuple[Profile, Capabilities]:
-    from vmcs.capabilities import Capabilities  # noqa: PLC0415
+def _profile(name: str) -> Profile:
     from vtx.x86.profile import load_profile  # noqa: PLC0415
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
     try:
-        profile = load_profile(name)
+        return load_profile(name)
     except ProfileError as error:
         raise Unusable(f"profile {error}") from None
+
+
+def _capabilities(profile: Profile) -> Capabilities:
+    from vmcs.capabilities import Capabilities  # noqa: PLC0415
+
     if not profile.vmx_capabilities:
-        raise Unusable(f"profile {name}: this processor has no VMX")
-    return profile, Capabilities(profile.vmx_capabilities)
+        raise Unusable(f"profile {profile.name}: this processor has neither VMX nor SVM")
+    return Capabilities(profile.vmx_capabilities)
 
 
 def _document(file: str, capabilities: Capabilities) -> VmcsDocument:

@@ -26,9 +26,10 @@ from vtx.svm.processor_state import load_guest, save_host
 from vtx.svm.vmexit import return_to_host
 from vtx.x86.cpuid import reserved_cr4_bits
 from vtx.x86.event import Event, EventKind
-from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA
+from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA, Msr
 from vtx.x86.outcome import Vector
 from vtx.x86.paging import load_pdptrs
+from vtx.x86.profile import Profile
 from vtx.x86.second_level import SecondLevel
 from vtx.x86.state import MASK64, CpuState, Cr0, Cr4, Efer, Rflags
 
@@ -75,14 +76,19 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
 def new_context(operation: SvmOperation, vmcb: Vmcb) -> VmrunContext:
     """What the rules of VMRUN may know about this processor beside the VMCB."""
     processor = operation.processor
-    profile, efer = processor.profile, processor.msrs.table[IA32_EFER]
+    efer = processor.msrs.table[IA32_EFER]
+    return context_of(processor.profile, efer, vmcb, host_paging=processor.state.paging)
+
+
+def context_of(profile: Profile, efer: Msr, vmcb: Vmcb, *, host_paging: bool) -> VmrunContext:
+    """What the rules of VMRUN may know about a processor of ``profile`` whose EFER is ``efer``."""
     return VmrunContext(
         vmcb,
         physical_address_width=profile.physical_address_width,
         cr4_reserved=reserved_cr4_bits(profile),
         efer_reserved=MASK64 & ~(efer.writable | efer.ignored),
         long_mode_supported=profile.has("LM"),
-        host_paging=processor.state.paging,
+        host_paging=host_paging,
     )
 
 
