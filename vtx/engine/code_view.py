@@ -35,11 +35,13 @@ _MOST_REMEMBERED: Final = 1 << 16
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
 # asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
 # of null selectors, and nothing tells their interrupt shadow from that of STI. UMONITOR and its like pass for MFENCE.
+# Loads of MXCSR take reserved bits.
 _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
         *(Mnemonic.SYSRET, Mnemonic.SYSRETQ, Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ),
         *(Mnemonic.UMONITOR, Mnemonic.UMWAIT, Mnemonic.TPAUSE),
+        *(Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
     )
 )
 

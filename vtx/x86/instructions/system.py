@@ -13,6 +13,7 @@ from vtx.x86 import smm
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
+from vtx.x86.instructions.sse_control import MXCSR_OFFSET, check_mxcsr, require_not_task_switched
 from vtx.x86.monitor import Monitor
 from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, Plain
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 _MASKED_INTERRUPTS_BREAK: Final = 1 << 0  # the only extension of MWAIT
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
+
+_LEGACY_AREA_AND_HEADER: Final = 576
+_XSAVE_ALIGNMENT: Final = 64
+_SSE_STATE: Final = 1 << 1  # of XCR0
 
 _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
@@ -196,6 +201,13 @@ def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """XSAVE, XSAVEOPT, XRSTOR: the engine has them, but would not let XSETBV exit if CR4.OSXSAVE were always set."""
     _require_osxsave(cpu)
+    require_not_task_switched(cpu)
+    loads = instruction.mnemonic in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
+    linear = operand_address(cpu, instruction, _LEGACY_AREA_AND_HEADER, write=not loads)
+    if linear % _XSAVE_ALIGNMENT:
+        raise gp(0)
+    if loads and cpu.state.gpr[Gpr.RAX] & cpu.state.xcr0 & _SSE_STATE:
+        check_mxcsr(cpu, linear + MXCSR_OFFSET)
     cpu.native(instruction, osxsave=True)
 
 

@@ -18,6 +18,7 @@ from vtx.x86.instructions import (
     msr_list,
     port_io,
     segment_loads,
+    sse_control,
     supervisor_state,
     system,
     tasks,
@@ -33,7 +34,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, tasks),
-        *(port_io, missing, wait, msr_list, supervisor_state),
+        *(port_io, missing, wait, msr_list, supervisor_state, sse_control),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -65,7 +66,7 @@ _ENGINE_NEEDED: Final = frozenset(
     (
         *(Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64),
         *(Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVES, Mnemonic.XSAVES64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64),
-        *(Mnemonic.CALL, Mnemonic.JMP),
+        *(Mnemonic.CALL, Mnemonic.JMP, Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
     )
 )
 
