@@ -44,6 +44,7 @@ from vtx.engine.selfcheck import require_known_library
 from vtx.engine.transfer import callbacks
 from vtx.x86.execution import (
     ANSWERED,
+    CONTINUED,
     NOT_ANSWERED,
     REPLANNED,
     STEP,
@@ -231,8 +232,8 @@ class UnicornEngine:
         if budget == ANSWERED or self._stop_requested:
             self._answered = True
             return False
-        if budget == REPLANNED:
-            self._prepare(state, self._client.plan, reload=True)
+        if budget in (REPLANNED, CONTINUED):
+            self._prepare(state, self._client.plan, reload=budget == REPLANNED)
             return True
         if self._flush_wanted:
             self._flush_now()

@@ -101,6 +101,9 @@ ANSWERED: Final = -2
 REPLANNED: Final = -3
 """It executed the instruction and changed more than GPRs, RIP and RFLAGS; `EngineClient.plan` says how to go on."""
 
+CONTINUED: Final = -4
+"""As `REPLANNED`, but nothing else changed."""
+
 UNPLANNED: Final = 1 << 62
 """A budget of `EngineClient.answer` that no run uses up."""
 

@@ -18,6 +18,7 @@ from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import (
     ANSWERED,
+    CONTINUED,
     NOT_ANSWERED,
     REPLANNED,
     STEP,
@@ -477,8 +478,8 @@ class LogicalProcessor(ProcessorCore):
             return ANSWERED
         if self._plan().step:
             return ANSWERED
-        self.reload = False
-        return REPLANNED
+        reload, self.reload = self.reload, False
+        return REPLANNED if reload else CONTINUED
 
     def _execute_extension(self, extension: Virtualization, instruction: Instruction) -> bool:
         transitions, single_step = extension.transitions, self.state.rflags & _TF
