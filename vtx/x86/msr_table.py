@@ -50,6 +50,7 @@ IA32_FS_BASE: Final = 0xC000_0100
 IA32_GS_BASE: Final = 0xC000_0101
 IA32_KERNEL_GS_BASE: Final = 0xC000_0102
 IA32_TSC_AUX: Final = 0xC000_0103
+SMM_BASE: Final = 0xC001_0111
 TSC_RATIO: Final = 0xC000_0104
 PERF_EVENT_SELECT_0: Final = 0xC001_0000
 PERF_COUNTER_0: Final = 0xC001_0004
@@ -160,6 +161,7 @@ def _vm_cr(profile: Profile, old: int, new: int) -> bool:
 
 # Fast strings on; branch trace storage and PEBS reported as unavailable; MONITOR/MWAIT on.
 _MISC_ENABLE_RESET: Final = 1 << 0 | 1 << 11 | 1 << 12 | MISC_ENABLE_MONITOR
+_PERFORMANCE_MONITORING_AVAILABLE: Final = 1 << 7
 _PAT_RESET: Final = 0x0007_0406_0007_0406
 
 _TABLE: Final[tuple[Msr, ...]] = (
@@ -284,7 +286,7 @@ _AMD_TABLE: Final[tuple[Msr, ...]] = (
     *(Msr(0xC001_0017 + 2 * n, f"IORR_MASK{n}", writable=1 << 11, address=True) for n in range(2)),
     Msr(0xC001_001A, "TOP_MEM", writable=0, address=True),
     Msr(0xC001_001D, "TOP_MEM2", writable=0, address=True),
-    Msr(0xC001_0111, "SMM_BASE", reset=0x3_0000, writable=MASK32),
+    Msr(SMM_BASE, "SMM_BASE", reset=0x3_0000, writable=MASK32),
     Msr(0xC001_0112, "SMM_ADDR", writable=0, address=True),
     Msr(0xC001_0113, "SMM_MASK", writable=0b11, address=True),
     Msr(VM_CR, "VM_CR", writable=0b1_1111, features=("SVM",), check=_vm_cr),
@@ -321,9 +323,17 @@ def _machine_check_banks(count: int) -> Iterable[Msr]:
         yield Msr(0x403 + 4 * n, f"IA32_MC{n}_MISC", features=("MCA",))
 
 
-_FREEZE: Final = FREEZE_LBRS_ON_PMI | FREEZE_PERFMON_ON_PMI
 MTRRCAP_FIXED: Final = 1 << 8
 MTRRCAP_WRITE_COMBINING: Final = 1 << 10
+
+
+def _monitored(row: Msr) -> Msr:
+    """``row`` on a processor with performance monitoring."""
+    if row.index == IA32_DEBUGCTL:
+        return evolve(row, writable=row.writable | FREEZE_LBRS_ON_PMI | FREEZE_PERFMON_ON_PMI)
+    if row.index == IA32_MISC_ENABLE:
+        return evolve(row, reset=row.reset | _PERFORMANCE_MONITORING_AVAILABLE)
+    return row
 
 
 def msrs_of(profile: Profile) -> dict[int, Msr]:
@@ -332,9 +342,8 @@ def msrs_of(profile: Profile) -> dict[int, Msr]:
     if profile.is_amd:
         rows = [*(row for row in rows if not row.intel_only), *_AMD_TABLE]
     if profile.performance is not None:
-        rows += (Msr(*row) for row in profile.performance.msrs())
+        rows = [*map(_monitored, rows), *(Msr(*row) for row in profile.performance.msrs())]
         rows.append(Msr(IA32_PERF_GLOBAL_STATUS, "IA32_PERF_GLOBAL_STATUS", read_only=True))
-        rows = [evolve(row, writable=row.writable | _FREEZE) if row.index == IA32_DEBUGCTL else row for row in rows]
     resets = {
         "IA32_MTRRCAP": profile.variable_mtrrs | MTRRCAP_FIXED | MTRRCAP_WRITE_COMBINING,
         "IA32_MCG_CAP": profile.machine_check_banks,

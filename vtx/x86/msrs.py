@@ -29,6 +29,7 @@ from vtx.x86.msr_table import (
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
     MSR_LASTBRANCHFROMIP,
+    SMM_BASE,
     X2APIC_MSRS,
     msrs_of,
 )
@@ -175,7 +176,13 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
         return True
 
     msrs.bind(IA32_EFER, lambda index: state().efer, write_efer)
+
+    def write_smbase(index: int, value: int) -> bool:
+        state().smbase = value
+        return True
+
     msrs.bind(IA32_DEBUGCTL, lambda index: state().debugctl, write_debugctl)
+    msrs.bind(SMM_BASE, lambda index: state().smbase, write_smbase)
     for offset, field in enumerate(fields(LastBranch)):
         bind_last_branch(MSR_LASTBRANCHFROMIP + offset, field.name)
     bind_segment(IA32_FS_BASE, SegmentRegister.FS)

@@ -129,6 +129,21 @@ def test_xd_disable__hides_nx_and_reserves_efer_nxe(msrs):
     assert cpuid(SKYLAKE, 0x8000_0001, 0, Dynamic(misc_enable=0))[3] & 1 << 20
 
 
+def test_performance_monitoring__is_available_and_can_be_frozen():
+    msrs = MsrFile(load_profile("everything"))
+    assert msrs.read(0x1A0) == 0x4_1881
+    assert msrs.write(0x1D9, 0x1803)
+    assert not msrs.write(0x1D9, 0x4000)
+
+
+def test_smm_base_of_amd_processors__is_the_processors():
+    msrs, state = MsrFile(load_profile("zen-server")), CpuState()
+    bind_registers(msrs, lambda: state, lambda: None)
+    assert msrs.read(0xC001_0111) == 0x3_0000
+    assert msrs.write(0xC001_0111, 0x5_0000)
+    assert state.smbase == 0x5_0000
+
+
 def test_read_only_bits_of_misc_enable_stay(msrs):
     assert msrs.write(0x1A0, 0)
     assert msrs.read(0x1A0) == 0x1800
