@@ -23,9 +23,14 @@ enum svm_exit {
     SVM_EXIT_CPUID = 0x72,
     SVM_EXIT_HLT = 0x78,
     SVM_EXIT_IOIO = 0x7B,
+    SVM_EXIT_MSR = 0x7C,
     SVM_EXIT_SHUTDOWN = 0x7F,
     SVM_EXIT_VMRUN = 0x80,
     SVM_EXIT_VMMCALL = 0x81,
+    SVM_EXIT_VMLOAD = 0x82,
+    SVM_EXIT_VMSAVE = 0x83,
+    SVM_EXIT_STGI = 0x84,
+    SVM_EXIT_CLGI = 0x85,
     SVM_EXIT_NPF = 0x400,
 };
 #define SVM_EXIT_INVALID (~0ul)

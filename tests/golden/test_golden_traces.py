@@ -64,7 +64,13 @@ def summarized(trace: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("guest", "profile"), [("hello", DEFAULT_PROFILE), ("nested", DEFAULT_PROFILE), ("svm_hello", "zen-server")]
+    ("guest", "profile"),
+    [
+        ("hello", DEFAULT_PROFILE),
+        ("nested", DEFAULT_PROFILE),
+        ("svm_hello", "zen-server"),
+        ("svm_nested", "zen-server"),
+    ],
 )
 def test_trace_is_as_recorded(guest: str, profile: str, update: bool, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"

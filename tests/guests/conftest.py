@@ -45,6 +45,18 @@ def nested() -> str:
     return need_bundled("nested")
 
 
+@pytest.fixture
+def svm_hello() -> str:
+    """The smallest bundled guest for AMD-V."""
+    return need_bundled("svm_hello")
+
+
+@pytest.fixture
+def svm_nested() -> str:
+    """A hypervisor under it."""
+    return need_bundled("svm_nested")
+
+
 def need_bundled(name: str) -> str:
     if name not in bundled_names():
         pytest.skip(f"the bundled guest {name} has not been built (make guests)")

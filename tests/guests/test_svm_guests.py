@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import need_bundled
 from tiny_guests import RunVtx
 
 from vtx import events as e
@@ -32,11 +31,6 @@ SVM_HELLO = """\
 """
 
 
-@pytest.fixture
-def svm_hello() -> str:
-    return need_bundled("svm_hello")
-
-
 @pytest.mark.parametrize("profile", ["zen-server", "everything-amd"])
 def test_svm_hello__prints_each_exit_and_passes(vtx: RunVtx, svm_hello: str, profile: str) -> None:
     done = vtx("run", svm_hello, "--profile", profile)
@@ -59,3 +53,19 @@ def test_svm_hello__summary_and_trace_agree(vtx: RunVtx, svm_hello: str, tmp_pat
     assert summary["vm_exits"]["nested page fault"] == 1
     assert [(event.info1, event.info2) for event in exits if event.code == 0x400] == [(0x1_0000_0004, 0x3FE0_0000)]
     assert len([event for event in read_trace(trace) if isinstance(event, e.Vmrun)]) == 7
+
+
+def test_svm_nested__svm_hello_cannot_tell_that_it_is_not_alone(vtx: RunVtx, svm_nested: str) -> None:
+    done = vtx("run", svm_nested, "--profile", "zen-server")
+    assert done.status == 0
+    lines = ADDRESS.sub(r"\1 *", done.stdout.decode()).replace("\r\n", "\n").splitlines(keepends=True)
+    assert "".join(line for line in lines if line.startswith("[svm_hello]")) == SVM_HELLO
+    assert [line for line in lines if not line.startswith("[svm_hello]")] == [
+        "[L1] switching SVM on\n",
+        "[L1] running L2 at RIP *\n",
+        "[L1] L2 switches SVM on\n",
+        "[L1] L2 ended its run with 0x0\n",
+        "[L1] exits of L2 30, of them MSR accesses 8, VMRUN 7\n",
+        "[L1] exits of L3 to L2 7, page faults of L3 that L1 kept from L2 15\n",
+        "[L1] done\n",
+    ]
