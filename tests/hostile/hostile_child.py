@@ -1,6 +1,6 @@
 """Runs hostile programs, one line of JSON each, in a process that may crash.
 
-Usage: hostile_child.py FIRST COUNT [--limit N] [--blank BEGIN-END]... [--variants NAME,...]
+Usage: hostile_child.py FIRST COUNT [--limit N] [--blank BEGIN-END]... [--compare-every N]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from hostile_program import VARIANTS, Outcome, Program, choose, difference, run
@@ -22,7 +23,7 @@ SECONDS = 60
 ADDRESS_SPACE = 6 << 30
 
 
-def _record(program: Program, variants: list[str]) -> dict[str, Any]:
+def _record(program: Program, variants: Sequence[str]) -> dict[str, Any]:
     choice, _ = choose(program.seed)
     record: dict[str, Any] = {"seed": program.seed, "mode": choice.mode, "extension": choice.extension}
     outcomes: list[Outcome] = []
@@ -35,11 +36,11 @@ def _record(program: Program, variants: list[str]) -> dict[str, Any]:
                 raise
             where = traceback.extract_tb(failure.__traceback__)[-1]
             record["exception"] = f"{variant}: {type(failure).__name__}: {failure} ({where.filename}:{where.lineno})"
-            record["traceback"] = traceback.format_exc()
+            record["details"] = traceback.format_exc()
             return record
     first = outcomes[0]
     record |= {"reason": first.reason, "message": first.message, "instructions": first.instructions}
-    record |= {"exits": first.exits, "seconds": time.process_time() - begin}
+    record |= {"runs": len(outcomes), "exits": first.exits, "seconds": time.process_time() - begin}
     for variant, other in zip(variants[1:], outcomes[1:], strict=True):
         found = difference(first, other)
         if found:
@@ -54,14 +55,15 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--blank", action="append", default=[])
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--compare-every", type=int, default=1)
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     blanks = tuple((int(begin), int(end)) for begin, _, end in (each.partition("-") for each in options.blank))
     for seed in range(options.first, options.first + options.count):
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        record = _record(Program(seed, options.limit, blanks), options.variants.split(","))
+        variants = VARIANTS[: 1 if seed % options.compare_every else None]
+        record = _record(Program(seed, options.limit, blanks), variants)
         record["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 MEMORY = 2 << 20
 
 CODE = 0x1_0000
-CODE_PAGES = 3
+CODE_PAGES = 2
 CODE_SIZE = CODE_PAGES << 12
 GDT = 0x1_8000
 LDT = 0x1_9000

@@ -87,7 +87,7 @@ def choose(seed: int) -> tuple[_Choice, random.Random]:
     cpl = 3 if mode == "virtual-8086" else 0
     if mode not in ("real", "virtual-8086", "protected-16") and source.random() < 0.25:
         cpl = 3
-    limit = source.choice((200, 500, 500, 1000, 4000))
+    limit = source.choice((100, 200, 300, 500, 1500))
     cpus = 2 if source.random() < 0.08 else 1
     return _Choice(mode, extension, profile, cpl, cpus, limit, source.random() < 0.3), source
 
