@@ -132,6 +132,27 @@ class InterruptAccepted:
 
 
 @frozen
+class SmmEntered:
+    """A system-management interrupt was delivered at the boundary before ``rip``; state is saved below ``smbase``."""
+
+    name: ClassVar[str] = "smm_entered"
+    vcpu: int
+    time: int
+    rip: int
+    smbase: int
+
+
+@frozen
+class SmmLeft:
+    """RSM went back to ``rip``."""
+
+    name: ClassVar[str] = "smm_left"
+    vcpu: int
+    time: int
+    rip: int
+
+
+@frozen
 class VmInstruction:
     """A VMX instruction and what came of it: ``VMsucceed``, ``VMfailValid(7)``, ``#GP(0)`` ..."""
 
@@ -332,6 +353,8 @@ TraceEvent = (
     | ExceptionRaised
     | EventDelivered
     | InterruptAccepted
+    | SmmEntered
+    | SmmLeft
     | VmInstruction
     | VmEntry
     | VmEntryFailed

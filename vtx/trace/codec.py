@@ -97,6 +97,8 @@ FIELDS: Final[Mapping[type[e.TraceEvent], Mapping[str, Codec]]] = {
     e.ExceptionRaised: _event(rip=HEX, vector=NUMBER, error_code=HEX, address=HEX),
     e.EventDelivered: _event(vector=NUMBER, kind=TEXT, cs=HEX, rip=HEX, error_code=HEX),
     e.InterruptAccepted: _event(rip=HEX, vector=NUMBER),
+    e.SmmEntered: _event(rip=HEX, smbase=HEX),
+    e.SmmLeft: _event(rip=HEX),
     e.VmInstruction: _event(mnemonic=TEXT, outcome=TEXT),
     e.VmEntry: _event(vmcs=HEX, launch=FLAG, rip=HEX, cr3=HEX, rules_evaluated=NUMBER, injected=_INTERRUPTION),
     e.VmEntryFailed: _event(vmcs=HEX, outcome=TEXT, violations=_VIOLATIONS, detail=TEXT),

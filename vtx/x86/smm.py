@@ -88,9 +88,12 @@ def enter(cpu: ProcessorCore) -> None:
         vmxe=vmxe,
         suspended=suspension.state if suspension is not None else None,
     )
+    rip = state.rip
     _start_handler(state)
     cpu.mmu.vm_transition(state, _NO_SECOND_LEVEL, 0, flush=True)
     cpu.load_control_state()
+    if cpu.tracing is not None:
+        cpu.tracing.smm_entered(rip)
 
 
 def _start_handler(state: CpuState) -> None:
@@ -132,6 +135,8 @@ def leave(cpu: ProcessorCore) -> None:
         except InstructionAborted:
             cpu.shut_down("RSM from system-management mode: a PDPTE has reserved bits set")
     cpu.load_control_state()
+    if cpu.tracing is not None:
+        cpu.tracing.smm_left()
 
 
 def _registers(state: CpuState) -> tuple[Segment, ...]:

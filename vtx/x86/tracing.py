@@ -67,6 +67,14 @@ class ProcessorTracing:
         """An external interrupt was acknowledged."""
         self._emit(events.InterruptAccepted(*self._now(), self._state.rip, vector))
 
+    def smm_entered(self, rip: int) -> None:
+        """A system-management interrupt was delivered at the boundary before ``rip``."""
+        self._emit(events.SmmEntered(*self._now(), rip, self._state.smbase))
+
+    def smm_left(self) -> None:
+        """RSM has restored the registers."""
+        self._emit(events.SmmLeft(*self._now(), self._state.rip))
+
     def second_level_fault(self, fault: SecondLevelFault) -> None:
         """The second level refused an access."""
         kind = "".join(" " + c.lower() if c.isupper() else c for c in type(fault).__name__).strip()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from flat_guest import COUNTER, EXIT_0, ICR, SOFTWARE_ENABLE, START, machine_with, store, wait_for
 
+from vtx.events import SmmEntered, SmmLeft, TraceEvent
 from vtx.machine import Machine, StopReason
 from vtx.x86.state import Activity, Segment
 
@@ -201,6 +202,20 @@ def test_relocated_smbase__counts_from_the_next_smi() -> None:
     assert machine.memory.read_u32(COUNTER) == 1
     assert saved(machine, "SMBASE", 0x5_0000) == 0x5_0000
     assert machine.cpu.state.smbase == 0x5_0000
+
+
+def test_trace__tells_when_smm_is_entered_and_left() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Recorder:
+        def emit(self, event: TraceEvent) -> None:
+            if isinstance(event, SmmEntered | SmmLeft):
+                seen.append((event.name, event.rip))
+
+    machine = machine_with(1, OUT_B2 + EXIT_0, tracer=Recorder())
+    machine.memory.write(HANDLER, INC_COUNTER + RSM)
+    run(machine)
+    assert seen == [("smm_entered", 0x1002), ("smm_left", 0x1002)]
 
 
 class TestHalted:

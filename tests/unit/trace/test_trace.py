@@ -32,6 +32,8 @@ EVENTS: tuple[e.TraceEvent, ...] = (
     e.EventDelivered(0, 1, 14, "hardware exception", 0x8, 0x2000, 0x2),
     e.EventDelivered(0, 1, 32, "external interrupt", 0x8, 0x2000),
     e.InterruptAccepted(1, 1, 0x1000, 0x20),
+    e.SmmEntered(0, 1, 0x1000, 0x3_0000),
+    e.SmmLeft(0, 1, 0x1000),
     e.VmInstruction(0, 1, "VMCLEAR", "VMfailValid(2)"),
     e.VmEntry(0, 1, 0x5000, True, 0x1000, 0x7000, 230, PAGE_FAULT),
     e.VmEntry(0, 1, 0x5000, False, 0x1000, 0, 12),
