@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Callbacks, each made after the fact; they must not change the machine."""
+    """Callbacks, each made after the fact; they must not change the machine.
+
+    ``traces`` tells whether `svm_instruction` is of interest.
+    """
+
+    traces: bool
 
     def svm_instruction(self, name: str, outcome: Outcome) -> None:
         """An SVM instruction was executed with this outcome."""

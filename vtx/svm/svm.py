@@ -22,6 +22,7 @@ from vtx.svm.observer import Observer
 from vtx.svm.operation import Features, SvmOperation, VmrunFailure
 from vtx.svm.outcome import Outcome
 from vtx.svm.record import Vmexit
+from vtx.svm.shortcuts import shortcut
 from vtx.svm.vmexit import perform_exit
 from vtx.svm.vmrun import new_context
 from vtx.x86.decode import Instruction
@@ -118,7 +119,7 @@ class Svm:
 
     def shortcut(self, instruction: Instruction) -> Callable[[], bool] | None:
         """See `Virtualization.shortcut`."""
-        return None
+        return shortcut(self.operation, instruction)
 
     def is_disabled(self, instruction: Instruction) -> bool:
         """SVM has no control that makes an instruction invalid."""

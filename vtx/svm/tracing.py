@@ -40,6 +40,7 @@ class SvmTracing:
         self.operation = processor.svm.operation
         self.exit_counts = exit_counts
         self.tracer = tracer
+        self.traces = tracer is not None
 
     def svm_instruction(self, name: str, outcome: Outcome) -> None:
         """See `Observer.svm_instruction`."""

@@ -50,6 +50,7 @@ class FakeProcessor:
         self.cr8 = 0
         self.delivered: list[Event] = []
         self.shutdown: str | None = None
+        self.smis = 0
 
     def tsc(self) -> int:
         return self.ticks
@@ -88,6 +89,9 @@ class FakeProcessor:
 
     def set_task_priority(self, value: int) -> None:
         self.cr8 = value
+
+    def enter_smm(self) -> None:
+        self.smis += 1
 
     def shut_down(self, reason: str) -> None:
         self.shutdown = reason

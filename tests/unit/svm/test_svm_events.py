@@ -152,10 +152,14 @@ def test_blocked_nmi_does_not_exit() -> None:
     assert not machine.svm.boundary()
 
 
-def test_smi_is_over_when_the_firmware_has_had_it() -> None:
+def test_smi_of_the_host_waits_for_the_global_interrupt_flag() -> None:
     machine = Machine()
+    machine.execute(CLGI)
     machine.svm.smi()
     assert not machine.svm.boundary()
+    machine.state.gif = True
+    assert machine.svm.boundary()
+    assert machine.processor.smis == 1
     machine.intercept(SMI)
     machine.run()
     assert not machine.svm.boundary()
