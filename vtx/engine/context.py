@@ -83,6 +83,11 @@ class Context:
         rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
         return int(rip) if hidden & layout.CODE64 else int(rip + base & MASK32)
 
+    def wrapped(self, address: int) -> int:
+        """The linear address of a fetch: outside 64-bit mode the library adds CS base and EIP without wrapping."""
+        _, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
+        return address if hidden & layout.CODE64 else address & MASK32
+
     def code_bits(self) -> int:
         """Width of the code: 16, 32 or 64 bits."""
         return width(self.kind)

@@ -64,7 +64,7 @@ from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Vector
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import CpuState, Rflags, Shadow
+from vtx.x86.state import MASK32, CpuState, Rflags, Shadow
 
 PROBE: Final = 1 << 62
 """A linear address that is canonical in no paging mode."""
@@ -263,9 +263,10 @@ class UnicornEngine:
         if self.clock.words[SIZE]:  # before the first block of a run, the context is what the run began with
             self._context.save()
         cpl, alignment_check = self._context.access()
-        grant = self._client.fill(address, kind, cpl, alignment_check)
+        linear = address if address <= MASK32 or kind is not AccessKind.EXECUTE else self._context.wrapped(address)
+        grant = self._client.fill(linear, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
-            self._refused = (address, kind, grant)
+            self._refused = (linear, kind, grant)
             return 0
         frame, permissions = grant
         physical = frame << PAGE_SHIFT
