@@ -18,6 +18,7 @@ from vtx.svm import events, instructions, pause_filter
 from vtx.svm import places as at
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
 from vtx.svm.intercepts import exit_of, next_rip
+from vtx.svm.nested_paging import NO_SECOND_LEVEL
 from vtx.svm.observer import Observer
 from vtx.svm.operation import Features, SvmOperation, VmrunFailure
 from vtx.svm.outcome import Outcome
@@ -102,8 +103,14 @@ class Svm:
         return not self.operation.processor.state.gif
 
     def init(self) -> bool:
-        """See `Virtualization.init`."""
-        return self._exit_if(Vmexit(Exit.INIT) if self.operation.intercepted(Exit.INIT) else None)
+        """See `Virtualization.init`. An INIT that is not intercepted ends guest mode without a trace."""
+        svm = self.operation
+        if svm.intercepted(Exit.INIT):
+            perform_exit(svm, Vmexit(Exit.INIT))
+            return True
+        svm.guest_mode = False
+        svm.processor.mmu.second_level, svm.processor.mmu.asid = NO_SECOND_LEVEL, 0
+        return False
 
     def start_up(self, vector: int) -> bool:
         """Start-up IPIs have no intercept."""

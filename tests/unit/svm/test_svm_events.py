@@ -168,6 +168,8 @@ def test_smi_of_the_host_waits_for_the_global_interrupt_flag() -> None:
 def test_init() -> None:
     machine = running()
     assert not machine.svm.init()
+    assert not machine.svm.non_root
+    assert machine.processor.mmu.asid == 0
     machine = running(INIT)
     assert machine.svm.init()
     assert machine.stored("EXITCODE") == INIT
