@@ -29,6 +29,7 @@ from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
 from vtx.x86.spinning import Spin
 from vtx.x86.state import MASK32, MASK64, Activity, CpuState, Rflags, Shadow
+from vtx.x86.task import NO_HOOKS
 from vtx.x86.timing import EVENT_TICKS, TICKS_PER_BYTE
 from vtx.x86.tracing import ProcessorTracing
 from vtx.x86.virtualization import Virtualization
@@ -208,7 +209,7 @@ class ProcessorCore:
         self._delivered_at = instructions
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
-        hooks = task_switch_hooks(self, None, event)
+        hooks = NO_HOOKS if self.state.long_mode else task_switch_hooks(self, None, event)
         outcome = deliver_with_faults(self.state, self.mmu, event, on_fault, hooks=hooks)
         self.mmu.update(self.state)
         self.charge(EVENT_TICKS)

@@ -222,9 +222,7 @@ def _idt_gate(delivery: _Delivery) -> Gate:
     offset = event.vector * size
     if offset + size - 1 > state.idtr.limit:
         raise delivery.gate_fault(Vector.GP)
-    low = memory.read(system_address(state, state.idtr.base, offset), 8)
-    high = memory.read(system_address(state, state.idtr.base, offset + 8), 8) if state.long_mode else 0
-    gate = descriptors.parse_gate(low, high)
+    gate = descriptors.read_gate(state, memory, state.idtr.base, offset, size)
     if gate.type not in (_GATES_32 if state.long_mode else _LEGACY_GATES):
         raise delivery.gate_fault(Vector.GP)
     if event.checks_gate_privilege and gate.dpl < state.cpl:

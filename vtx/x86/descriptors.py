@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 
 from vtx.x86.linear import LinearMemory, system_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.state import AccessRights, CpuState, Segment
+from vtx.x86.state import MASK64, AccessRights, CpuState, Segment
 
 _DESCRIPTOR_RIGHTS: Final = 0xF0FF
 # Plain integers: arithmetic on flag enumerations is slow and drops the bits they do not name.
@@ -171,6 +171,16 @@ def parse_gate(low: int, high: int = 0) -> Gate:
         ist=(low >> 32) & 7,
         parameter_count=(low >> 32) & 0x1F,
     )
+
+
+def read_gate(state: CpuState, memory: LinearMemory, base: int, offset: int, size: int) -> Gate:
+    """The gate of ``size`` (8 or 16) bytes at ``offset`` of the table at ``base``."""
+    address = system_address(state, base, offset)
+    if size == 8 or system_address(state, base, offset + 8) != address + 8:
+        high = memory.read(system_address(state, base, offset + 8), 8) if size == 16 else 0
+        return parse_gate(memory.read(address, 8), high)
+    image = memory.read(address, 16)
+    return parse_gate(image & MASK64, image >> 64)
 
 
 def encode_gate(gate: Gate) -> tuple[int, int]:

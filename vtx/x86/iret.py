@@ -156,6 +156,8 @@ def _nested_task(state: CpuState, memory: LinearMemory, instruction_length: int,
 def _protected(state: CpuState, memory: LinearMemory, operand_size: int) -> None:
     size = operand_size // 8
     stack = Stack.of(state, memory)
+    if state.in_64_bit_mode:
+        stack.read_ahead(5, size)
     frame = _pop_frame(stack, size)
     cpl = state.cpl
     if operand_size == 32 and frame.rflags & _VM and cpl == 0 and not state.long_mode:

@@ -14,7 +14,7 @@ _LA57: Final = Cr4.LA57.value
 
 
 class LinearMemory(Protocol):
-    """Memory at linear addresses, paging applied; little-endian values of 1, 2, 4 or 8 bytes.
+    """Memory at linear addresses, paging applied; little-endian values.
 
     The default is an implicit supervisor access (descriptor tables, TSS). ``user`` marks an access made at CPL 3,
     ``ac`` an explicit one below CPL 3 with RFLAGS.AC set, which SMAP lets pass. An access may cross a page boundary.

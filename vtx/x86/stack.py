@@ -14,6 +14,9 @@ from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Rflags, Segment
 
 _AC: Final = Rflags.AC.value
+_BLOCK: Final = 128
+"""Bytes of a sub-page, to which write permissions can be limited (SDM Vol. 3, "Sub-Page Write Permissions")."""
+
 _EXPAND_DOWN: Final = AccessRights.EXPAND_DOWN_OR_CONFORMING.value
 
 
@@ -31,7 +34,7 @@ class Stack:
 
     ``bits`` is the stack-address size: 16, 32 or 64. ``user`` marks accesses made at CPL 3, ``ac`` those
     made below it with RFLAGS.AC set. A reference outside the segment, or to a non-canonical address, raises #SS with
-    ``error_code``.
+    ``error_code``. ``ahead`` are values read already, the next one last.
     """
 
     memory: LinearMemory
@@ -42,6 +45,7 @@ class Stack:
     ac: bool
     error_code: int
     linear_width: int
+    ahead: list[int] | None = None
 
     @classmethod
     def of(
@@ -74,20 +78,49 @@ class Stack:
     def check_room(self, count: int, size: int) -> None:
         """Raise #SS unless ``count`` values of ``size`` bytes can be pushed as far as segmentation is concerned."""
         pointer = self.pointer
+        if self.bits == 64:
+            # What is not canonical is wider than any frame.
+            self._linear((pointer - size) & MASK64, size)
+            self._linear((pointer - count * size) & MASK64, size)
+            return
         for _ in range(count):
             pointer = self._moved(pointer, -size)
             self._linear(pointer, size)
 
     def push(self, *values: int, size: int) -> None:
         """Push ``values``, the first one first, ``size`` bytes each; whatever does not fit is cut off."""
-        for value in values:
+        mask, top = (1 << size * 8) - 1, self.pointer
+        for at, value in enumerate(values):
+            if at == 1 and self.bits == 64 and self._is_one_block(top - len(values) * size, len(values) * size):
+                image = 0
+                for each in values[1:]:
+                    image = image << size * 8 | each & mask
+                self.pointer = top - len(values) * size
+                self.memory.write(self.pointer, (len(values) - 1) * size, image, user=self.user, ac=self.ac)
+                return
             pointer = self._moved(self.pointer, -size)
             linear = self._linear(pointer, size)
-            self.memory.write(linear, size, value & ((1 << size * 8) - 1), user=self.user, ac=self.ac)
+            self.memory.write(linear, size, value & mask, user=self.user, ac=self.ac)
             self.pointer = pointer
+
+    def read_ahead(self, count: int, size: int) -> None:
+        """``count`` values of ``size`` bytes will be popped: read them at once, if one fault is that of all."""
+        if self.bits == 64 and self._is_one_block(self.pointer, count * size):
+            linear = self._linear(self.pointer, size)
+            image = self.memory.read(linear, count * size, user=self.user, ac=self.ac)
+            mask = (1 << size * 8) - 1
+            self.ahead = [image >> at * size * 8 & mask for at in reversed(range(count))]
+
+    @staticmethod
+    def _is_one_block(linear: int, size: int) -> bool:
+        """Whether any access to these bytes is refused if one is, for the same reason: nothing decides about less."""
+        return linear >= 0 and linear // _BLOCK == (linear + size - 1) // _BLOCK
 
     def pop(self, size: int) -> int:
         """Pop a value of ``size`` bytes."""
+        if self.ahead:
+            self.pointer = self._moved(self.pointer, size)
+            return self.ahead.pop()
         value = self.memory.read(self._linear(self._moved(self.pointer, 0), size), size, user=self.user, ac=self.ac)
         self.pointer = self._moved(self.pointer, size)
         return value
