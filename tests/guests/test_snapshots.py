@@ -80,3 +80,13 @@ def test_nested_guest_while_the_third_level_prints_a_line(line: bytes) -> None:
         recorder.machine.run(max_instructions=limit)
     assert recorder.machine.cpu.vmx.non_root
     assert_continues_alike("nested", recorder)
+
+
+def test_all_of_ram_is_as_it_was() -> None:
+    machine = Recorder().load("nested").machine
+    machine.run(max_instructions=500_000)
+    snapshot, ram = machine.snapshot(), machine.memory.read(0, 64 << 20)
+    machine.run()
+    assert machine.memory.read(0, 64 << 20) != ram
+    machine.restore(snapshot)
+    assert machine.memory.read(0, 64 << 20) == ram
