@@ -75,7 +75,7 @@ class EptMisconfiguration(SecondLevelFault):
 
 @frozen
 class PageModificationLogFull(SecondLevelFault):
-    """VM exit with reason 62: an EPT dirty flag would have to be set and the log has no room."""
+    """VM exit with reason 62: an accessed or dirty flag for EPT would have to be set and the log has no room."""
 
 
 EptFault = EptViolation | EptMisconfiguration | PageModificationLogFull
@@ -159,9 +159,9 @@ class ExtendedPageTables:
     """The second level of VMX non-root operation with "enable EPT".
 
     ``log_dirty`` is called with the guest-physical page address before a dirty flag is set (page-modification
-    logging); it returns False when the log is full. None: no logging. Guest paging structures on
-    ``apic_access_page`` are refused with `ReservedPageAccess` (SDM Vol. 3, "Guest-Physical Accesses to the APIC-Access
-    Page").
+    logging), with None before accessed flags alone are; it returns False when the log is full. None: no logging.
+    Guest paging structures on ``apic_access_page`` are refused with `ReservedPageAccess` (SDM Vol. 3, "Guest-Physical
+    Accesses to the APIC-Access Page").
 
     ``sub_pages`` are the tables of sub-page write permissions; None without the control. Writes to the guest-physical
     pages ``writable_sub_pages`` are taken for decided and allowed.
@@ -173,7 +173,7 @@ class ExtendedPageTables:
         self,
         config: EptConfig,
         memory: PagedMemory,
-        log_dirty: Callable[[GuestPhysicalAddress], bool] | None = None,
+        log_dirty: Callable[[GuestPhysicalAddress | None], bool] | None = None,
         *,
         apic_access_page: int | None = None,
         sub_pages: SubPageTables | None = None,
@@ -358,11 +358,13 @@ class ExtendedPageTables:
     ) -> bool:
         """Set accessed flags and the leaf's flags; False, with nothing set, when the page-modification log is full.
 
+        A full log keeps accessed flags from being set, too, although only dirty flags are logged.
+
         Spec: SDM Vol. 3, "Accessed and Dirty Flags for EPT"; "Page-Modification Logging".
         """
-        if wanted & DIRTY and not was_dirty and self.log_dirty is not None:
-            page = GuestPhysicalAddress(address & ~PAGE_OFFSET_MASK)
-            if not self.log_dirty(page):
+        if self.log_dirty is not None:
+            newly_dirty = wanted & DIRTY and not was_dirty
+            if not self.log_dirty(GuestPhysicalAddress(address & ~PAGE_OFFSET_MASK) if newly_dirty else None):
                 return False
         memory = self.memory
         for entry_address in unaccessed:

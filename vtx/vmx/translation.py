@@ -43,11 +43,13 @@ def second_level_of(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> S
     if view.secondary & c.SUB_PAGE_WRITE_PERMISSIONS_FOR_EPT.mask:
         sub_pages = SubPageTables(vmcs.values[_SPPTP], config.physical_address_width, processor.memory)
 
-    def log_dirty(page: GuestPhysicalAddress) -> bool:
+    def log_dirty(page: GuestPhysicalAddress | None) -> bool:
         """Spec: SDM Vol. 3, "Page-Modification Logging"."""
         index = vmcs.values[_PML_INDEX]
         if index > _PML_LAST:
             return False
+        if page is None:
+            return True
         processor.memory.write_u64(vmcs.values[_PML_ADDRESS] + 8 * index, page)
         vmcs[f.PML_INDEX] = index - 1
         return True

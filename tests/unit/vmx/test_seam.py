@@ -11,6 +11,7 @@ from vmcs.controls import Control
 from vmcs.exits import Reason
 from vtx.addresses import GuestPhysicalAddress, LinearAddress
 from vtx.vmx import Vmx
+from vtx.vmx.ept import PageModificationLogFull
 from vtx.vmx.outcome import EntryFailed, VmEntered, VmFailInvalid
 from vtx.x86.decode import decode
 from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister
@@ -163,12 +164,22 @@ def test_page_modification_log() -> None:
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
     second_level = processor.mmu.second_level
 
-    def write(address: int) -> object:
-        return second_level.translate(GuestPhysicalAddress(address), AccessKind.WRITE, LinearAddress(0), 0)
+    def access(address: int, kind: AccessKind) -> object:
+        return second_level.translate(GuestPhysicalAddress(address), kind, LinearAddress(0), 0)
 
+    def write(address: int) -> object:
+        return access(address, AccessKind.WRITE)
+
+    access(page + 0x2000, AccessKind.READ)
+    assert vmcs[f.PML_INDEX] == 0
     write(page + 0x123)
     assert processor.memory.read_u64(log) == page
     assert vmcs[f.PML_INDEX] == 0xFFFF
+    # Nor can an accessed flag be set now; flags that are set need no room.
+    leaf = tables + 0x3000 + (page >> 12) * 8
+    assert isinstance(access(page + 0x1000, AccessKind.READ), PageModificationLogFull)
+    assert processor.memory.read_u64(leaf + 8) >> 8 & 3 == 0
+    assert not isinstance(access(page + 0x2000, AccessKind.READ), PageModificationLogFull)
     fault = write(page + 0x1000)
     assert vmx.second_level_fault(fault, None)  # type: ignore[arg-type]
     assert vmcs[f.EXIT_REASON] == Reason.PAGE_MODIFICATION_LOG_FULL
