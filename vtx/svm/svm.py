@@ -14,7 +14,7 @@ from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import Violation
 from vmcs.vmcb.rules import RULES
-from vtx.svm import events, instructions, pause_filter
+from vtx.svm import events, instructions, pause_filter, smm
 from vtx.svm import places as at
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
 from vtx.svm.intercepts import exit_of, next_rip
@@ -173,7 +173,9 @@ class Svm:
             svm.processor.deliver(due)
             return True
         if due is None and svm.smi_pending and svm.processor.state.gif:
-            svm.smi_pending = False  # as if the handler of firmware, which has nothing to do, had returned
+            svm.smi_pending = False
+            svm.processor.enter_smm()
+            return True
         return self._exit_if(due)
 
     def next_deadline(self) -> int | None:
@@ -189,11 +191,12 @@ class Svm:
         return wants_interrupt_window(self.operation)
 
     def enter_smm(self) -> SmmSuspension | None:
-        """See `Virtualization.enter_smm`; SMIs in guest mode do not get there."""
-        return None
+        """See `Virtualization.enter_smm`."""
+        return smm.suspend(self.operation)
 
     def leave_smm(self, suspended: tuple[int, ...]) -> None:
         """See `Virtualization.leave_smm`."""
+        smm.resume(self.operation, suspended)
 
     def read_control_register(self, number: int) -> int:
         """SVM has no read shadows."""

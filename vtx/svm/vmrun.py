@@ -27,7 +27,7 @@ from vtx.svm.vmexit import return_to_host
 from vtx.x86.cpuid import reserved_cr4_bits
 from vtx.x86.event import Event, EventKind
 from vtx.x86.msr_table import IA32_EFER, IA32_PAT, VM_HSAVE_PA, Msr
-from vtx.x86.outcome import Vector
+from vtx.x86.outcome import NotModelled, Vector
 from vtx.x86.paging import load_pdptrs
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import SecondLevel
@@ -54,6 +54,8 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
     """
     processor = operation.processor
     state = processor.state
+    if state.smm is not None and state.smm.suspended is not None:
+        raise NotModelled("VMRUN by the handler of a system-management interrupt that interrupted a guest")
     host = [0] * len(FIELDS)
     save_host(state, host)
     control_block.write(processor.memory, processor.msrs.values[VM_HSAVE_PA], host, control_block.HOST_SAVED)

@@ -59,7 +59,9 @@ def suspend(operation: VmxOperation) -> SmmSuspension | None:
     )
     operation.vmxon_pointer = operation.current = None
     leave_non_root(operation)
-    return SmmSuspension(tuple(int(each) for each in astuple(suspended)), None if view is None else view.eptp)
+    eptp = None if view is None else view.eptp
+    shown = {} if eptp is None else {"enable EPT": 1, "EPTP": eptp}
+    return SmmSuspension(tuple(int(each) for each in astuple(suspended)), shown)
 
 
 def resume(operation: VmxOperation, state: tuple[int, ...]) -> None:

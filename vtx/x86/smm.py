@@ -72,8 +72,8 @@ def enter(cpu: ProcessorCore) -> None:
     vmxe = state.cr4 & _VMXE
     state.cr4 &= ~_VMXE
     values = _values(state, save_map(cpu).revision)
-    if suspension is not None and suspension.eptp is not None:
-        values |= {"enable EPT": 1, "EPTP": suspension.eptp}
+    if suspension is not None:
+        values |= suspension.shown
     save_map(cpu).write(cpu.memory, state.smbase, values)
     state.smm = SmmContext(
         segments=tuple(segment.copy() for segment in _registers(state)),

@@ -109,6 +109,8 @@ AMD64: Final = SaveMap(
         Row(0x7EC8, 1, "I/O instruction restart"),
         Row(0x7EC9, 1, "auto HALT restart"),
         Row(0x7ED0, 8, "EFER"),
+        Row(0x7ED8, 8, "SVM guest"),
+        Row(0x7EE0, 8, "guest VMCB"),
         Row(0x7EFC, 4, "revision"),
         Row(0x7F00, 4, "SMBASE"),
         Row(0x7F48, 8, "CR4"),

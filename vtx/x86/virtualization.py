@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from collections.abc import Mapping
+
 from attrs import frozen
 
 if TYPE_CHECKING:
@@ -105,10 +107,13 @@ class Processor(Protocol):
 
 @frozen
 class SmmSuspension:
-    """VMX operation interrupted by an SMI: ``state`` is the extension's own; ``eptp`` the EPT pointer of the guest."""
+    """VMX operation (guest mode) interrupted by an SMI.
+
+    ``state`` is the extension's own; ``shown`` is what the save-state map says of the guest, by the names of its rows.
+    """
 
     state: tuple[int, ...]
-    eptp: int | None
+    shown: Mapping[str, int]
 
 
 class RefusedInstruction(Protocol):
@@ -263,11 +268,11 @@ class Virtualization(Protocol):
         ...
 
     def enter_smm(self) -> SmmSuspension | None:
-        """An SMI is being delivered: leave VMX operation; what `leave_smm` needs to come back, None if outside it."""
+        """An SMI is being delivered: leave VMX operation (guest mode); None if outside it, else what brings it back."""
         ...
 
     def leave_smm(self, suspended: tuple[int, ...]) -> None:
-        """RSM has restored the registers: return to VMX operation."""
+        """RSM has restored the registers: return to VMX operation (guest mode)."""
         ...
 
     def read_control_register(self, number: int) -> int:
