@@ -302,7 +302,10 @@ def test_no_flags_when_disabled_or_refused(eptp_bits):
     tables = Tables(eptp_bits=eptp_bits, flags=R)
     before = [tables.get(level) for level in range(4)]
     assert isinstance(tables.translate(WRITE), EptViolation)
+    assert tables.translate(READ) == PageModificationLogFull(GPA, LINEAR)
     assert [tables.get(level) for level in range(4)] == before
+    for level in range(4):
+        tables.set(level, tables.get(level) | A)
     assert isinstance(tables.translate(READ), SecondLevelPage)
     after = [tables.get(level) for level in range(4)]
     assert after == [value | (A if eptp_bits else 0) for value in before]
@@ -312,10 +315,10 @@ def test_page_modification_log():
     logged = []
     tables = Tables(eptp_bits=AD, log=lambda page: logged.append(page) is None)
     tables.translate(READ)
-    assert logged == []
+    assert logged == [None]  # only whether there is room
     tables.translate(WRITE)
     tables.translate(WRITE)
-    assert logged == [GPA & ~0xFFF]
+    assert logged == [None, GPA & ~0xFFF]
 
 
 def test_page_modification_log__a_dirty_page_is_not_logged_again():
@@ -323,7 +326,7 @@ def test_page_modification_log__a_dirty_page_is_not_logged_again():
     tables = Tables(eptp_bits=AD, log=lambda page: logged.append(page) is None)
     tables.set(3, tables.get(3) | D)  # dirty, yet not accessed: software cleared that flag alone
     assert isinstance(tables.translate(WRITE), SecondLevelPage)
-    assert logged == []
+    assert logged == [None]
     assert tables.get(3) & (A | D) == A | D
 
 
@@ -331,7 +334,10 @@ def test_page_modification_log_full():
     tables = Tables(eptp_bits=AD, log=lambda page: False)
     before = [tables.get(level) for level in range(4)]
     assert tables.translate(WRITE) == PageModificationLogFull(GPA, LINEAR)
+    assert tables.translate(READ) == PageModificationLogFull(GPA, LINEAR)
     assert [tables.get(level) for level in range(4)] == before
+    for level in range(4):
+        tables.set(level, tables.get(level) | A)
     assert isinstance(tables.translate(READ), SecondLevelPage)
 
 
