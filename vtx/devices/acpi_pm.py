@@ -1,9 +1,9 @@
 """The fixed ACPI hardware: PM1 event and control registers and the power management timer.
 
 Offsets 0 and 2 are PM1 status and enable, 4 is PM1 control, 8 the timer: 32 bits at 3.579545 MHz. The machine is always
-in ACPI mode. Its one event besides the timer's carry is the power button, `press_power_button`; that of the real-time clock
-can be enabled and never happens. Sleep type 5 with sleep enable calls ``power_off``; other sleep types are not entered,
-the bits read as written.
+in ACPI mode. Its one event besides the timer's carry is the power button, `press_power_button`; that of the real-time
+clock can be enabled and never happens. Sleep type 5 with sleep enable calls ``power_off``; other sleep types are not
+entered, the bits read as written.
 
 Threats: the guest chooses every bit. The timer is arithmetic; powering off is the guest's to ask.
 

@@ -1,6 +1,7 @@
 """Which alignment an access needs: always, or where alignment checking is on.
 
-Spec: SDM Vol. 1, "Alignment of 128-bit Operands"; Vol. 3, "Interrupt 17—Alignment Check Exception (#AC)".
+Spec: SDM Vol. 1, "Alignment of Words, Doublewords, Quadwords, and Double Quadwords"; Vol. 3, "Interrupt
+17—Alignment Check Exception (#AC)".
 """
 
 from __future__ import annotations

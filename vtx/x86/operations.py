@@ -56,7 +56,10 @@ SIMPLE: Final = {kind: Simple(kind) for kind in Plain}
 
 @frozen
 class MoveToControlRegister:
-    """MOV to CR0, CR2, CR3, CR4 or CR8 (writes of CR2 never exit in VMX); ``register`` is the source GPR, ``value`` what it holds."""
+    """MOV to CR0, CR2, CR3, CR4 or CR8 (writes of CR2 never exit in VMX).
+
+    ``register`` is the source GPR, ``value`` what it holds.
+    """
 
     number: int
     register: int
@@ -65,7 +68,7 @@ class MoveToControlRegister:
 
 @frozen
 class MoveFromControlRegister:
-    """MOV from a control register (in VMX, reads of CR3 and CR8 alone can exit); ``register`` is the destination GPR."""
+    """MOV from a control register (in VMX, reads of CR3 and CR8 alone can exit) to the GPR ``register``."""
 
     number: int
     register: int

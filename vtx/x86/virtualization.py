@@ -9,10 +9,8 @@ Spec: SDM Vol. 3, "VMX Non-Root Operation"; APM Vol. 2, "Secure Virtual Machine"
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
-
-from collections.abc import Mapping
 
 from attrs import frozen
 
