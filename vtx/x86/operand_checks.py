@@ -1,7 +1,7 @@
 """Operands that an engine cannot vouch for: may the instruction at RIP access them, and what if not.
 
-Spec: SDM Vol. 3, "Limit Checking", "Type Checking", "Interrupt 17—Alignment Check Exception (#AC)"; Vol. 1, "Alignment of
-Words, Doublewords, Quadwords, and Double Quadwords".
+Spec: SDM Vol. 3, "Limit Checking", "Type Checking", "Interrupt 17—Alignment Check Exception (#AC)"; Vol. 1, "Alignment
+of Words, Doublewords, Quadwords, and Double Quadwords".
 """
 
 from __future__ import annotations
