@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Decoder, FlowControl, Mnemonic
 
-from vtx.x86 import access, branches
+from vtx.x86 import access, branches, conditions
 from vtx.x86.decode import Instruction
 from vtx.x86.execution import STEP
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
@@ -108,22 +108,21 @@ def step(processor: LogicalProcessor) -> None:
         _follow_branch(state, instruction, rip, single_step_on_branches=bool(debugctl & branches.BTF and traps))
 
 
-def _is_taken(instruction: Instruction, rip: int, after: int) -> bool:
-    """Whether ``instruction`` at ``rip``, which completed with RIP ``after``, was a branch, and taken.
-
-    A conditional branch to the very next instruction counts as not taken.
-    """
+def _is_taken(state: CpuState, instruction: Instruction, rip: int) -> bool:
+    """Whether ``instruction`` at ``rip``, which has completed, was a branch, and taken."""
     if instruction.mnemonic in _NO_BRANCH:
         return False
     flow = Decoder(instruction.bits, instruction.encoding).decode().flow_control
     if flow in _ALWAYS_TAKEN:
         return True
-    return flow == FlowControl.CONDITIONAL_BRANCH and after != rip + instruction.length
+    if flow != FlowControl.CONDITIONAL_BRANCH:
+        return False
+    return state.rip != rip + instruction.length or conditions.holds(instruction, state)
 
 
 def _follow_branch(state: CpuState, instruction: Instruction, rip: int, *, single_step_on_branches: bool) -> None:
     """``instruction`` at ``rip`` completed: record it if it is a branch taken, and trap on nothing else if asked to."""
-    if _is_taken(instruction, rip, state.rip):
+    if _is_taken(state, instruction, rip):
         if state.debugctl & branches.LBR:
             branches.record(state, rip)
     elif single_step_on_branches:

@@ -220,6 +220,7 @@ class TestBranchRecords:
             pytest.param("ffe0", 0, 0x100, id="JMP-through-a-register"),
             pytest.param("b902000000e2fef4", 5, 5, id="LOOP"),
             pytest.param("eb00f4", 0, 2, id="JMP-to-the-next"),
+            pytest.param("31c07400f4", 2, 4, id="Jcc-to-the-next"),
         ],
     )
     def test_taken_branch(self, code: str, origin: int, target: int) -> None:
