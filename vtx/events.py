@@ -256,6 +256,21 @@ class VmrunFailed:
 
 
 @frozen
+class VmcbChangedThoughClean:
+    """VMRUN of a control block whose clean bits cover fields that software changed since the last #VMEXIT.
+
+    A processor may go on with the old values; the model uses the new ones. ``fields`` have the new values, ``at_fault``
+    the bits that differ.
+    """
+
+    name: ClassVar[str] = "vmcb_changed_though_clean"
+    vcpu: int
+    time: int
+    vmcb: int
+    fields: tuple[FieldValue, ...]
+
+
+@frozen
 class Vmexit:
     """A #VMEXIT: why, where the guest was, and what the control block says about it.
 
@@ -361,6 +376,7 @@ TraceEvent = (
     | VmExit
     | Vmrun
     | VmrunFailed
+    | VmcbChangedThoughClean
     | Vmexit
     | PageWalk
     | SecondLevelFault

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from vmcs.vmcb.fields import Vmcb
     from vtx.svm.operation import VmrunFailure
     from vtx.svm.outcome import Outcome
     from vtx.svm.record import Vmexit
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
 class Observer(Protocol):
     """Callbacks, each made after the fact; they must not change the machine.
 
-    ``traces`` tells whether `svm_instruction` is of interest.
+    ``traces`` tells whether `svm_instruction` and `control_block_read` are of interest.
     """
 
     traces: bool
 
     def svm_instruction(self, name: str, outcome: Outcome) -> None:
         """An SVM instruction was executed with this outcome."""
+        ...
+
+    def control_block_read(self, before: Vmcb, now: Vmcb) -> None:
+        """VMRUN reads ``now`` the control block that it ran last, and that was as ``before`` at the #VMEXIT."""
         ...
 
     def vmrun(self) -> None:

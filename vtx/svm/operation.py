@@ -81,7 +81,8 @@ class SvmOperation:
     ``host_nmi_blocked`` the blocking by NMI and ``host_pat`` the PAT as they were at VMRUN; ``host_branches`` is the
     host's DebugCtl and last-branch record, None if the guest shares it. ``transitions`` counts VMRUNs and #VMEXITs.
     ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE. ``nested`` is the
-    nested paging last used, ``checked`` what the rules of VMRUN looked at when they last held.
+    nested paging last used, ``checked`` what the rules of VMRUN looked at when they last held. ``cached`` is the
+    address of the control block that clean bits are about: the one run last, None after a VMRUN that failed.
     """
 
     processor: Processor
@@ -100,6 +101,7 @@ class SvmOperation:
     smi_pending: bool = False
     nested: NestedPaging | None = None
     checked: tuple[int, ...] | None = None
+    cached: int | None = None
     transitions: int = 0
     last_failure: VmrunFailure | None = None
     observer: Observer | None = None

@@ -9,10 +9,12 @@ from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit, name_of
 from vtx import events as e
 from vtx.svm import places as at
+from vtx.svm.clean_bits import changed_though_clean
 from vtx.svm.outcome import Completed, Entered, Exited, Outcome, ShutDown
 from vtx.x86.outcome import Fault
 
 if TYPE_CHECKING:
+    from vmcs.vmcb.fields import Vmcb
     from vmcs.vmcb.model import Violation
     from vtx.svm.operation import VmrunFailure
     from vtx.svm.record import Vmexit
@@ -46,6 +48,14 @@ class SvmTracing:
         """See `Observer.svm_instruction`."""
         if self.tracer is not None:
             self.tracer.emit(e.VmInstruction(self.processor.index, self.processor.now(), name, describe(outcome)))
+
+    def control_block_read(self, before: Vmcb, now: Vmcb) -> None:
+        """See `Observer.control_block_read`."""
+        fields = changed_though_clean(before.values, now.values)
+        if self.tracer is not None and fields:
+            values = tuple(e.FieldValue(field.name, now[field], before[field] ^ now[field]) for field in fields)
+            stamp = self.processor.index, self.processor.now()
+            self.tracer.emit(e.VmcbChangedThoughClean(*stamp, self.operation.address, values))
 
     def vmrun(self) -> None:
         """See `Observer.vmrun`."""

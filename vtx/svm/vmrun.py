@@ -59,8 +59,10 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
     host = [0] * len(FIELDS)
     save_host(state, host)
     control_block.write(processor.memory, processor.msrs.values[VM_HSAVE_PA], host, control_block.HOST_SAVED)
-    vmcb = operation.vmcb = Vmcb(control_block.read(processor.memory, address))
-    operation.address = address
+    before, vmcb = operation.vmcb, Vmcb(control_block.read(processor.memory, address))
+    if operation.cached == address and operation.observer is not None and operation.observer.traces:
+        operation.observer.control_block_read(before, vmcb)
+    operation.vmcb, operation.address, operation.cached = vmcb, address, None
     relevant = (*_CHECKED(vmcb.values), state.paging)
     if relevant != operation.checked:
         violation = RULES.check(new_context(operation, vmcb))
@@ -145,6 +147,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
     state = processor.state
     second_level = second_level_of(operation, state)
     operation.guest_mode = True
+    operation.cached = operation.address
     operation.transitions += 1
     operation.read_intercepts()
     operation.read_tsc_ratio()

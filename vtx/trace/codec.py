@@ -119,6 +119,7 @@ FIELDS: Final[Mapping[type[e.TraceEvent], Mapping[str, Codec]]] = {
     ),
     e.Vmrun: _event(vmcb=HEX, asid=NUMBER, rip=HEX, cr3=HEX, nested=FLAG, injected=_INTERRUPTION),
     e.VmrunFailed: _event(vmcb=HEX, violations=_VIOLATIONS, detail=TEXT),
+    e.VmcbChangedThoughClean: _event(vmcb=HEX, fields=_VALUES),
     e.Vmexit: _event(
         vmcb=HEX,
         code=HEX,

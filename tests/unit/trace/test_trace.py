@@ -61,6 +61,7 @@ EVENTS: tuple[e.TraceEvent, ...] = (
     e.Vmrun(0, 1, 0x5000, 1, 0x1000, 0x7000, False),
     e.VmrunFailed(0, 1, 0x5000, (BROKEN_RULE,)),
     e.VmrunFailed(0, 1, 0x5000, detail="a PDPTE in memory has reserved bits set"),
+    e.VmcbChangedThoughClean(0, 1, 0x5000, (e.FieldValue("CR3", 0x2000, 0x3000),)),
     e.Vmexit(0, 1, 0x5000, 0x400, "nested page fault", 0x1_0000_0004, 0x1234, 0x1000, 0x2000, NMI, 0x1002),
     e.Vmexit(0, 1, 0x5000, 0xFFFF_FFFF_FFFF_FFFF, "VMEXIT_INVALID", 0, 0, 0x1000, 0x2000),
     e.PageWalk(
