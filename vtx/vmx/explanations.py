@@ -120,7 +120,9 @@ def explain_misconfiguration(config: EptConfig, fault: EptMisconfiguration) -> E
 
 def _text(rule: InstructionRule, value: int) -> str:
     field = BY_ENCODING.get(value & ~HIGH_ACCESS) if rule in (r.FIELD_EXISTS, r.FIELD_WRITABLE) else None
-    return f"{value:#x}" if field is None else f"{value:#x} ({field.name})"
+    if field is None:
+        return f"{value:#x}"
+    return f"{value:#x} ({'high access to ' if value & HIGH_ACCESS else ''}{field.name})"
 
 
 # What would have been legal, for the rules whose sentence leaves that open: functions of the first operand.
@@ -138,8 +140,10 @@ def _field(operation: VmxOperation, encoding: int) -> str:
     field = BY_ENCODING.get(encoding & ~HIGH_ACCESS)
     if encoding & RESERVED_ENCODING:
         return "an encoding with bits 31:15 and bit 12 clear that the manual's appendix lists"
-    if field is None or (encoding & HIGH_ACCESS and field.high is None):
+    if field is None:
         return "an encoding that the manual's appendix lists"
+    if encoding & HIGH_ACCESS and field.high is None:
+        return "bit 0 is 0: only 64-bit fields have high access"
     return f"the field exists on {field.exists}"
 
 
