@@ -72,6 +72,7 @@ _BIT_STRINGS: Final = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemon
 _TRAPPING: Final = frozenset(HANDLERS) - {
     *(Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF),
     *(Mnemonic.IN, Mnemonic.OUT, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS),
+    *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ),
 } | {
     *(Mnemonic.VMXON, Mnemonic.VMCLEAR, Mnemonic.VMPTRLD, Mnemonic.VMPTRST, Mnemonic.VMREAD, Mnemonic.VMWRITE),
     *(Mnemonic.INVEPT, Mnemonic.INVVPID, Mnemonic.VMCALL, Mnemonic.VMLAUNCH, Mnemonic.VMRESUME, Mnemonic.VMXOFF),

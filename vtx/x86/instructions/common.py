@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 
 from vtx.x86.decode import Instruction, linear_address, read_register, write_register
 from vtx.x86.linear import linear_address_width
+from vtx.x86.operations import Operation
 from vtx.x86.outcome import gp, ud
 from vtx.x86.state import Cr4, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
+
+
+def intercepts_flow(cpu: LogicalProcessor, operation: Operation, instruction: Instruction) -> bool:
+    """As `LogicalProcessor.intercepts`, for what only some extensions can intercept."""
+    extension = cpu.virtualization
+    return extension is not None and extension.intercepts_flow and cpu.intercepts(operation, instruction)
 
 
 def require_ring_0(cpu: LogicalProcessor) -> None:

@@ -1,4 +1,4 @@
-"""Software interrupts, IRET, SYSCALL and SYSENTER, PUSHF and POPF.
+"""Software interrupts, IRET, SYSCALL and SYSENTER.
 
 Spec: SDM Vol. 2, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure" and the other instructions' pages.
 """
@@ -11,6 +11,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.event import BREAKPOINTS, Event, EventKind
+from vtx.x86.instructions.common import intercepts_flow
 from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.iret import iret
 from vtx.x86.msr_table import (
@@ -22,32 +23,19 @@ from vtx.x86.msr_table import (
     IA32_SYSENTER_EIP,
     IA32_SYSENTER_ESP,
 )
-from vtx.x86.operations import SIMPLE, Operation, Plain, SoftwareInterrupt
-from vtx.x86.outcome import NotModelled, Vector, gp
-from vtx.x86.stack import Stack
-from vtx.x86.state import Cr4, Gpr, Rflags
+from vtx.x86.operations import SIMPLE, Plain, SoftwareInterrupt
+from vtx.x86.outcome import Vector
+from vtx.x86.state import Rflags
 from vtx.x86.syscall import SyscallMsrs, SysenterMsrs, syscall, sysenter, sysexit, sysret
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
-_USER_FLAGS: Final = int(
-    Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.TF | Rflags.DF | Rflags.OF | Rflags.NT
-    | Rflags.AC | Rflags.ID
-)  # fmt: skip
-_IOPL: Final = int(Rflags.IOPL)
-
-
-def _intercepts(cpu: LogicalProcessor, operation: Operation, instruction: Instruction) -> bool:
-    """As `LogicalProcessor.intercepts`, for what only some extensions can intercept."""
-    extension = cpu.virtualization
-    return extension is not None and extension.intercepts_flow and cpu.intercepts(operation, instruction)
-
 
 def interrupt(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INT n."""
     vector = instruction.immediate & 0xFF
-    if not _intercepts(cpu, SoftwareInterrupt(vector), instruction):
+    if not intercepts_flow(cpu, SoftwareInterrupt(vector), instruction):
         cpu.raise_software(Event(vector, EventKind.SOFTWARE_INTERRUPT, instruction_length=instruction.length))
 
 
@@ -58,7 +46,7 @@ def breakpoint_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def debug_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """INT1. Data breakpoints that MOV SS holds back are reported by its debug exception: there is one, not two."""
-    if _intercepts(cpu, SIMPLE[Plain.ICEBP], instruction):
+    if intercepts_flow(cpu, SIMPLE[Plain.ICEBP], instruction):
         return
     kind, held_back = EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, cpu.state.pending_debug & BREAKPOINTS
     cpu.state.pending_debug = 0
@@ -75,7 +63,7 @@ def overflow_trap(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """IRET in all its sizes."""
-    if _intercepts(cpu, SIMPLE[Plain.IRET], instruction):
+    if intercepts_flow(cpu, SIMPLE[Plain.IRET], instruction):
         return
     cpu.changed_system_state()
     traps = cpu.state.rflags & Rflags.TF
@@ -142,50 +130,6 @@ def fast_exit(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.completed(single_step=False)
 
 
-def _flags_size(instruction: Instruction) -> int:
-    return 8 if instruction.bits == 64 and instruction.operand_size == 4 else instruction.operand_size
-
-
-def _require_flags_access(cpu: LogicalProcessor, size: int) -> None:
-    state = cpu.state
-    if state.virtual_8086 and state.rflags & _IOPL != _IOPL:
-        if state.cr4 & Cr4.VME and size == 2:
-            raise NotModelled("PUSHF and POPF with virtual-8086 mode extensions")
-        raise gp(0)
-
-
-def push_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """PUSHF in all its sizes: the engine's own would push RF and VM, which read as zero."""
-    if _intercepts(cpu, SIMPLE[Plain.PUSHF], instruction):
-        return
-    size = _flags_size(instruction)
-    _require_flags_access(cpu, size)
-    stack = Stack.of(cpu.state, cpu.mmu)
-    stack.push(cpu.state.rflags & ~int(Rflags.VM | Rflags.RF), size=size)
-    cpu.state.gpr[Gpr.RSP] = stack.pointer
-    cpu.retire(instruction)
-
-
-def pop_flags(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """POPF in all its sizes; comes here only while single-stepping, or where it may be intercepted."""
-    if _intercepts(cpu, SIMPLE[Plain.POPF], instruction):
-        return
-    state, size = cpu.state, _flags_size(instruction)
-    _require_flags_access(cpu, size)
-    stack = Stack.of(state, cpu.mmu)
-    value = stack.pop(size)
-    changeable = _USER_FLAGS
-    if state.cpl == 0:
-        changeable |= _IOPL
-    if state.cpl <= (state.rflags & _IOPL) >> 12:
-        changeable |= int(Rflags.IF)
-    if size == 2:
-        changeable &= 0xFFFF
-    state.gpr[Gpr.RSP] = stack.pointer
-    cpu.retire(instruction)
-    state.rflags = state.rflags & ~changeable | value & changeable
-
-
 HANDLERS: Final = {
     Mnemonic.INT: interrupt,
     Mnemonic.INT3: breakpoint_trap,
@@ -200,10 +144,4 @@ HANDLERS: Final = {
     Mnemonic.SYSENTER: fast_enter,
     Mnemonic.SYSEXIT: fast_exit,
     Mnemonic.SYSEXITQ: fast_exit,
-    Mnemonic.PUSHF: push_flags,
-    Mnemonic.PUSHFD: push_flags,
-    Mnemonic.PUSHFQ: push_flags,
-    Mnemonic.POPF: pop_flags,
-    Mnemonic.POPFD: pop_flags,
-    Mnemonic.POPFQ: pop_flags,
 }

@@ -13,6 +13,7 @@ from vtx.x86.instructions import (
     descriptor_tables,
     flow,
     identification,
+    interrupt_flag,
     missing,
     msr,
     msr_list,
@@ -33,7 +34,7 @@ Handler = Callable[["LogicalProcessor", Instruction], None]
 HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
-        *(system, identification, msr, control, segment_loads, descriptor_tables, flow, tasks),
+        *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
         *(port_io, missing, wait, msr_list, supervisor_state, sse_control),
     )
     for mnemonic, handler in module.HANDLERS.items()
@@ -45,6 +46,7 @@ _PRIVILEGE_FIRST: Final = frozenset(
         Mnemonic.XSETBV,
         *(Mnemonic.VMRUN, Mnemonic.VMLOAD, Mnemonic.VMSAVE, Mnemonic.STGI, Mnemonic.CLGI),
         *(Mnemonic.SKINIT, Mnemonic.INVLPGA),
+        *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD),  # of the virtual interrupt flag
     )
 )
 
