@@ -88,3 +88,9 @@ def test_halted_processor__lets_no_cycle_pass() -> None:
     cycles = cpu.msrs.read(PMC0)
     cpu.sleep_until(cpu.now() + 50_000)
     assert cpu.msrs.read(PMC0) == cycles
+
+
+def test_what_is_not_counted__ends_the_run_by_name() -> None:
+    result = counting_machine(write_msr(SELECT0, INSTRUCTIONS | 0x41_0000) + EXIT_0).run(max_instructions=1000)
+    assert result.reason is StopReason.NOT_MODELLED
+    assert result.message == "not modelled: performance counter for one privilege level alone"
