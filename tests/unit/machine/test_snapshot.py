@@ -104,6 +104,29 @@ def test_x87_and_sse_state_is_restored() -> None:
         assert each.run().exit_value == 0x1234_5678
 
 
+def test_translations_that_are_stale_stay_stale() -> None:
+    directory, table, page = 0x4000, 0x5000, COUNTER
+    load = b"\xa1" + page.to_bytes(4, "little")  # MOV EAX, [page]
+    code = load + store(table + 4 * (page >> 12), 0xA003) + load + EXIT_0[2:]
+    machine = machine_with(1, code)
+    machine.memory.write_u32(directory, table | 3)
+    for number in range(256):
+        machine.memory.write_u32(table + 4 * number, number << 12 | 3)
+    machine.memory.write_u32(page, 1)
+    machine.memory.write_u32(0xA000, 2)
+    machine.cpu.state.cr0, machine.cpu.state.cr3 = 0x8000_0011, directory
+    machine.cpu.load_control_state()
+    machine.run(max_instructions=2)
+    snapshot = machine.snapshot()
+    other = machine_with(1, b"")
+    for each in (machine, other):
+        each.restore(snapshot)
+        assert each.run(max_instructions=100).exit_value == 1
+    each.restore(snapshot)
+    each.cpu.mmu.invlpg(page)
+    assert each.run(max_instructions=100).exit_value == 2
+
+
 @settings(max_examples=10, deadline=None)
 @given(instructions=st.integers(1, 2000))
 def test_four_processors_continue_alike(instructions: int) -> None:
