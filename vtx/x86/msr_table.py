@@ -286,6 +286,7 @@ _AMD_TABLE: Final[tuple[Msr, ...]] = (
     *(Msr(0xC001_0017 + 2 * n, f"IORR_MASK{n}", writable=1 << 11, address=True) for n in range(2)),
     Msr(0xC001_001A, "TOP_MEM", writable=0, address=True),
     Msr(0xC001_001D, "TOP_MEM2", writable=0, address=True),
+    Msr(0xC001_001F, "NB_CFG1", writable=1 << 46),  # of the family, not the architecture: operating systems look for it
     Msr(SMM_BASE, "SMM_BASE", reset=0x3_0000, writable=MASK32),
     Msr(0xC001_0112, "SMM_ADDR", writable=0, address=True),
     Msr(0xC001_0113, "SMM_MASK", writable=0b11, address=True),
