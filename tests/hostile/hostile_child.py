@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--blank", action="append", default=[])
     parser.add_argument("--compare-every", type=int, default=1)
     options = parser.parse_args()
+    faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     blanks = tuple((int(begin), int(end)) for begin, _, end in (each.partition("-") for each in options.blank))

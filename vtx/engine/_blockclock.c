@@ -39,6 +39,8 @@
 #define PRESENT (1 << 15)
 #define BIG (1 << 22)
 
+#define BOUNDARY ((uint64_t)1 << 63) /* of a size: examine is asked whether an instruction begins behind it */
+
 #define GUARD_WRITES 1
 #define GUARD_LIMITED 2
 #define GUARD_ALWAYS 4
@@ -208,8 +210,10 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
     int inside = offset < clock->size;
     int second = clock->single && clock->size && !inside;
 
-    if (inside && (offset + size != clock->size || clock->single)) {
-        /* A store changed the block it is in: the block was left at the store, which starts over. */
+    if (inside && (offset + size != clock->size || clock->single) &&
+        clock->examine(clock->address, offset | BOUNDARY)) {
+        /* A store changed the block it is in: the block was left at the store, which starts over. Code that jumps
+           into the middle of one of its instructions is another block. */
         clock->elapsed -= clock->size - offset;
         clock->instructions -= clock->examine(address, clock->size - offset) & FACTS_INSTRUCTIONS;
         clock->recent = ~(uint64_t)0;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define GPRS 16
+#define LEGACY_GPRS 8 /* those of other modes than 64-bit mode */
 #define SEGMENTS 10 /* ES CS SS DS FS GS LDTR TR GDTR IDTR */
 #define UNUSABLE 0x10000
 #define ACCESS_RIGHTS 0xf0ff
@@ -168,6 +169,7 @@ static PyObject *put(Transfer *self, PyObject *const *arguments, Py_ssize_t coun
 {
     struct registers *to = self->in_context;
     uint64_t rflags;
+    int i;
 
     if (count != 4)
         return PyErr_Format(PyExc_TypeError, "put takes GPRs, RIP, RFLAGS and the hidden flags");
@@ -176,6 +178,10 @@ static PyObject *put(Transfer *self, PyObject *const *arguments, Py_ssize_t coun
     to->hidden = PyLong_AsUnsignedLong(arguments[3]);
     if (PyErr_Occurred())
         return NULL;
+    if (!(to->hidden & CODE64)) { /* a near jump of the library would go to the whole of the register */
+        for (i = 0; i < LEGACY_GPRS; i++)
+            to->gpr[i] &= MASK32;
+    }
     to->eflags = rflags | RFLAGS_FIXED; /* all of it: entering the engine derives the lazy flags from here */
     put_lazy_flags(to, rflags);
     to->hidden2 = GLOBAL_INTERRUPT_FLAG;

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from vtx.engine import guards, native
 from vtx.engine.code_kind import width
-from vtx.engine.code_view import COUNT, GUARDED, GUARDS_SHIFT, STOP
+from vtx.engine.code_view import BOUNDARY, COUNT, GUARDED, GUARDS_SHIFT, STOP
 from vtx.x86.state import SegmentRegister
 
 try:
@@ -130,8 +130,10 @@ class BlockClock:
         offset = address - shared.address
         inside = 0 <= offset < shared.size
         second = shared.single and shared.size and not inside
-        if inside and (shared.single or offset + size != shared.size):
-            # A store changed the block it is in: the block was left at the store, which starts over.
+        restarts = inside and (shared.single or offset + size != shared.size)
+        if restarts and self._examine(shared.address, offset | BOUNDARY):
+            # A store changed the block it is in: the block was left at the store, which starts over. Code that jumps
+            # into the middle of one of its instructions is another block.
             self.take_back(address, self._examine(address, shared.size - offset) & COUNT)
         shared.address, shared.size = address, size
         facts = self._examine(address, size)

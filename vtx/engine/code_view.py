@@ -30,6 +30,9 @@ GUARDED: Final = 1 << 33
 GUARDS_SHIFT: Final = 40
 """the place of its guards."""
 
+BOUNDARY: Final = 1 << 63
+"""Added to a size to ask something else: whether an instruction begins so far behind the begin of the block."""
+
 _MOST_REMEMBERED: Final = 1 << 16
 
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
@@ -160,6 +163,13 @@ class CodeView:
             facts = self._look(linear, self.read(linear, size), kind)
             self._facts[key] = facts
         return facts
+
+    def has_boundary(self, linear: int, size: int, kind: int) -> bool:
+        """Whether an instruction of the code at ``linear`` begins ``size`` bytes behind it."""
+        for instruction in Decoder(width(kind), self.read(linear, size + MAX_INSTRUCTION_LENGTH), ip=linear):
+            if instruction.ip - linear >= size:
+                return bool(instruction.ip - linear == size)
+        return False
 
     def _look(self, linear: int, code: bytes, kind: int) -> int:
         count = sum(1 for _ in Decoder(width(kind), code))

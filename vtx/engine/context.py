@@ -171,10 +171,14 @@ class Context:
 
     def _load_system(self, state: CpuState) -> None:
         image = self._image
-        segments = state.segments
-        if segments[1].base and state.in_64_bit_mode:
-            # The library adds the base of CS to RIP in 64-bit mode too, where a processor ignores it.
-            segments = [segments[0], evolve(segments[1], base=0), *segments[2:]]
+        segments, base = state.segments, state.cs.base
+        seen = 0
+        if not state.in_64_bit_mode:
+            seen = base & MASK32
+            state.rip &= MASK32
+        if seen != base:
+            # The library adds all of the base of CS to RIP, in 64-bit mode too, where a processor ignores it.
+            segments = [segments[0], evolve(segments[1], base=seen), *segments[2:]]
         self._transfer.put_segments(*segments, state.ldtr, state.tr, state.gdtr, state.idtr)
         self._hidden_flags = layout.hidden_flags(state)
         cr4 = state.cr4 & layout.CR4_SEEN
@@ -226,8 +230,8 @@ class Context:
             place = layout.SEGMENTS + layout.SEGMENT.size * i
             segment.selector, segment.base, segment.limit, flags = layout.SEGMENT.unpack_from(self._image, place)
             segment.access_rights = layout.access_rights(flags)
-        if self._hidden & layout.CODE64:
-            state.cs.base = code_base  # which the library was not told, and cannot have changed
+        if self._hidden & layout.CODE64 or state.cs.base == code_base & MASK32:
+            state.cs.base = code_base  # of which the library was told the low half at most
         if not state.segments[2].usable:
             # A null SS keeps the privilege level, which the engine holds apart from the segment.
             state.segments[2].access_rights |= self.cpl() << 5

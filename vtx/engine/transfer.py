@@ -64,7 +64,11 @@ class RegisterTransfer(Protocol):
         ...
 
     def put(self, gprs: list[int], rip: int, rflags: int, hidden: int) -> None:
-        """Put GPRs, RIP, RFLAGS and the hidden flags into the context, and it into the processor, before a run."""
+        """Put GPRs, RIP, RFLAGS and the hidden flags into the context, and it into the processor, before a run.
+
+        Outside 64-bit mode only the low halves of the first eight GPRs: software must not depend on the
+        others there, and a near jump of the library through such a register would.
+        """
         ...
 
     def give(self, gprs: list[int], rip: int, rflags: int) -> None:
@@ -123,6 +127,8 @@ class Transfer:
 
     def put(self, gprs: list[int], rip: int, rflags: int, hidden: int) -> None:
         """See `RegisterTransfer.put`."""
+        if not hidden & layout.CODE64:
+            gprs = [value & MASK32 for value in gprs[:8]] + gprs[8:]
         layout.REGISTERS.pack_into(self._image, layout.GPR, *gprs, rip)
         layout.FLAGS.pack_into(
             self._image,

@@ -36,7 +36,7 @@ from vtx.engine.clock import (
     UNLIMITED,
     BlockClock,
 )
-from vtx.engine.code_view import COUNT, CodeView, ends_with_another_pass
+from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
 from vtx.engine.guards import GuardTable
@@ -328,12 +328,14 @@ class UnicornEngine:
             self._abort()
 
     def _examine(self, linear: int, size: int) -> int:
-        """The facts about a block of code about to be executed."""
+        """The facts about a block of code about to be executed, or whether an instruction begins there."""
         return int(self._guarded(1, self._facts, linear, size))
 
     def _facts(self, linear: int, size: int) -> int:
         if self._trap is None and not self._aborted:
             self._context.save()
+        if size & BOUNDARY:
+            return self._code.has_boundary(linear, size & ~BOUNDARY, self._context.kind)
         return self._code.facts(linear, size, self._context.kind)
 
     def _abort(self) -> None:

@@ -108,6 +108,8 @@ def _load_common(state: CpuState, values: list[int]) -> None:
     for segment in state.segments[:4]:
         _load_segment(segment, values, place, width)
         place += at.SEGMENT_FIELDS
+    if not state.in_64_bit_mode:
+        state.rip &= MASK32
     _load_table(state.gdtr, values, at.GDTR, width)
     _load_table(state.idtr, values, at.IDTR, width)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vtx.engine import layout, native, transfer
 from vtx.engine.transfer import RegisterTransfer, Taken, register_transfer
-from vtx.x86.state import DescriptorTable, Segment
+from vtx.x86.state import MASK32, MASK64, DescriptorTable, Segment
 
 NEED_COMPILED = pytest.mark.skipif(transfer._transfer is None, reason="the compiled transfer has not been built")
 U64 = st.integers(0, 2**64 - 1)
@@ -99,7 +99,9 @@ def test_twins_agree(
         results.append((first, second, third, fourth, bytes(side.image[layout.SEGMENTS : layout.SEGMENTS_END])))
     assert results[0] == results[1]
     (gprs, (rip, *_)), (changed, (changed_rip, flags, *_)), third, fourth, image = results[0]
-    assert (fourth[0], fourth[1][0], fourth[1][2]) == (changes[0], changes[1], hidden)
+    seen = MASK64 if hidden & layout.CODE64 else MASK32  # outside 64-bit mode there is less of the legacy registers
+    legacy = [value & seen for value in changes[0][:8]]
+    assert (fourth[0], fourth[1][0], fourth[1][2]) == (legacy + changes[0][8:], changes[1], hidden)
     assert fourth[1][1] & ARITHMETIC_AND_DF == changes[2] & ARITHMETIC_AND_DF
     assert not third[1][5]
     for i, segment in enumerate(segments):

@@ -132,3 +132,35 @@ def test_the_base_of_a_64_bit_code_segment__is_ignored_and_kept(*, compiled: boo
     state.gpr[0], state.gpr[3] = 0x10, 1
     bench.run()
     assert (state.gpr[3], state.rip, state.cs.base) == (2, CODE + 6, 0x20_0000)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_jump_into_the_middle_of_its_own_block__is_counted_as_another_block(*, compiled: bool) -> None:
+    # mov eax, 0f4909090h; jmp back to its immediate: nop, nop, nop, hlt
+    bench = ProcessorBench("b8909090f4 ebfa", protected_mode(), compiled=compiled)
+    bench.run()
+    assert bench.state.rip == CODE + 5
+    assert bench.processor.instructions == 6
+    assert bench.processor.engine.elapsed() == 7 + 3
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bits", [32, 16])
+def test_a_near_jump_outside_64_bit_mode__goes_to_the_low_half_of_a_register(*, bits: int, compiled: bool) -> None:
+    state = protected_mode(bits=bits)
+    bench = ProcessorBench("66ffe7" if bits == 16 else "ffe7", state, compiled=compiled)  # jmp edi
+    bench.put(CODE + 0x10, "90f4")
+    state.gpr[7] = 0x4A84_EB03_0000_0000 | CODE + 0x10
+    bench.run()
+    assert state.rip == CODE + 0x12
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rip_and_base_of_cs_outside_64_bit_mode__count_with_their_low_halves(*, compiled: bool) -> None:
+    state = protected_mode()
+    state.rip |= 1 << 44
+    state.cs.base = 0xFFFF_8000_0000_0000
+    bench = ProcessorBench("8ed8 f4", state, compiled=compiled)  # mov ds, eax; hlt
+    state.gpr[0] = 0x10
+    bench.run()
+    assert (state.rip, state.cs.base) == (CODE + 3, 0xFFFF_8000_0000_0000)
