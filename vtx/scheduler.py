@@ -6,7 +6,8 @@ one sends something to another, who then has the next turn. A processor that wai
 it is woken, its clock is set to the time of the event.
 
 A processor that spins gives up its turn, and its clock goes on to where the next one is: until then nothing that it
-waits for can happen. While all of them spin, each time for longer, they wait for something that time brings.
+waits for can happen. While all of them spin, each time for longer, they wait for something that time brings. Without
+PAUSE, one seems to spin whose registers are the same at the ends of its turns: it has short ones then.
 
 Nothing here depends on the host: the same machine and image give the same order of turns.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 SHORTEST_QUANTUM: Final = 4_000
 """Ticks that a processor may run ahead of the slowest one after it has sent something: an interrupt's handler."""
@@ -67,6 +68,10 @@ class Scheduled(Protocol):
         """Make `run` return soon."""
         ...
 
+    def registers(self) -> tuple[int, ...]:
+        """Its general-purpose registers."""
+        ...
+
 
 @define(slots=True)
 class Turns:
@@ -74,7 +79,7 @@ class Turns:
 
     ``running`` has or had the last turn, ``runnable`` were awake then. ``signalled`` have been sent something since
     they last ran, at the tick given. ``quantum`` is in ticks; ``spins`` counts the last turns that were nothing but
-    spinning.
+    spinning. ``registers`` are those at the ends of turns whose time was up, ``stuck`` those they did not change for.
     """
 
     running: int = 0
@@ -82,6 +87,12 @@ class Turns:
     signalled: dict[int, int] = field(factory=dict)
     quantum: int = SHORTEST_QUANTUM
     spins: int = 0
+    registers: dict[int, tuple[int, ...]] = field(factory=dict)
+    stuck: set[int] = field(factory=set)
+
+    def copy(self) -> Turns:
+        """The same, to go on differently from."""
+        return evolve(self, signalled=dict(self.signalled), registers=dict(self.registers), stuck=set(self.stuck))
 
 
 class Scheduler:
@@ -127,6 +138,8 @@ class Scheduler:
         limits = [max(wake, begin + 1) for i in asleep if (wake := processors[i].wake_time()) is not None]
         if others:
             limits.append(max(min(others) + turns.quantum, begin + SHORTEST_QUANTUM))
+        if others and chosen in turns.stuck:
+            limits.append(begin + SHORTEST_QUANTUM)
         self._until = until = min(limits, default=None)
         processor.contended = bool(others)
         self._select(chosen)
@@ -139,7 +152,9 @@ class Scheduler:
         else:
             turns.spins = 0
             if until is not None and end >= until:
-                turns.quantum = min(turns.quantum + turns.quantum // len(awake), LONGEST_QUANTUM)
+                self._time_is_up(chosen, others)
+            else:
+                turns.stuck.discard(chosen)
         self._wake(asleep, end)
 
     def _choose(self, awake: Iterable[int]) -> int:
@@ -153,6 +168,18 @@ class Scheduler:
         signalled.pop(chosen, None)
         turns.signalled, turns.runnable = signalled, frozenset(awake)
         return chosen
+
+    def _time_is_up(self, index: int, others: Sequence[int]) -> None:
+        """A turn ended by its limit: the next ones may be longer, unless the processor seems to spin."""
+        turns, processor = self.turns, self._processors[index]
+        before, turns.registers[index] = turns.registers.get(index), processor.registers()
+        if before != turns.registers[index]:
+            turns.stuck.discard(index)
+            turns.quantum = min(turns.quantum + turns.quantum // len(turns.runnable), LONGEST_QUANTUM)
+        elif index not in turns.stuck:
+            turns.stuck.add(index)
+        elif others:
+            self._skip(processor, others)
 
     def _skip(self, processor: Scheduled, others: Sequence[int]) -> None:
         """``processor`` spins: nothing it waits for can happen before ``others`` run, but for what devices do.

@@ -22,6 +22,7 @@ class Scripted:
         self.slept: list[int] = []
         self.work: Callable[[Scripted, int | None], None] = Scripted.compute
         self.gives_way = False
+        self.progresses = True
 
     def compute(self, until: int | None) -> None:
         self.time = self.time + 10_000_000 if until is None else max(until, self.time)
@@ -50,6 +51,9 @@ class Scripted:
 
     def give_way(self) -> None:
         self.gives_way = True
+
+    def registers(self) -> tuple[int, ...]:
+        return (self.time,) if self.progresses else (7,)
 
 
 class Bench:
@@ -258,3 +262,56 @@ def test_signal__to_one_that_is_ahead_waits_until_the_sender_has_caught_up(two: 
     sender.work = send
     assert two.run(2) == [0, 1]
     assert sender.time <= 50_000 + 2 * SHORTEST_QUANTUM
+
+
+def test_registers_that_stay_the_same__short_turns_and_a_clock_that_goes_along(two: Bench) -> None:
+    waiting, worker = two.processors
+    waiting.progresses = False
+    two.run(80)
+    assert two.scheduler.turns.stuck == {0}
+    assert two.scheduler.turns.quantum == LONGEST_QUANTUM
+    begin, _, end = waiting.turns[-1]
+    assert end - begin == SHORTEST_QUANTUM
+    assert worker.turns[-1][2] - worker.turns[-1][0] > LONGEST_QUANTUM // 2
+    assert abs(waiting.time - worker.time) <= LONGEST_QUANTUM + SHORTEST_QUANTUM
+
+
+def test_registers_that_change_again__end_the_short_turns(two: Bench) -> None:
+    waiting = two.processors[0]
+    waiting.progresses = False
+    two.run(80)
+    waiting.progresses = True
+    two.run(6)
+    assert not two.scheduler.turns.stuck
+    begin, _, end = waiting.turns[-1]
+    assert end - begin > SHORTEST_QUANTUM
+
+
+def test_short_turns__miss_no_deadline(two: Bench) -> None:
+    waiting, worker = two.processors
+    waiting.progresses = False
+    two.run(80)
+    while two.run(1) != [1]:
+        pass
+    assert waiting.time + 2 * SHORTEST_QUANTUM < worker.time
+    due = waiting.wake = waiting.time + SHORTEST_QUANTUM + 500
+    assert two.run(1) == [0]
+    assert waiting.time == due
+
+
+def test_both_wait__neither_skips_ahead_of_the_other(two: Bench) -> None:
+    for processor in two.processors:
+        processor.progresses = False
+    two.run(200)
+    assert two.scheduler.turns.stuck == {0, 1}
+    assert abs(two.processors[0].time - two.processors[1].time) <= 2 * SHORTEST_QUANTUM
+
+
+def test_copy_of_turns__is_independent(two: Bench) -> None:
+    two.processors[0].progresses = False
+    two.run(20)
+    turns = two.scheduler.turns
+    copy = turns.copy()
+    assert copy == turns
+    two.run(9)
+    assert copy != turns

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 
 from vtx.board import SavedDevices
 from vtx.boot.image import BootOptions
@@ -105,7 +105,7 @@ def capture(machine: Machine) -> Snapshot:
             exit_counts=dict(machine.exit_counts),
             latest=machine.now(),
             running=machine.running.index,
-            turns=_copy(machine.scheduler.turns),
+            turns=machine.scheduler.turns.copy(),
             image=machine.image,
         ),
         cpus=tuple(_save_cpu(cpu) for cpu in machine.cpus),
@@ -121,7 +121,7 @@ def restore(machine: Machine, snapshot: Snapshot) -> None:
     for cpu, saved in zip(machine.cpus, snapshot.cpus, strict=True):
         _restore_cpu(cpu, saved)
     machine.board.restore(snapshot.devices)
-    machine.scheduler.turns = _copy(run.turns)
+    machine.scheduler.turns = run.turns.copy()
     machine.exit_value, machine.image = run.exit_value, run.image
     machine.exit_counts.clear()
     machine.exit_counts.update(run.exit_counts)
@@ -138,10 +138,6 @@ def _save_cpu(cpu: Cpu) -> SavedCpu:
         init_pending=cpu.init_pending,
         smi_pending=cpu.smi_pending,
     )
-
-
-def _copy(turns: Turns) -> Turns:
-    return evolve(turns, signalled=dict(turns.signalled))
 
 
 def _restore_cpu(cpu: Cpu, saved: SavedCpu) -> None:

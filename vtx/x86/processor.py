@@ -184,6 +184,10 @@ class LogicalProcessor(ProcessorCore):
         self._gives_way = True
         self.engine.request_stop()
 
+    def registers(self) -> tuple[int, ...]:
+        """The general-purpose registers."""
+        return tuple(self.state.gpr)
+
     def sleep_until(self, tick: int) -> None:
         """Let time pass without executing."""
         self._sleep(tick - self.now())
