@@ -31,6 +31,8 @@ class Reference:
 SDM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "Basic Execution Environment": ("1", ("EFLAGS Register", "Canonical Addressing")),
     "Control-Flow Enforcement Technology (CET)": ("1", ("Shadow Stacks", "Indirect Branch Tracking")),
+    "Paging": ("3", ("Determination of Access Rights",)),
+    "Protection": ("3", ("Limit Checking",)),
     "Task Management": ("3", ("Task Switching",)),
     "Memory Cache Control": ("3", ("IA32_PAT MSR",)),
     "System Architecture Overview": ("3", ("Control Registers", "Extended Feature Enable Register")),
@@ -97,7 +99,12 @@ SDM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "VMX Non-Root Operation": (
         "3",
-        ("Instructions That Cause VM Exits Unconditionally", "Other Causes of VM Exits", "VM Functions"),
+        (
+            "Instructions That Cause VM Exits Unconditionally",
+            "Other Causes of VM Exits",
+            "VMX-Preemption Timer",
+            "VM Functions",
+        ),
     ),
     "VM Entries": (
         "3",
@@ -117,6 +124,7 @@ SDM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
             "Checks on Guest Page-Directory-Pointer-Table Entries",
             "Loading MSRs",
             "Vectored-Event Injection",
+            "Delivery of Pending Debug Exceptions after VM Entry",
             "VM-Entry Failures During or After Loading Guest State",
             "Machine-Check Events During VM Entry",
         ),

@@ -61,7 +61,7 @@ def on_vtx(sector: bytes, seconds: float) -> float:
 
 def on_qemu(sector: bytes, seconds: float) -> float:
     """Time on QEMU's translating engine (never KVM)."""
-    program = _find("qemu-system-x86_64")
+    program = find_program("qemu-system-x86_64")
     with tempfile.TemporaryDirectory() as folder:
         disk = _disk(folder, sector)
         serial = Path(folder, "serial")
@@ -76,7 +76,7 @@ def on_qemu(sector: bytes, seconds: float) -> float:
 
 def on_bochs(sector: bytes, seconds: float) -> float:
     """Time on Bochs as Debian builds it: with its debugger, and with a display that wants a terminal."""
-    program = _find("bochs")
+    program = find_program("bochs")
     if not _BOCHS_FILES.exists():
         raise Unavailable("its BIOS is not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def on_bochs(sector: bytes, seconds: float) -> float:
         command = [program, "-q", "-f", str(configuration), "-rc", f"{folder}/go"]
         process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder)
         os.close(slave)
-        threading.Thread(target=_drain, args=(master,), daemon=True).start()
+        threading.Thread(target=drain, args=(master,), daemon=True).start()
         return _watch(process, serial, seconds)
 
 
@@ -105,7 +105,8 @@ VTX: Final = Emulator("vtx", on_vtx)
 OTHERS: Final = (Emulator("Bochs", on_bochs), Emulator("QEMU", on_qemu))
 
 
-def _find(name: str) -> str:
+def find_program(name: str) -> str:
+    """Where a program is; Unavailable if it is not installed."""
     program = shutil.which(name)
     if program is None:
         raise Unavailable(f"{name} is not installed")
@@ -118,7 +119,8 @@ def _disk(folder: str, sector: bytes) -> Path:
     return path
 
 
-def _drain(descriptor: int) -> None:
+def drain(descriptor: int) -> None:
+    """Read and forget what is written to a pseudo-terminal, until nobody is left to; closes it."""
     with suppress(OSError):  # a pseudo-terminal without anybody on the other side is an error
         while os.read(descriptor, 4096):
             pass

@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "explain": "vtx.cli.explain",
     "bench": "vtx.cli.bench",
     "conformance": "vtx.cli.conformance",
+    "fuzz": "vtx.cli.fuzz",
 }
 
 
