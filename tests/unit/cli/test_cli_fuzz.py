@@ -1,0 +1,35 @@
+"""``vtx fuzz entries``: what it lists, prints, and ends with."""
+
+import pytest
+
+from vtx.cli.main import main
+from vtx.x86.profile import Profile
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "entries", "--list", "--count", "30"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30
+    assert lines[0] == "0: 64-bit: as it is"
+
+
+def test_without_bochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["fuzz", "entries", "--count", "1"]) == 2
+    assert capsys.readouterr().err == "vtx: cannot compare: bochs is not installed\n"
+
+
+def fake(result: str) -> object:
+    def runner(profile: Profile, image: bytes, module: bytes) -> str:
+        return f"msr 480 2b\n0 {result}\nend\n"
+
+    return runner
+
+
+@pytest.mark.parametrize(("theirs", "status"), [("exit 0 0 80000603 0", 0), ("valid 7", 1)])
+def test_result(theirs: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtx.fuzz.on_vtx.on_vtx", fake("exit 0 0 80000603 0"))
+    monkeypatch.setattr("vtx.fuzz.on_bochs.on_bochs", fake(theirs))
+    assert main(["fuzz", "entries", "--count", "1"]) == status
+    out = capsys.readouterr().out
+    assert ("VMfailValid(7)" in out) is bool(status)

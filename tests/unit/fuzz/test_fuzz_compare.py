@@ -1,0 +1,194 @@
+"""What the harness prints, comparing, reducing, and the classes of known differences."""
+
+from pathlib import Path
+
+import pytest
+
+from vmcs import fields as f
+from vmcs.fields import Field
+from vtx.cli.images import find_image
+from vtx.fuzz import compare, scene
+from vtx.fuzz.exchange import NO_ANSWER, Result, module, parse
+from vtx.fuzz.known import KNOWN, explanation, sort
+from vtx.fuzz.on_bochs import rom_of
+from vtx.fuzz.on_vtx import MEMORY, booted, on_vtx
+from vtx.fuzz.states import Generator, State
+from vtx.x86.profile import load_profile
+
+PROFILE = load_profile("bochs-skylake-x")
+GENERATOR = Generator.of(PROFILE, 1)
+NAMES = [base.name for base in scene.BASES]
+INT3 = Result("exit", 0, 0, 0x8000_0603)
+GP = Result("exit", 0, 0, 0x8000_0B0D)
+INVALID_GUEST = Result("exit", 33 | 1 << 31)
+DOCUMENT = Path(__file__).parents[3] / "docs" / "interpretations.md"
+
+
+def state(base: str = "64-bit", changes: dict[Field, int] | None = None) -> State:
+    return State(NAMES.index(base), tuple((field.encoding, value) for field, value in (changes or {}).items()))
+
+
+def run(*states: State) -> list[Result]:
+    image = find_image("entries").data
+    results, _ = compare.run(GENERATOR, states, lambda blob: on_vtx(PROFILE, image, blob))
+    return [results[number] for number in range(len(states))]
+
+
+def test_parse() -> None:
+    report = parse(
+        "widths 3028\r\nmsr 480 2b\r\n0 invalid\r\n1 valid 7\r\n2 exit 0 0 80000603 3\r\n"
+        "3 exit 80000021 4 80000603 80000603\r\n4 exit 34 0 603 0\r\nend\r\n"
+    )
+    assert report.complete
+    assert report.processor == {"address widths": 0x3028, "MSR 480": 0x2B}
+    assert report.results == {
+        0: Result("invalid"),
+        1: Result("valid", 7),
+        2: INT3,
+        3: Result("exit", 0x8000_0021, 4),  # a failed entry leaves the event information as it was
+        4: Result("exit", 52),
+    }
+
+
+def test_parse__a_run_that_broke_off() -> None:
+    report = parse("0 invalid\n[entries] FAIL: no\n1 val")
+    assert not report.complete
+    assert report.complaint == "[entries] FAIL: no"
+    assert report.results == {0: Result("invalid")}
+
+
+def test_states_on_the_model__every_base_enters_and_comes_back() -> None:
+    results = run(*(State(number, ()) for number in range(len(NAMES))))
+    for name, result in zip(NAMES, results, strict=True):
+        assert result.kind == "exit" and not result.entry_failure, name
+    assert results[0] == INT3
+    assert results[NAMES.index("64-bit, timer")].number == 52
+
+
+def test_states_on_the_model() -> None:
+    assert run(
+        state(changes={f.HOST_CS_SELECTOR: 3}),
+        state(changes={f.VPID: 0}),
+        state(changes={f.GUEST_RFLAGS: 0}),
+        state(changes={f.VMCS_LINK_POINTER: 0}),
+        state(changes={f.VM_ENTRY_MSR_LOAD_COUNT: 6}),
+        state("no paging", {f.GUEST_CS_BASE: 0xFFFF_0000, f.GUEST_RIP: scene.CODE + 0x1_0000}),
+        state(),
+    ) == [
+        Result("valid", 8),
+        Result("valid", 7),
+        INVALID_GUEST,
+        Result("exit", 33 | 1 << 31, 4),
+        Result("exit", 34 | 1 << 31, 6),
+        INT3,  # CS base plus EIP wraps at 4 GiB
+        INT3,
+    ]
+
+
+def text(results: dict[int, str]) -> str:
+    return "msr 480 2b\n" + "".join(f"{number} {result}\n" for number, result in results.items())
+
+
+def test_no_answer__the_rest_is_run_without_the_state_that_gave_none() -> None:
+    starts = []
+
+    def runner(blob: bytes) -> str:
+        starts.append(len(blob))
+        return text({0: "invalid"}) if len(starts) == 1 else text({2: "valid 7"}) + "end\n"
+
+    results, _ = compare.run(GENERATOR, [state(), state(), state()], runner)
+    assert results == {0: Result("invalid"), 1: NO_ANSWER, 2: Result("valid", 7)}
+    assert len(starts) == 2
+
+
+def test_a_harness_that_does_not_start_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="does not start: no boot"):
+        compare.run(GENERATOR, [state()], lambda blob: "no boot\n")
+
+
+def test_reduce__keeps_the_change_that_matters() -> None:
+    matters = f.GUEST_DR7.encoding.to_bytes(8, "little") + (0x123).to_bytes(8, "little")
+
+    def ours(blob: bytes) -> str:
+        return _answers(blob, lambda one: "exit 0 0 80000603 0")
+
+    def theirs(blob: bytes) -> str:
+        return _answers(blob, lambda one: "valid 7" if matters in one else "exit 0 0 80000603 0")
+
+    large = state(changes={f.GUEST_DR7: 0x123, f.GUEST_RSP: 8, f.TSC_OFFSET: 9, f.HOST_FS_BASE: 7})
+    found = compare.compare(GENERATOR, [state(), large], ours, theirs)
+    assert [each.state for each in found] == [large]
+    reduced = compare.reduce(GENERATOR, found, ours, theirs)
+    assert [each.state for each in reduced] == [state(changes={f.GUEST_DR7: 0x123})]
+    assert list(compare.by_class(reduced)) == [(INT3.name, "VMfailValid(7)", "Guest DR7")]
+
+
+def _answers(blob: bytes, answer) -> str:  # type: ignore[no-untyped-def]
+    """What a processor prints whose ``answer`` follows from the bytes of a state."""
+    empty = module(GENERATOR.memory, GENERATOR.bases, [])
+    rest = blob[len(empty) :]
+    count = int.from_bytes(blob[len(empty) - 8 : len(empty)], "little")
+    results = {}
+    for number in range(count):
+        size = 16 + 16 * int.from_bytes(rest[8:16], "little")
+        results[number] = answer(rest[:size])
+        rest = rest[size:]
+    return text(results) + "end\n"
+
+
+def known(changed: State, ours: Result, theirs: Result) -> str | None:
+    rules = tuple(violation.rule.id for violation in GENERATOR.violations(changed))
+    found = explanation(GENERATOR, compare.Disagreement(changed, ours, theirs, rules), MEMORY)
+    return found.id if found else None
+
+
+RIP = 1 << 62 | scene.CODE
+
+
+@pytest.mark.parametrize(
+    ("changed", "ours", "theirs", "expected"),
+    [
+        (state(changes={f.GUEST_RIP: RIP}), INVALID_GUEST, GP, "rip-not-canonical"),
+        # The same, and something else is broken that nobody overlooks.
+        (state(changes={f.GUEST_RIP: RIP, f.GUEST_RFLAGS: 0}), INVALID_GUEST, GP, None),
+        (state(changes={f.GUEST_CS_SELECTOR: 1}), INT3, INVALID_GUEST, "cs-privilege-level"),
+        (state(changes={f.GUEST_DS_SELECTOR: 1}), INT3, INVALID_GUEST, None),
+        (state("real mode", {f.GUEST_RIP: 0x1_0000}), INT3, GP, "code-segment-limit"),
+        (state("real mode"), INT3, GP, None),
+        (state("64-bit, timer", {f.GUEST_INTERRUPTIBILITY_STATE: 2}), Result("exit", 52), INT3, "timer-in-shadow"),
+        (state("64-bit, timer"), Result("exit", 52), INT3, None),
+        (
+            state(changes={f.GUEST_RFLAGS: 0, f.VPID: 0, f.HOST_RIP: RIP}),
+            Result("valid", 7),
+            Result("valid", 8),
+            "order",
+        ),
+        (state(changes={f.GUEST_RFLAGS: 0, f.VPID: 0}), Result("valid", 7), Result("valid", 8), None),
+        (state(changes={f.GUEST_RFLAGS: 0, f.VPID: 0}), Result("valid", 7), INVALID_GUEST, None),
+        (state(), INT3, NO_ANSWER, None),
+    ],
+)
+def test_known_classes_are_narrow(changed: State, ours: Result, theirs: Result, expected: str | None) -> None:
+    assert known(changed, ours, theirs) == expected
+
+
+def test_sort() -> None:
+    explained = compare.Disagreement(state(changes={f.GUEST_RIP: RIP}), INVALID_GUEST, GP, ("guest.rip-high-bits",))
+    other = compare.Disagreement(state(), INT3, GP, ())
+    outcome = sort(GENERATOR, [explained, other], MEMORY)
+    assert [(each.id, found) for each, found in outcome.explained.items()] == [("rip-not-canonical", [explained])]
+    assert outcome.unexplained == [other]
+
+
+def test_every_class_is_documented() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert [each.id for each in KNOWN if f"\n`{each.id}`\n: " not in document] == []
+
+
+def test_rom__has_what_the_machine_has_in_memory() -> None:
+    machine = booted(PROFILE, find_image("entries").data, module(GENERATOR.memory, GENERATOR.bases, [state()]), [])
+    rom = rom_of(machine)
+    assert len(rom) % 0x1_0000 == 0
+    assert rom[-16] == 0xE9  # the reset vector is a jump
+    for address in (0x10_0000, machine.cpu.state.rip & ~0xFFF):
+        assert machine.memory.read(address, 0x1000) in rom
