@@ -38,6 +38,7 @@ class SavedSvm:
     pauses: int
     last_pause: int | None
     smi_pending: bool
+    cached: int | None
     transitions: int
     host_cr4: int
     host_efer: int
@@ -61,6 +62,7 @@ def save_svm(svm: Svm) -> SavedSvm:
         pauses=operation.pauses,
         last_pause=operation.last_pause,
         smi_pending=operation.smi_pending,
+        cached=operation.cached,
         transitions=operation.transitions,
         host_cr4=nested.host_cr4 if isinstance(nested, NestedPaging) else 0,
         host_efer=nested.host_efer if isinstance(nested, NestedPaging) else 0,
@@ -80,6 +82,7 @@ def restore_svm(svm: Svm, saved: SavedSvm) -> None:
     operation.tsc_ratio = saved.tsc_ratio
     operation.pauses, operation.last_pause = saved.pauses, saved.last_pause
     operation.smi_pending = saved.smi_pending
+    operation.cached = saved.cached
     operation.transitions = saved.transitions
     operation.last_failure = None
     second_level: SecondLevel = IdentitySecondLevel()
