@@ -67,6 +67,7 @@ CTL_CPU_MODEL: Final = _control(unicorn_const.UC_CTL_CPU_MODEL, 1, _WRITE)
 CTL_TLB_TYPE: Final = _control(unicorn_const.UC_CTL_TLB_TYPE, 1, _WRITE)
 CTL_TLB_FLUSH: Final = _control(unicorn_const.UC_CTL_TLB_FLUSH, 0, _WRITE)
 CTL_USE_EXITS: Final = _control(unicorn_const.UC_CTL_UC_USE_EXITS, 1, _WRITE)
+CTL_EXITS: Final = _control(unicorn_const.UC_CTL_UC_EXITS, 2, _WRITE)
 CTL_REMOVE_BLOCKS: Final = _control(unicorn_const.UC_CTL_TB_REMOVE_CACHE, 2, _WRITE)
 TLB_VIRTUAL: Final = unicorn_const.UC_TLB_VIRTUAL
 

@@ -42,6 +42,7 @@ from vtx.engine.context import Context
 from vtx.engine.guards import GuardTable
 from vtx.engine.selfcheck import require_known_library
 from vtx.engine.transfer import callbacks
+from vtx.engine.untranslatable import Exits
 from vtx.x86.execution import (
     ANSWERED,
     CONTINUED,
@@ -62,7 +63,7 @@ from vtx.x86.execution import (
 )
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
-from vtx.x86.outcome import Vector
+from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import MASK32, CpuState, Rflags, Shadow
 
@@ -78,6 +79,7 @@ _TF: Final = int(Rflags.TF)
 _MOST_NOTED: Final = 1 << 16
 _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
+_AGAIN: Final = Fault(Vector.PF, 0)  # a refusal of what the client allows: it will try again
 _MOST_GUARDED: Final = 256  # the library looks through all of them each time it translates or calls one
 
 
@@ -127,6 +129,7 @@ class UnicornEngine:
         self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
         self._guards = guards = GuardTable()
         self._code = CodeView(memory, guards, self._code_changed)
+        self._exits = Exits(self._handle, self._code.read)
         segments = self._context.segments_address()
         self.clock = BlockClock(self._handle, self._examine, guards, segments, allow_compiled=allow_compiled)
         self._install_hooks(allow_compiled=allow_compiled)
@@ -288,6 +291,9 @@ class UnicornEngine:
             if self._noted.get(address) != noted:
                 self._noted[address] = noted
                 self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
+                if self._exits.granted(address >> PAGE_SHIFT):
+                    self._refused = (linear, kind, _AGAIN)
+                    return 0
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
 
     def _note_code(self, page: int, frame: int, writable: bool) -> None:
@@ -581,3 +587,4 @@ class UnicornEngine:
         self.clock.code_changed()
         self._code.changed()
         self._guards.clear()
+        self._noted.clear()

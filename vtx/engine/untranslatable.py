@@ -1,0 +1,72 @@
+"""Code that the library cannot translate: it would end the process.
+
+LOCK with BT, BTS, BTR or BTC of a register is an invalid opcode; Unicorn makes an access to memory of it, through an
+address that was never computed, and aborts. It stops translating at addresses called exits, where it behaves as if
+there were a HLT: those where such an instruction may begin are made exits, so that it traps before it is looked at.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
+from vtx.engine import native
+from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
+
+_BIT_TEST: Final = re.compile(rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])", re.DOTALL)
+_LOCK: Final = 0xF0
+_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, _LOCK, 0xF2, 0xF3, *range(0x40, 0x50)))
+_REACH: Final = MAX_INSTRUCTION_LENGTH - 1
+
+
+def begins(code: bytes) -> set[int]:
+    """Offsets in ``code`` where an instruction begins that the library cannot translate, if one begins there."""
+    found: set[int] = set()
+    for match in _BIT_TEST.finditer(code):
+        locked = False
+        first = match.start()
+        for offset in range(first - 1, max(first - _REACH, 0) - 1, -1):
+            if code[offset] not in _PREFIXES:
+                break
+            locked = locked or code[offset] == _LOCK
+            if locked:
+                found.add(offset)
+    return found
+
+
+class Exits:
+    """The exits of one engine. ``read`` gives (linear address, size) bytes of code, fewer where none was executed."""
+
+    def __init__(self, handle: ctypes.c_void_p, read: Callable[[int, int], bytes]) -> None:
+        self._handle = handle
+        self._read = read
+        self._library: Any = native.library
+        self._pages: dict[int, frozenset[int]] = {}
+
+    def granted(self, page: int) -> bool:
+        """Linear ``page`` will be executed. Whether that completes an instruction that begins on the page before."""
+        start = page << PAGE_SHIFT
+        before = len(self._read(start - _REACH, _REACH)) if page else 0
+        before = before if before == _REACH else 0
+        code = self._read(start - before, before + PAGE_SIZE + _REACH)
+        exits = {start - before + offset for offset in begins(code)}
+        inside = frozenset(address for address in exits if address >> PAGE_SHIFT == page)
+        crossing = frozenset(exits) - inside - self._pages.get(page - 1, frozenset())
+        crossing = frozenset(address for address in crossing if address >> PAGE_SHIFT == page - 1)
+        if inside != self._pages.get(page, frozenset()) or crossing:
+            self._pages[page] = inside
+            if crossing:
+                self._pages[page - 1] = self._pages.get(page - 1, frozenset()) | crossing
+            self._set()
+        return bool(crossing)
+
+    def _set(self) -> None:
+        addresses = sorted(address for exits in self._pages.values() for address in exits)
+        array = (ctypes.c_uint64 * len(addresses))(*addresses)
+        status = self._library.uc_ctl(
+            self._handle, ctypes.c_int(native.CTL_EXITS), array, ctypes.c_size_t(len(addresses))
+        )
+        native.check(status, "setting exits")
