@@ -13,10 +13,10 @@ from attrs import define, evolve
 from iced_x86 import Mnemonic
 
 from vtx.addresses import PAGE_OFFSET_MASK
-from vtx.x86 import access
+from vtx.x86 import access, operand_checks
 from vtx.x86.access import Access, Operand, operands
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
-from vtx.x86.execution import STEP, EngineEvent, ExceptionTrap, RefusedFill, Stepped
+from vtx.x86.execution import STEP, EngineEvent, ExceptionTrap, OperandTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.second_level import AccessKind, ReservedPageAccess, SubPageWrite
@@ -79,6 +79,8 @@ class _Refused:
         processor = self.processor
         reload, processor.reload = processor.reload, False
         event = processor.engine.run(processor.state, STEP, reload=reload)
+        if isinstance(event, OperandTrap) and operand_checks.operand_fault(processor.state, self.operands()) is None:
+            event = processor.engine.run(processor.state, STEP, reload=False, native=True)
         if isinstance(event, Stepped):
             return True
         if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:

@@ -10,7 +10,10 @@ import pytest
 from processor_bench import CODE, DATA, STACK, ProcessorBench, long_mode, protected_mode, real_mode
 
 from vtx.x86.event import Event
+from vtx.x86.execution import OperandTrap
 from vtx.x86.outcome import Vector
+from vtx.x86.refusal import _Refused
+from vtx.x86.second_level import AccessKind, ReservedPageAccess
 from vtx.x86.state import CpuState, Segment
 
 GP, SS, AC, UD, NM = Vector.GP, Vector.SS, Vector.AC, Vector.UD, Vector.NM
@@ -352,3 +355,15 @@ def test_many_instructions_guarded_by_themselves(count: int) -> None:
     bench.memory.write_u64(DATA, DATA + 0x40)
     bench.run()
     assert bench.processor.instructions == 2 * count + 1
+
+
+@pytest.mark.parametrize(("offset", "executes"), [(0, True), (0x100, False)])
+def test_instruction_executed_for_a_virtualization_extension(offset: int, executes: bool) -> None:
+    """What the engine cannot vouch for is looked at once, and then executed for good."""
+    state = protected_mode()
+    state.segments[3] = limited(DATA, 0xFF)
+    bench = bench_of("0fa307", state, rdi=offset, rax=0)
+    refused = _Refused(bench.processor, ReservedPageAccess(DATA, DATA, AccessKind.READ))
+    assert refused.execute() is executes
+    assert state.rip == CODE + (3 if executes else 0)
+    assert executes or refused.event == OperandTrap()
