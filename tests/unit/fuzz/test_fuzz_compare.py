@@ -66,13 +66,16 @@ def test_states_on_the_model__every_base_enters_and_comes_back() -> None:
 
 
 def test_states_on_the_model() -> None:
+    wrapping = {f.GUEST_CS_BASE: 0xFFFF_0000, f.GUEST_RIP: scene.CODE + 0x1_0000}  # their sum wraps at 4 GiB
     assert run(
         state(changes={f.HOST_CS_SELECTOR: 3}),
         state(changes={f.VPID: 0}),
         state(changes={f.GUEST_RFLAGS: 0}),
         state(changes={f.VMCS_LINK_POINTER: 0}),
         state(changes={f.VM_ENTRY_MSR_LOAD_COUNT: 6}),
-        state("no paging", {f.GUEST_CS_BASE: 0xFFFF_0000, f.GUEST_RIP: scene.CODE + 0x1_0000}),
+        state("no paging", wrapping),
+        state("compatibility mode", wrapping),
+        state("PAE paging", {f.GUEST_CS_BASE: 0xF3DF_9203, f.GUEST_RIP: 0xBA10_790A}),
         state(),
     ) == [
         Result("valid", 8),
@@ -80,7 +83,9 @@ def test_states_on_the_model() -> None:
         INVALID_GUEST,
         Result("exit", 33 | 1 << 31, 4),
         Result("exit", 34 | 1 << 31, 6),
-        INT3,  # CS base plus EIP wraps at 4 GiB
+        INT3,
+        INT3,
+        Result("exit", 0, 0xADF0_0B0D, 0x8000_0B0E),
         INT3,
     ]
 
