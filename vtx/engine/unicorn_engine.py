@@ -29,6 +29,7 @@ from vtx.engine.clock import (
     KIND,
     LIMIT,
     SIZE,
+    STOPPED,
     STOPPED_BY_BLOCK,
     STOPPED_BY_GUARD,
     STOPPED_BY_IF,
@@ -249,8 +250,8 @@ class UnicornEngine:
     def _on_fill(self, address: int, access: int) -> int:
         if self._probed is not None:
             return self._probed << PAGE_SHIFT | AccessKind.EXECUTE
-        if self._aborted or self._failure:
-            return 0
+        if self._aborted or self._failure or self._trap is not None or self._refused or self.clock.words[STOPPED]:
+            return 0  # the run is over: the library only drops what it translated at exits
         try:
             return self._fill(address, _KINDS[access])
         except BaseException as failure:
