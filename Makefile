@@ -7,6 +7,7 @@
 # make test     everything that must hold: lint type layers docs guests unit hdl
 # make unit     the Python tests alone; PYTEST_ARGS="-k paging" is passed on
 # make hdl      the hardware description against the model, and the proofs
+# make hostile  10,000 hostile programs; HOSTILE_ARGS="--first 5000 --minimize" is passed on
 # make bench    speed and memory, as ratios against other emulators when they are installed
 # make golden   regenerate the recorded traces; read the difference before committing it
 # make wheel    dist/*.whl with the guest images inside
@@ -15,12 +16,13 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 PYTEST_ARGS ?=
+HOSTILE_ARGS ?=
 BIN         := $(VENV)/bin
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: run test lint type layers unit docs hdl bench golden wheel guests clean format
+.PHONY: run test lint type layers unit docs hdl hostile bench golden wheel guests clean format
 
 run: $(VENV)/.installed guests
 	$(BIN)/vtx run nested
@@ -49,6 +51,9 @@ docs: $(VENV)/.installed-docs
 
 hdl: $(VENV)/.installed-test $(VENV)/.debian-hdl
 	$(BIN)/python -m pytest hdl_tests
+
+hostile: $(VENV)/.installed-test guests
+	$(BIN)/python tests/hostile $(HOSTILE_ARGS)
 
 bench: $(VENV)/.installed guests
 	$(BIN)/vtx bench

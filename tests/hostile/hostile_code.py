@@ -189,7 +189,9 @@ def _tables(source: random.Random, bits: int) -> bytes:
         load = source.choice((b"\x8e\xd8", b"\x8e\xc0", b"\x8e\xe0", b"\x8e\xe8", b"\x8e\xd0", b"\x0f\x00\xd8"))
         return _load(0, selector, bits) + source.choice((load, load, b"\x0f\x00\xd0", b"\x0f\x02\xd8", b"\x0f\x03\xd8"))
     if kind == 3:
-        return source.choice((b"\x06", b"\x07", b"\x16", b"\x17", b"\x1e", b"\x1f", b"\x0f\xa0", b"\x0f\xa1", b"\x0f\xa9"))
+        return source.choice(
+            (b"\x06", b"\x07", b"\x16", b"\x17", b"\x1e", b"\x1f", b"\x0f\xa0", b"\x0f\xa1", b"\x0f\xa9")
+        )
     if kind == 4:
         return b"\x0f" + bytes((source.choice((0xB2, 0xB4, 0xB5)),)) + operand(source, bits, memory=True)
     return b"\x0f\x01" + operand(source, bits, source.choice((4, 6, 7)))
@@ -222,7 +224,10 @@ def _system(source: random.Random, bits: int) -> bytes:
             *(b"\xf3\x0f\xc7\xf8", b"\x0f\xc7\xf0", b"\x0f\xc7\xf8", b"\xf3\x0f\xae\xf0", b"\x66\x0f\xae\xf0"),
             *(b"\x0f\x01\xee", b"\x0f\x01\xef", b"\x0f\x77", b"\xdb\xe3", b"\x0f\x0d\x00", b"\x9b", b"\xd7", b"\x62"),
             *(b"\xcd" + source.randbytes(1), b"\xe8" + _immediate(source, bits), b"\xc8" + source.randbytes(3)),
-            *(b"\x66\x0f\x38\x82" + operand(source, bits, memory=True), b"\x0f\xc7" + operand(source, bits, memory=True)),
+            *(
+                b"\x66\x0f\x38\x82" + operand(source, bits, memory=True),
+                b"\x0f\xc7" + operand(source, bits, memory=True),
+            ),
             *(b"\x0f\xa2", b"\x0f\x31", b"\xf3\x90", b"\xfb", b"\xfa", b"\x9d", b"\xf4"),
         )
     )
@@ -242,7 +247,9 @@ def _vmx(source: random.Random, bits: int) -> bytes:
         return b"\x66\x0f\x38" + bytes((source.choice((0x80, 0x81)),)) + operand(source, bits, memory=True)
     if kind == 3:
         return b"\x0f" + bytes((source.choice((0x78, 0x79)),)) + operand(source, bits)
-    field = source.choice((0, 0x400, 0x800, 0xC00, 0x2000, 0x2800, 0x4000, 0x4400, 0x4800, 0x4C00, 0x6000, 0x6800, 0x6C00))
+    field = source.choice(
+        (0, 0x400, 0x800, 0xC00, 0x2000, 0x2800, 0x4000, 0x4400, 0x4800, 0x4C00, 0x6000, 0x6800, 0x6C00)
+    )
     field += 2 * source.randrange(0x18) + (source.random() < 0.1)
     value = source.choice((source.getrandbits(32), 0, 1 << source.randrange(32), source.choice(at.ADDRESSES)))
     if kind < 6:

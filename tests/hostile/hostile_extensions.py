@@ -146,7 +146,9 @@ def _controls(machine: Machine, source: random.Random, guest: CpuState, mode: st
         wanted.append(c.ENTRY_IA32E_MODE_GUEST)
     if not guest.cr0 >> 31 or source.random() < 0.5:
         wanted += c.ENABLE_EPT, c.UNRESTRICTED_GUEST
-    pool = [control for control in c.CONTROLS if control.word in _WORDS and allowed[control.word].may_be_1 & control.mask]
+    pool = [
+        control for control in c.CONTROLS if control.word in _WORDS and allowed[control.word].may_be_1 & control.mask
+    ]
     wanted += source.sample(pool, source.choice((0, 1, 3, 6, 12)))
     for control in wanted:
         wanted += _NEEDS.get(control, ())
@@ -237,8 +239,6 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
 # AMD-V.
 
 
-
-
 def _svm_host_code(source: random.Random) -> bytes:
     """VMRUN; at every #VMEXIT take nRIP if there is one, execute something, run on."""
     code = bytearray()
@@ -295,7 +295,9 @@ def _vmcb(source: random.Random, guest: CpuState, nested_root: int) -> Vmcb:
     if source.random() < 0.4:
         for _ in range(source.choice((1, 2, 5))):
             field = source.choice(list(BY_NAME.values()))
-            vmcb[field] = source.choice((vmcb[field] ^ 1 << source.randrange(8 * field.size), source.getrandbits(8 * field.size)))
+            vmcb[field] = source.choice(
+                (vmcb[field] ^ 1 << source.randrange(8 * field.size), source.getrandbits(8 * field.size))
+            )
     return vmcb
 
 

@@ -70,9 +70,7 @@ def _death(status: int, errors: str) -> str:
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
-def run_batch(
-    first: int, count: int, options: Sequence[str] = (), child: Sequence[str] = CHILD
-) -> Iterator[Record]:
+def run_batch(first: int, count: int, options: Sequence[str] = (), child: Sequence[str] = CHILD) -> Iterator[Record]:
     """What programs ``first`` and following did, a crash among it; then a new process goes on behind it."""
     end = first + count
     while first < end:

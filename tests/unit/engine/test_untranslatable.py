@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from engine_bench import CODE, DATA, EngineBench
+from engine_bench import CODE, DATA, REFUSAL, EngineBench
 
 from vtx.engine.untranslatable import begins
-from vtx.x86.execution import InstructionTrap
+from vtx.x86.execution import InstructionTrap, Stepped
 
 LOCKED_BT = "f00fa3c9"  # lock bt ecx, ecx
 
@@ -69,3 +69,18 @@ def test_the_process_survives() -> None:
         EngineBench(LOCKED_BT + "f4").run()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_run_elsewhere__does_not_touch_the_page_of_such_code() -> None:
+    bench = EngineBench("90f4" + LOCKED_BT)
+    assert bench.run() == InstructionTrap()
+    elsewhere = CODE + 0x2000
+    bench.memory.write(elsewhere, bytes.fromhex("90f4"))
+    bench.client.pages[CODE >> 12] = REFUSAL
+    bench.engine.flush(None)
+    for step, event in ((False, InstructionTrap()), (True, Stepped())):
+        bench.client.fills.clear()
+        bench.state.rip = elsewhere
+        assert bench.run(step=step) == event
+        assert {page for page, *_ in bench.client.fills} <= {elsewhere}
+    bench.close()
