@@ -221,7 +221,7 @@ class UnicornEngine:
         linear, kind = context.take(state)
         size = words[SIZE]
         left = words[ADDRESS] + size - linear
-        if left > size:
+        if not 0 < left <= size:  # a trap at an exit has no block
             left = 0
         place = self._code.place(linear, left, kind, known)
         if place.answers is False or context.take_shadow(state):

@@ -84,3 +84,16 @@ def test_a_run_elsewhere__does_not_touch_the_page_of_such_code() -> None:
         assert bench.run(step=step) == event
         assert {page for page, *_ in bench.client.fills} <= {elsewhere}
     bench.close()
+
+
+def test_such_code_where_a_run_begins__takes_no_time() -> None:
+    for answers in (True, False):
+        bench = EngineBench("48ffc3 f4")
+        bench.engine.answers = answers
+        assert bench.run() == InstructionTrap()
+        before = bench.engine.elapsed(), bench.engine.instructions()
+        bench.memory.write(CODE + 0x1100, bytes.fromhex(LOCKED_BT))
+        bench.state.rip = CODE + 0x1100
+        assert bench.run() == InstructionTrap()
+        assert (bench.engine.elapsed(), bench.engine.instructions()) == before == (3, 1)
+        bench.close()
