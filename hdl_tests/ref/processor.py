@@ -68,6 +68,9 @@ class BareProcessor:
         """Pass on what the MMU caches of the registers."""
         self.mmu.update(self.state)
 
+    def changed_system_state(self) -> None:
+        """There is no engine to reload; the MMU has followed already."""
+
     def interrupt_pending(self) -> bool:
         """Nothing interrupts."""
         return False

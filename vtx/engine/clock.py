@@ -15,7 +15,7 @@ from typing import Any, Final
 from vtx.engine import guards, native
 from vtx.engine.code_kind import width
 from vtx.engine.code_view import BOUNDARY, COUNT, GUARDED, GUARDS_SHIFT, STOP
-from vtx.x86.state import SegmentRegister
+from vtx.x86.state import MASK32, SegmentRegister
 
 try:
     from vtx.engine import _blockclock  # type: ignore[attr-defined, unused-ignore]
@@ -243,6 +243,9 @@ class BlockClock:
         self.shared.instructions += 1
 
     def remaining_block(self, address: int) -> int:
-        """Bytes of the current block from linear ``address`` on."""
-        left = self.shared.address + self.shared.size - address
-        return left if 0 < left <= self.shared.size else 0
+        """Bytes of the current block from linear ``address`` on; 0 if that is not in it."""
+        size = self.words[SIZE]
+        left = self.words[ADDRESS] + size - address
+        if left > MASK32:
+            left -= 1 << 32  # CS base plus EIP wrapped; the library's address of the block does not
+        return left if 0 < left <= size else 0

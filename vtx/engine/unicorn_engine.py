@@ -22,7 +22,6 @@ from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
 from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, map_memory
 from vtx.engine.clock import (
-    ADDRESS,
     ELAPSED,
     INSTRUCTION_LIMIT,
     INSTRUCTIONS,
@@ -219,16 +218,13 @@ class UnicornEngine:
         """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
         context, words, state = self._context, self.clock.words, self._state
         linear, kind = context.take(state)
-        size = words[SIZE]
-        left = words[ADDRESS] + size - linear
-        if not 0 < left <= size:  # a trap at an exit has no block
-            left = 0
+        left = self.clock.remaining_block(linear)  # a trap at an exit has no block
         place = self._code.place(linear, left, kind, known)
         if place.answers is False or context.take_shadow(state):
             return False
         if left:
             words[ELAPSED] -= left
-            words[SIZE] = size - left
+            words[SIZE] -= left
             words[INSTRUCTIONS] -= place.rest
         budget = self._client.answer(place)
         if budget == NOT_ANSWERED:
@@ -243,6 +239,9 @@ class UnicornEngine:
             self._flush_now()
         if words[INSTRUCTION_LIMIT] != UNLIMITED:
             words[INSTRUCTION_LIMIT] -= 1
+            if words[INSTRUCTIONS] >= words[INSTRUCTION_LIMIT]:  # what follows may trap without entering a block
+                self._answered = True
+                return False
         words[LIMIT] = words[ELAPSED] + budget
         context.give(state)
         return True

@@ -197,6 +197,7 @@ class ProcessorCore:
     def shut_down(self, reason: str) -> None:
         """Enter the shutdown state."""
         self.state.activity = Activity.SHUTDOWN
+        self.reload = True
         self.halt = Halt(reason, shutdown=True)
 
     # Events.
