@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 from vmcs.exits import InstructionError, Reason
+from vmcs.instruction_rules import VMCLEAR_VMXON_POINTER
 from vmcs.region import LaunchState
 from vtx.vmx import Vmx
 from vtx.vmx import outcome as o
@@ -80,7 +81,7 @@ def _error_is_not_stored(original: Method, vmx: Vmx, arguments: tuple[Any, ...])
 def _wrong_error(original: Method, vmx: Vmx, arguments: tuple[Any, ...]) -> Any:
     outcome = original(vmx, *arguments)
     if outcome == o.VmFailValid(InstructionError.VMPTRLD_WITH_VMXON_POINTER):
-        return vmx.operation.fail(InstructionError.VMCLEAR_WITH_VMXON_POINTER)
+        return vmx.operation.fail(VMCLEAR_VMXON_POINTER)
     return outcome
 
 
