@@ -28,6 +28,7 @@ from iced_x86 import (
 
 from vtx.engine.code_kind import CHECKS_ALIGNMENT, LIKE_8086, SHORT_SEGMENTS, SMALL_STACK, is_limited, width
 from vtx.x86.alignment import checked_alignment, required_alignment
+from vtx.x86.decode import SEGMENT_REGISTERS
 from vtx.x86.instructions.table import HANDLERS
 from vtx.x86.state import MASK32, MASK64, SegmentRegister
 
@@ -49,14 +50,6 @@ NO_REGISTER: Final = -1
 _RSP: Final = 4
 _RBP: Final = 5
 _LARGEST: Final = 512
-_SEGMENTS: Final = {
-    Register.ES: SegmentRegister.ES,
-    Register.CS: SegmentRegister.CS,
-    Register.SS: SegmentRegister.SS,
-    Register.DS: SegmentRegister.DS,
-    Register.FS: SegmentRegister.FS,
-    Register.GS: SegmentRegister.GS,
-}
 _ACCESSES: Final = frozenset(
     (
         *(OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE),
@@ -167,7 +160,7 @@ class _Block:
         for memory in _FACTORY.info(instruction).used_memory():
             if memory.access not in _ACCESSES:
                 continue
-            segment = int(_SEGMENTS.get(memory.segment, SegmentRegister.DS))
+            segment = int(SEGMENT_REGISTERS.get(memory.segment, SegmentRegister.DS))
             size = _size(instruction, memory)
             alignment = max(required, checked_alignment(size)) if checks else required
             limited = is_limited(self.kind, segment) and not self._always_inside(memory, size)
@@ -238,8 +231,8 @@ class _Block:
                 continue
             if RegisterExt.is_gpr(used.register):
                 self.values[RegisterExt.number(RegisterExt.full_register(used.register))] = None
-            elif used.register in _SEGMENTS:
-                self.changed_segments.add(_SEGMENTS[used.register])
+            elif used.register in SEGMENT_REGISTERS:
+                self.changed_segments.add(SEGMENT_REGISTERS[used.register])
         if instruction.mnemonic == Mnemonic.SWAPGS:
             self.changed_segments.add(SegmentRegister.GS)
         if moved is not None:

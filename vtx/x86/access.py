@@ -29,21 +29,13 @@ from iced_x86 import Instruction as IcedInstruction
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.x86.alignment import required_alignment
-from vtx.x86.decode import Instruction
+from vtx.x86.decode import SEGMENT_REGISTERS, Instruction
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import MASK32, MASK64, CpuState, Gpr, SegmentRegister
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
-_SEGMENTS: Final[Mapping[int, SegmentRegister]] = {
-    Register.ES: SegmentRegister.ES,
-    Register.CS: SegmentRegister.CS,
-    Register.SS: SegmentRegister.SS,
-    Register.DS: SegmentRegister.DS,
-    Register.FS: SegmentRegister.FS,
-    Register.GS: SegmentRegister.GS,
-}
 _WRITES: Final = frozenset(
     (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE),
 )
@@ -57,8 +49,8 @@ _FACTORY: Final = InstructionInfoFactory()
 
 
 def _register_value(state: CpuState, register: int) -> int:
-    if register in _SEGMENTS:
-        segment = _SEGMENTS[register]
+    if register in SEGMENT_REGISTERS:
+        segment = SEGMENT_REGISTERS[register]
         if state.in_64_bit_mode and segment < SegmentRegister.FS:
             return 0
         return state.segments[segment].base
@@ -111,7 +103,7 @@ def operands(processor: LogicalProcessor) -> list[Operand]:
         offset &= _width(state, raw, memory)
         linear = (values[0] + offset) & (MASK64 if state.in_64_bit_mode else MASK32)
         size = MemorySizeExt.size(memory.memory_size) or MemorySizeExt.size(raw.memory_size) or _LARGEST_OPERAND
-        segment = _SEGMENTS.get(memory.segment, SegmentRegister.DS)
+        segment = SEGMENT_REGISTERS.get(memory.segment, SegmentRegister.DS)
         stack = segment == SegmentRegister.SS
         found.append(Operand(linear, size, reads, writes, stack, segment, offset, alignment))
     return found

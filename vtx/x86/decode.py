@@ -8,6 +8,7 @@ Spec: SDM Vol. 2, "Instruction Format"; SDM Vol. 1, "Operand Addressing"; SDM Vo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
@@ -21,7 +22,7 @@ from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Segment, Segme
 MAX_INSTRUCTION_LENGTH: Final = 15
 RIP_BASE: Final = 16  # MemoryOperand.base of a RIP-relative operand
 
-_SEGMENTS: Final = {
+SEGMENT_REGISTERS: Final[Mapping[int, SegmentRegister]] = {
     Register.ES: SegmentRegister.ES,
     Register.CS: SegmentRegister.CS,
     Register.SS: SegmentRegister.SS,
@@ -29,6 +30,8 @@ _SEGMENTS: Final = {
     Register.FS: SegmentRegister.FS,
     Register.GS: SegmentRegister.GS,
 }
+"""Segment registers by iced register number."""
+
 _ADDRESS_MASKS: Final = {2: 0xFFFF, 4: MASK32, 8: MASK64}
 _STRING_MEMORY: Final = {
     OpKind.MEMORY_SEG_SI: (6, 2),
@@ -111,10 +114,12 @@ def _memory_operand(raw: IcedInstruction, bits: int) -> MemoryOperand | None:
             return _explicit_memory(raw, bits)
         if kind in _STRING_MEMORY:
             register, size = _STRING_MEMORY[kind]
-            segment = SegmentRegister.ES if register == 7 else _SEGMENTS[raw.memory_segment]
+            segment = SegmentRegister.ES if register == 7 else SEGMENT_REGISTERS[raw.memory_segment]
             return MemoryOperand(segment, register, None, 1, 0, size)
     if raw.mnemonic == Mnemonic.MONITOR:
-        return MemoryOperand(_SEGMENTS.get(raw.segment_prefix, SegmentRegister.DS), 0, None, 1, 0, _MONITOR[raw.code])
+        return MemoryOperand(
+            SEGMENT_REGISTERS.get(raw.segment_prefix, SegmentRegister.DS), 0, None, 1, 0, _MONITOR[raw.code]
+        )
     return None
 
 
@@ -123,7 +128,7 @@ def _explicit_memory(raw: IcedInstruction, bits: int) -> MemoryOperand:
     displacement = raw.memory_displacement
     if raw.is_ip_rel_memory_operand:
         size = 8 if raw.memory_base == Register.RIP else 4
-        return MemoryOperand(_SEGMENTS[raw.memory_segment], RIP_BASE, None, 1, displacement & MASK64, size)
+        return MemoryOperand(SEGMENT_REGISTERS[raw.memory_segment], RIP_BASE, None, 1, displacement & MASK64, size)
     if raw.memory_base != Register.NONE:
         base = RegisterExt.number(raw.memory_base)
         size = RegisterExt.size(raw.memory_base)
@@ -133,7 +138,7 @@ def _explicit_memory(raw: IcedInstruction, bits: int) -> MemoryOperand:
         size = raw.memory_displ_size  # an absolute address is as wide as the address size
     index = None if raw.memory_index == Register.NONE else RegisterExt.number(raw.memory_index)
     return MemoryOperand(
-        _SEGMENTS[raw.memory_segment], base, index, raw.memory_index_scale, displacement & MASK64, size
+        SEGMENT_REGISTERS[raw.memory_segment], base, index, raw.memory_index_scale, displacement & MASK64, size
     )
 
 
