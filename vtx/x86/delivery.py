@@ -18,6 +18,7 @@ from vtx.x86 import descriptors
 from vtx.x86.branches import BTF, LBR, record_event
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
 from vtx.x86.event import Event, EventKind
+from vtx.x86.inner_stack import ia32e_stack_pointer, tss_stack
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp
 from vtx.x86.stack import Stack
@@ -48,10 +49,6 @@ _CLEARED_BY_GATE: Final = int(Rflags.TF | Rflags.VM | Rflags.RF | Rflags.NT)
 # In the order they are pushed.
 _V86_DATA_SEGMENTS: Final = (SegmentRegister.GS, SegmentRegister.FS, SegmentRegister.DS, SegmentRegister.ES)
 
-_TSS_STACK_32: Final = 4  # ESP0, then 8 bytes a level
-_TSS_STACK_16: Final = 2  # SP0, then 4 bytes a level
-_TSS_STACK_64: Final = 4  # RSP0, then 8 bytes a level
-_TSS_IST_64: Final = 28  # IST index 0, which does not exist, then 8 bytes each
 _TSS_IO_MAP_BASE: Final = 102
 _REDIRECTION_MAP_SIZE: Final = 32
 
@@ -296,38 +293,7 @@ def _stack(delivery: _Delivery, handler: _Handler) -> tuple[Stack, Descriptor | 
     state, memory = delivery.state, delivery.memory
     if not handler.inner:
         return Stack.of(state, memory, cpl=handler.cpl, error_code=delivery.external), None
-    selector, pointer = _tss_stack(delivery, handler.cpl)
-    if is_null(selector):
-        raise InstructionAborted(Fault(Vector.TS, delivery.external))
-    descriptor = descriptors.read_descriptor(state, memory, selector)
-    if descriptor is None or selector & 3 != handler.cpl:
-        raise delivery.selector_fault(Vector.TS, selector)
-    if descriptor.dpl != handler.cpl or not descriptor.is_writable_data:
-        raise delivery.selector_fault(Vector.TS, selector)
-    if not descriptor.present:
-        raise delivery.selector_fault(Vector.SS, selector)
-    stack = Stack.of(
-        state,
-        memory,
-        segment=descriptor.segment(selector),
-        pointer=pointer,
-        cpl=handler.cpl,
-        error_code=selector & 0xFFFC | delivery.external,
-    )
-    return stack, descriptor
-
-
-def _tss_stack(delivery: _Delivery, level: int) -> tuple[int, int]:
-    """SS and ESP of privilege ``level`` in the current TSS."""
-    state, memory = delivery.state, delivery.memory
-    if state.tr.type in descriptors.TSS_32_TYPES:
-        offset, size = _TSS_STACK_32 + level * 8, 4
-    else:
-        offset, size = _TSS_STACK_16 + level * 4, 2
-    if not state.tr.usable or offset + size + 1 > state.tr.limit:
-        raise delivery.selector_fault(Vector.TS, state.tr.selector)
-    selector = memory.read(system_address(state, state.tr.base, offset + size), 2)
-    return selector, memory.read(system_address(state, state.tr.base, offset), size)
+    return tss_stack(state, memory, handler.cpl, delivery.external)
 
 
 # IA-32e mode
@@ -363,15 +329,9 @@ def _through_64_bit_gate(delivery: _Delivery, gate: Gate) -> None:
 def _ia32e_stack_pointer(delivery: _Delivery, handler: _Handler) -> int:
     """RSP before alignment: of the interrupt stack table, of the new privilege level, or the current one."""
     state = delivery.state
-    if handler.gate.ist:
-        offset = _TSS_IST_64 + handler.gate.ist * 8
-    elif handler.inner:
-        offset = _TSS_STACK_64 + handler.cpl * 8
-    else:
+    if not handler.gate.ist and not handler.inner:
         return state.gpr[Gpr.RSP]
-    if not state.tr.usable or offset + 7 > state.tr.limit:
-        raise delivery.selector_fault(Vector.TS, state.tr.selector)
-    return delivery.memory.read(system_address(state, state.tr.base, offset), 8)
+    return ia32e_stack_pointer(state, delivery.memory, handler.cpl, ist=handler.gate.ist, external=delivery.external)
 
 
 # Both

@@ -230,6 +230,21 @@ def read_descriptor(state: CpuState, memory: LinearMemory, selector: int) -> Des
     return None if address is None else parse_descriptor(memory.read(address, 8))
 
 
+def read_stack_descriptor(
+    state: CpuState, memory: LinearMemory, selector: int, cpl: int, invalid: Vector, external: int = 0
+) -> Descriptor:
+    """The descriptor of a stack segment for privilege level ``cpl``; ``selector`` is not null.
+
+    Raises the exception ``invalid`` for what cannot be one, #SS for a segment that is not present.
+    """
+    descriptor = read_descriptor(state, memory, selector)
+    if descriptor is None or selector & 3 != cpl or not descriptor.is_writable_data or descriptor.dpl != cpl:
+        raise selector_fault(invalid, selector, external)
+    if not descriptor.present:
+        raise selector_fault(Vector.SS, selector, external)
+    return descriptor
+
+
 def set_accessed(state: CpuState, memory: LinearMemory, selector: int, descriptor: Descriptor) -> Descriptor:
     """Set the accessed bit of the code or data descriptor of ``selector``, also in memory unless set already."""
     if descriptor.access_rights & _ACCESSED:

@@ -14,14 +14,12 @@ from attrs import frozen
 
 from vtx.x86 import descriptors, iret
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
-from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
+from vtx.x86.inner_stack import ia32e_stack_pointer, tss_stack
+from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import MASK32, MASK64, CpuState, Gpr, SegmentRegister, Shadow
 
-_TSS_STACK_32: Final = 4
-_TSS_STACK_16: Final = 2
-_TSS_STACK_64: Final = 4
 _GATE_WORDS: Final = {SystemType.CALL_GATE_16: 2, SystemType.CALL_GATE_32: 4}
 
 
@@ -162,7 +160,7 @@ def _call_inner(state: CpuState, memory: LinearMemory, target: _Target, next_rip
         stack, descriptor = _ia32e_stack(state, memory, target.cpl), None
     else:
         size = _GATE_WORDS[SystemType(gate.type)]
-        stack, descriptor = _tss_stack(state, memory, target.cpl)
+        stack, descriptor = tss_stack(state, memory, target.cpl)
         old = Stack.of(state, memory)
         parameters = [old.pop(size) for _ in range(gate.parameter_count)]
     stack.check_room(4 + len(parameters), size)
@@ -177,32 +175,10 @@ def _call_inner(state: CpuState, memory: LinearMemory, target: _Target, next_rip
 
 
 def _ia32e_stack(state: CpuState, memory: LinearMemory, cpl: int) -> Stack:
-    offset = _TSS_STACK_64 + 8 * cpl
-    if not state.tr.usable or offset + 7 > state.tr.limit:
-        raise selector_fault(Vector.TS, state.tr.selector)
-    pointer = memory.read(system_address(state, state.tr.base, offset), 8)
+    pointer = ia32e_stack_pointer(state, memory, cpl)
     if not is_canonical(pointer, linear_address_width(state)):
         raise InstructionAborted(Fault(Vector.SS, 0))
     return Stack.of(state, memory, segment=null_segment(cpl, cpl), pointer=pointer, cpl=cpl, bits=64)
-
-
-def _tss_stack(state: CpuState, memory: LinearMemory, cpl: int) -> tuple[Stack, Descriptor]:
-    wide = state.tr.type in descriptors.TSS_32_TYPES
-    offset, size = (_TSS_STACK_32 + 8 * cpl, 4) if wide else (_TSS_STACK_16 + 4 * cpl, 2)
-    if not state.tr.usable or offset + size + 1 > state.tr.limit:
-        raise selector_fault(Vector.TS, state.tr.selector)
-    selector = memory.read(system_address(state, state.tr.base, offset + size), 2)
-    pointer = memory.read(system_address(state, state.tr.base, offset), size)
-    if is_null(selector):
-        raise InstructionAborted(Fault(Vector.TS, 0))
-    descriptor = descriptors.read_descriptor(state, memory, selector)
-    if descriptor is None or selector & 3 != cpl or descriptor.dpl != cpl or not descriptor.is_writable_data:
-        raise selector_fault(Vector.TS, selector)
-    if not descriptor.present:
-        raise selector_fault(Vector.SS, selector)
-    segment = descriptor.segment(selector)
-    stack = Stack.of(state, memory, segment=segment, pointer=pointer, cpl=cpl, error_code=selector & 0xFFFC)
-    return stack, descriptor
 
 
 def _enter(state: CpuState, memory: LinearMemory, target: _Target) -> None:

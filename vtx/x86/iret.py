@@ -205,11 +205,7 @@ def outer_stack_segment(state: CpuState, memory: LinearMemory, selector: int, co
         if selector & 3 != cpl:
             raise selector_fault(Vector.GP, selector)
         return null_segment(selector, cpl)
-    stack = descriptors.read_descriptor(state, memory, selector)
-    if stack is None or selector & 3 != cpl or not stack.is_writable_data or stack.dpl != cpl:
-        raise selector_fault(Vector.GP, selector)
-    if not stack.present:
-        raise selector_fault(Vector.SS, selector)
+    stack = descriptors.read_stack_descriptor(state, memory, selector, cpl, Vector.GP)
     return descriptors.set_accessed(state, memory, selector, stack).segment(selector)
 
 

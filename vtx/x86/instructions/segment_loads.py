@@ -51,11 +51,7 @@ def stack_segment(state: CpuState, memory: LinearMemory, selector: int) -> Segme
         if not state.in_64_bit_mode or cpl == 3 or selector != cpl:
             raise gp(0)
         return null_segment(selector, cpl)
-    descriptor = descriptors.read_descriptor(state, memory, selector)
-    if descriptor is None or selector & 3 != cpl or not descriptor.is_writable_data or descriptor.dpl != cpl:
-        raise selector_fault(Vector.GP, selector)
-    if not descriptor.present:
-        raise selector_fault(Vector.SS, selector)
+    descriptor = descriptors.read_stack_descriptor(state, memory, selector, cpl, Vector.GP)
     return descriptors.set_accessed(state, memory, selector, descriptor).segment(selector)
 
 
