@@ -314,24 +314,19 @@ class Mmu:
     def fill(self, linear: int, kind: AccessKind, cpl: int, ac: bool, *, implicit: bool = False) -> Grant | Refusal:
         """Answer a miss of the engine's TLB at ``linear`` (any address in the page; a fault reports it as given)."""
         privilege = Privilege.of(cpl, ac, implicit)
-        allowed = self._permissions[privilege]
-        page = (linear & self._linear_mask) >> PAGE_SHIFT
-        found = self.tlb.find(page) or self._walks.recall(page)
-        permissions = 0 if found is None else allowed[found.attributes] & found.cacheable
-        if found is None or not permissions & kind or self.reserved_page is not None:
-            result = self.resolve(linear, kind, privilege)
-            if not isinstance(result, Translation):
-                return result
-            found, permissions = result, allowed[result.attributes] & result.cacheable
-        if found.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
-            self._large_granted.add((found.size, page // (found.size >> PAGE_SHIFT)))
-        return Grant(found.physical >> PAGE_SHIFT, permissions)
+        result = self.resolve(linear, kind, privilege)
+        if not isinstance(result, Translation):
+            return result
+        if result.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
+            page = (linear & self._linear_mask) >> PAGE_SHIFT
+            self._large_granted.add((result.size, page // (result.size >> PAGE_SHIFT)))
+        return Grant(result.physical >> PAGE_SHIFT, self._permissions[privilege][result.attributes] & result.cacheable)
 
     def resolve(self, linear: int, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
         """The translation for one access, from the TLB or by a walk, with its flags set; or why there is none."""
         linear &= self._linear_mask
         page = linear >> PAGE_SHIFT
-        cached = self.tlb.find(page)
+        cached = self.tlb.find(page) or self._walks.recall(page)
         if cached is not None and self._permissions[privilege][cached.attributes] & cached.cacheable & kind:
             result: Translation | Refusal = cached
         else:
@@ -361,9 +356,6 @@ class Mmu:
 
     def _walk(self, linear: LinearAddress, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
         page = linear >> PAGE_SHIFT
-        recalled = self._walks.recall(page)
-        if recalled is not None and self._permissions[privilege][recalled.attributes] & recalled.cacheable & kind:
-            return recalled
         if not is_canonical(self.context, linear):
             # A stack reference would be #SS(0): the one who knows it is one replaces the vector.
             return Fault(Vector.GP, 0)
@@ -377,7 +369,7 @@ class Mmu:
                 self._walks.remember(page, result, steps)
             self.tlb.insert(page, result)
             return result
-        self.tlb.invalidate_page(linear >> PAGE_SHIFT)
+        self.tlb.invalidate_page(page)
         if isinstance(result, PageFault):
             return Fault(Vector.PF, result.error_code, result.linear)
         return result
