@@ -126,6 +126,9 @@ _EXTENSIONS: Final = ("VMX", "SVM")
 # Properties without a meaning for a machine that is not an accelerator on some host.
 _WITHOUT_EFFECT: Final = ("host-phys-bits", "migratable", "check", "enforce", "l3-cache", "pmu")
 
+# Features that QEMU has no flag for, and so none of its models: tests rely on that.
+_NOT_QEMUS: Final = ("RDPRU",)
+
 _STATE_COMPONENT: Final = {"PKU": "PKRU"}
 _NEED_XSAVE: Final = ("XSAVEOPT", "XSAVEC", "XGETBV_1", "XSAVES", "AVX", "PKU")
 
@@ -193,11 +196,13 @@ def adapt(document: Mapping[str, Any], wish: Wish, possible: frozenset[str]) -> 
         raise UnsupportedError(f"a processor of {wish.vendor}")
     if wish.physical_address_width is not None:
         changed["implementation"]["physical_address_width"] = wish.physical_address_width
+    for feature in _NOT_QEMUS:
+        _drop_feature(changed, feature)
     for flag in wish.off:
         if (control := _CONTROL_FLAGS.get(flag)) is not None:
             _drop_control(changed, control)
-        elif (feature := _feature(flag)) is not None:
-            _drop_feature(changed, feature)
+        elif (named := _feature(flag)) is not None:
+            _drop_feature(changed, named)
         # else: what nothing here has is off already
     for flag in wish.on:
         if (control := _CONTROL_FLAGS.get(flag)) is not None:

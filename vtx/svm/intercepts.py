@@ -3,7 +3,10 @@
 `exit_of` looks the operation's class up in one table. Nothing here changes state; `vtx.svm.vmexit` performs the exit
 that these functions describe.
 
-Spec: APM Vol. 2, "Intercept Operation", "Instruction Intercepts", "Decode Assists".
+Interpretations. The traps after writes of control registers are those of MOV, LMSW and CLTS. They are no exits due to
+an instruction intercept, so nRIP is 0, and the trap of single-stepping that was due at the same time is lost.
+
+Spec: APM Vol. 2, "Intercept Operation", "Instruction Intercepts", "Decode Assists", "Control Register Write Traps".
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Final
 
 from iced_x86 import Mnemonic
 
+from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vtx.svm import places as at
 from vtx.svm.operation import SvmOperation
@@ -30,9 +34,9 @@ _PLAIN: Final[Mapping[Plain, Exit]] = {
     Plain.RDTSC: Exit.RDTSC,
     Plain.RDTSCP: Exit.RDTSCP,
     Plain.RDPMC: Exit.RDPMC,
+    Plain.RDPRU: Exit.RDPRU,
     Plain.PAUSE: Exit.PAUSE,
     Plain.MONITOR: Exit.MONITOR,
-    Plain.MWAIT: Exit.MWAIT,
     Plain.XSETBV: Exit.XSETBV,
     Plain.RSM: Exit.RSM,
     Plain.PUSHF: Exit.PUSHF,
@@ -95,6 +99,13 @@ def _decoded(operation: SvmOperation, information: int) -> int:
 def _simple(operation: SvmOperation, what: op.Simple, instruction: Instruction) -> Vmexit | None:
     code = _PLAIN.get(what.kind)
     return None if code is None else of_instruction(operation, code, instruction)
+
+
+def _mwait(operation: SvmOperation, what: op.MonitorWait, instruction: Instruction) -> Vmexit | None:
+    record = of_instruction(operation, Exit.MWAIT, instruction, int(what.armed))
+    if record is None and what.armed:
+        return of_instruction(operation, Exit.MWAIT_CONDITIONAL, instruction)
+    return record
 
 
 def _move_to_cr(operation: SvmOperation, what: op.MoveToControlRegister, instruction: Instruction) -> Vmexit | None:
@@ -217,8 +228,32 @@ def _task_switch(operation: SvmOperation, what: op.TaskSwitch, instruction: Inst
     return record
 
 
+def control_register_trap(operation: SvmOperation, number: int) -> Vmexit | None:
+    """The exit after a write of CR``number``: EXITINFO1 is what the register holds now.
+
+    Spec: APM Vol. 2, "Control Register Write Traps".
+    """
+    if not operation.intercepted(Exit.CR0_WRITE_TRAP + number):
+        return None
+    processor = operation.processor
+    state = processor.state
+    value = {0: state.cr0, 2: state.cr2, 3: state.cr3, 4: state.cr4}.get(number)
+    if value is None:
+        masks = operation.masks_interrupts
+        value = operation.virtual & layouts.V_TPR & 0xF if masks else processor.task_priority()
+    return Vmexit(Exit.CR0_WRITE_TRAP + number, value)
+
+
+def efer_trap(operation: SvmOperation) -> Vmexit | None:
+    """The exit after a write of EFER."""
+    if not operation.intercepted(Exit.EFER_WRITE_TRAP):
+        return None
+    return Vmexit(Exit.EFER_WRITE_TRAP, operation.processor.state.efer)
+
+
 _DECISIONS: Final[Mapping[type, Callable[[SvmOperation, Any, Instruction], Vmexit | None]]] = {
     op.Simple: _simple,
+    op.MonitorWait: _mwait,
     op.MoveToControlRegister: _move_to_cr,
     op.MoveFromControlRegister: _move_from_cr,
     op.ClearTaskSwitched: _clts,

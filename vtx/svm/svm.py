@@ -17,7 +17,7 @@ from vmcs.vmcb.rules import RULES
 from vtx.svm import events, instructions, pause_filter, smm
 from vtx.svm import places as at
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
-from vtx.svm.intercepts import exit_of, next_rip
+from vtx.svm.intercepts import control_register_trap, efer_trap, exit_of, next_rip
 from vtx.svm.nested_paging import NO_SECOND_LEVEL
 from vtx.svm.observer import Observer
 from vtx.svm.operation import Features, SvmOperation, VmrunFailure
@@ -142,6 +142,14 @@ class Svm:
             return self._virtualize_task_priority(operation, instruction)
         perform_exit(svm, record)
         return True
+
+    def control_register_written(self, number: int) -> None:
+        """See `Virtualization.control_register_written`."""
+        self._exit_if(control_register_trap(self.operation, number))
+
+    def efer_written(self) -> None:
+        """See `Virtualization.efer_written`."""
+        self._exit_if(efer_trap(self.operation))
 
     def intercept_event(self, event: Event, fault: Fault | None) -> bool:
         """See `Virtualization.intercept_event`."""
@@ -270,6 +278,8 @@ class Svm:
         else:
             values[at.VIRTUAL] = values[at.VIRTUAL] & ~layouts.V_TPR | operation.value
         self._retire(instruction)
+        if isinstance(operation, MoveToControlRegister):
+            self.control_register_written(_CR8)
         return True
 
 

@@ -78,6 +78,12 @@ def _simple(guest: Guest, operation: op.Simple, instruction: Instruction) -> VmE
     return None if reason is None else _of_instruction(reason, instruction)
 
 
+def _mwait(guest: Guest, operation: op.MonitorWait, instruction: Instruction) -> VmExit | None:
+    if not guest.view.primary & c.MWAIT_EXITING.mask:
+        return None
+    return _of_instruction(Reason.MWAIT, instruction, int(operation.armed))
+
+
 def _owned_bits_differ(guest: Guest, mask: int, shadow: int, value: int) -> bool:
     """Whether ``value`` differs from the read shadow in a bit that the host owns."""
     return bool((value ^ guest.values[shadow]) & guest.values[mask])
@@ -289,6 +295,7 @@ def _never(guest: Guest, operation: op.Operation, instruction: Instruction) -> N
 
 _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | None]]] = {
     op.Simple: _simple,
+    op.MonitorWait: _mwait,
     op.MoveToControlRegister: _move_to_cr,
     op.MoveFromControlRegister: _move_from_cr,
     op.ClearTaskSwitched: _clts,

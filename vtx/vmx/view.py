@@ -73,7 +73,6 @@ _PRIMARY: Final = (
     (Plain.RDPMC, c.RDPMC_EXITING.mask, Reason.RDPMC),
     (Plain.RDTSC, c.RDTSC_EXITING.mask, Reason.RDTSC),
     (Plain.RDTSCP, c.RDTSC_EXITING.mask, Reason.RDTSCP),
-    (Plain.MWAIT, c.MWAIT_EXITING.mask, Reason.MWAIT),
     (Plain.MONITOR, c.MONITOR_EXITING.mask, Reason.MONITOR),
     (Plain.PAUSE, c.PAUSE_EXITING.mask, Reason.PAUSE),
     (Plain.UMWAIT, c.RDTSC_EXITING.mask, Reason.UMWAIT),

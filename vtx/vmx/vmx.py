@@ -256,6 +256,12 @@ class Vmx:
         self._exit(record)
         return True
 
+    def control_register_written(self, number: int) -> None:
+        """VMX has exits before writes, none after them."""
+
+    def efer_written(self) -> None:
+        """VMX has exits before writes, none after them."""
+
     def intercept_event(self, event: Event, fault: Fault | None) -> bool:
         """See `Virtualization.intercept_event`."""
         return self._exit_if(events.event_exit(self.operation, event, fault))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtx.x86.profile import Cache, Profile
 
 SVM_REVISION: Final = 1
+LAST_RDPRU_REGISTER: Final = 1
 
 # What function 8000_0001H repeats of function 1 in EDX: FPU to APIC, MTRR to PSE-36, MMX and FXSR.
 _MIRRORED: Final = 0x0183_F3FF
@@ -60,7 +61,8 @@ def _l2_and_l3(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
 def _address_widths_and_cores(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
     _, ebx, _, _ = profile.feature_words.get((0x8000_0008, 0), (0, 0, 0, 0))
     eax = profile.physical_address_width | profile.linear_address_width << 8
-    return eax, ebx, min(dynamic.cpus - 1, 0xFF) | dynamic.apic_id_bits << 12, 0
+    edx = LAST_RDPRU_REGISTER << 16 if profile.has("RDPRU") else 0
+    return eax, ebx, min(dynamic.cpus - 1, 0xFF) | dynamic.apic_id_bits << 12, edx
 
 
 def _svm(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:

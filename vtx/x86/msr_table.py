@@ -27,6 +27,8 @@ IA32_FEATURE_CONTROL: Final = 0x3A
 IA32_TSC_ADJUST: Final = 0x3B
 IA32_SPEC_CTRL: Final = 0x48
 IA32_UMWAIT_CONTROL: Final = 0xE1
+IA32_MPERF: Final = 0xE7
+IA32_APERF: Final = 0xE8
 IA32_MTRRCAP: Final = 0xFE
 IA32_SYSENTER_CS: Final = 0x174
 IA32_SYSENTER_ESP: Final = 0x175
@@ -201,8 +203,8 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(0x49, "IA32_PRED_CMD", writable=1, write_only=True, features=("SPEC_CTRL",)),
     # Software clears it and executes CPUID to read the microcode revision; the model always shows the revision.
     Msr(0x8B, "IA32_BIOS_SIGN_ID", writable=0, ignored=MASK64),
-    Msr(0xE7, "IA32_MPERF", features=("APERFMPERF",)),
-    Msr(0xE8, "IA32_APERF", features=("APERFMPERF",)),
+    Msr(IA32_MPERF, "IA32_MPERF", features=("APERFMPERF",)),
+    Msr(IA32_APERF, "IA32_APERF", features=("APERFMPERF",)),
     Msr(IA32_MTRRCAP, "IA32_MTRRCAP", read_only=True, features=("MTRR",)),
     Msr(0x10A, "IA32_ARCH_CAPABILITIES", read_only=True, features=("ARCH_CAPABILITIES",)),
     Msr(0x10B, "IA32_FLUSH_CMD", writable=1, write_only=True, features=("L1D_FLUSH",)),

@@ -18,6 +18,7 @@ from vtx.x86.cpuid import MISC_ENABLE_XD_DISABLE
 from vtx.x86.msr_table import (
     APIC_BASE_BSP,
     APIC_BASE_EXTD,
+    IA32_APERF,
     IA32_APIC_BASE,
     IA32_DEBUGCTL,
     IA32_EFER,
@@ -25,6 +26,7 @@ from vtx.x86.msr_table import (
     IA32_GS_BASE,
     IA32_KERNEL_GS_BASE,
     IA32_MISC_ENABLE,
+    IA32_MPERF,
     IA32_PKRS,
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
@@ -226,6 +228,22 @@ def bind_clock(msrs: MsrFile, now: Callable[[], int], changed: Callable[[], None
     msrs.values.setdefault(IA32_TSC_ADJUST, 0)
     msrs.bind(IA32_TIME_STAMP_COUNTER, lambda index: tsc_of(msrs, now()), write_counter)
     msrs.bind(IA32_TSC_ADJUST, lambda index: msrs.values[IA32_TSC_ADJUST], write_adjustment)
+
+
+def bind_effective_frequency(msrs: MsrFile, unhalted: Callable[[], int]) -> None:
+    """Let IA32_MPERF and IA32_APERF count with ``unhalted``, the ticks in which the processor was not halted.
+
+    Their unbound values hold what software has set them off by. The frequency never changes: they count the same.
+
+    Spec: SDM Vol. 3B, "P-State Hardware Coordination"; APM Vol. 2, "Determining Processor Effective Frequency".
+    """
+
+    def write(index: int, value: int) -> bool:
+        msrs.values[index] = (value - unhalted()) & MASK64
+        return True
+
+    for counter in (IA32_MPERF, IA32_APERF):
+        msrs.bind(counter, lambda index: (msrs.values[index] + unhalted()) & MASK64, write)
 
 
 def tsc_of(msrs: MsrFile, ticks: int) -> int:

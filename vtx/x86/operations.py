@@ -28,9 +28,9 @@ class Plain(enum.IntEnum):
     RDTSC = enum.auto()
     RDTSCP = enum.auto()
     RDPMC = enum.auto()
+    RDPRU = enum.auto()
     PAUSE = enum.auto()
     MONITOR = enum.auto()
-    MWAIT = enum.auto()
     XSETBV = enum.auto()
     RDRAND = enum.auto()
     RDSEED = enum.auto()
@@ -52,6 +52,13 @@ class Simple:
 
 
 SIMPLE: Final = {kind: Simple(kind) for kind in Plain}
+
+
+@frozen
+class MonitorWait:
+    """MWAIT; ``armed`` is whether MONITOR has set up something to wait for."""
+
+    armed: bool
 
 
 @frozen
@@ -217,6 +224,7 @@ class RaiseException:
 
 Operation = (
     Simple
+    | MonitorWait
     | MoveToControlRegister
     | MoveFromControlRegister
     | ClearTaskSwitched

@@ -217,6 +217,14 @@ class Virtualization(Protocol):
         """
         ...
 
+    def control_register_written(self, number: int) -> None:
+        """Non-root only: an instruction has written CR``number`` and is complete; performs the exit that traps it."""
+        ...
+
+    def efer_written(self) -> None:
+        """The same for EFER."""
+        ...
+
     def intercept_event(self, event: Event, fault: Fault | None) -> bool:
         """Non-root only: whether the exception (or INT3, INTO, INT1) about to be delivered caused a VM exit.
 

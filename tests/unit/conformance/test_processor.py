@@ -116,6 +116,11 @@ def test_what_nothing_has_is_off_already() -> None:
     assert adapted("max,-skinit,-npt,-vmx-mbec").features == adapted("max").features
 
 
+def test_no_model_of_qemus_has_rdpru() -> None:
+    assert "RDPRU" in profile_document("everything-amd")["cpuid"]["features"]
+    assert not adapted("max,+svm", "everything-amd").has("RDPRU")
+
+
 def test_original_stays_as_it_was() -> None:
     document = profile_document("skylake-server")
     adapt(document, parse_wish("max,-xsave,-vmx-ept"), POSSIBLE)

@@ -35,7 +35,7 @@ PLAIN = [
     (Plain.RDPMC, 0x6F),
     (Plain.PAUSE, 0x77),
     (Plain.MONITOR, 0x8A),
-    (Plain.MWAIT, 0x8B),
+    (Plain.RDPRU, 0x8E),
     (Plain.XSETBV, 0x8D),
     (Plain.RSM, 0x73),
     (Plain.PUSHF, 0x70),
@@ -47,6 +47,9 @@ PLAIN = [
 # Operation, code of its instruction, intercept that is on, expected EXITINFO1.
 CASES = [
     *((Simple(kind), NOP, number, 0) for kind, number in PLAIN),
+    (op.MonitorWait(armed=False), NOP, 0x8B, 0),
+    (op.MonitorWait(armed=True), NOP, 0x8B, 1),
+    (op.MonitorWait(armed=True), NOP, 0x8C, 0),
     (op.MoveToControlRegister(0, 3, 0), NOP, 0x10, MOV | 3),
     (op.MoveToControlRegister(2, 1, 0), NOP, 0x12, MOV | 1),
     (op.MoveToControlRegister(8, 15, 0), NOP, 0x18, MOV | 15),

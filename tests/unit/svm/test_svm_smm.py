@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from svm_machine import HOST_SAVE, VMCB, VMMCALL, VMRUN, instruction
-from svm_machine import Machine as Bench
+import svm_guest
+from svm_machine import VMCB, VMMCALL
 
 from vmcs.vmcb.intercepts import Exit
 from vtx.machine import Machine, StopReason
@@ -16,24 +16,9 @@ EXIT_CODE = 0x70  # of the control block
 
 
 def guest_machine(code: bytes, *intercepts: int, nested: bool = False) -> Machine:
-    """A machine in guest mode, about to execute ``code``; VMMCALL is intercepted."""
-    bench = Bench("zen-server")
-    for number in (Exit.VMMCALL, *intercepts):
-        bench.intercept(number)
-    if nested:
-        bench.use_nested_paging()
-    bench.store()
-    machine = Machine(memory=4 << 20, profile="zen-server")
-    machine.memory.write(0, bench.memory.read(0, 4 << 20))
-    cpu = machine.cpu
-    cpu.state = bench.state
-    cpu.msrs.write(0xC001_0117, HOST_SAVE)
-    cpu.load_control_state()
-    machine.memory.write(GUEST_RIP, code)
+    """A machine in guest mode, about to execute ``code``, whose handler of SMIs just resumes."""
+    machine = svm_guest.guest_machine(code, *intercepts, nested=nested)
     machine.memory.write(HANDLER, RSM)
-    assert cpu.state.gpr[0] == VMCB
-    assert cpu.svm.execute(instruction(VMRUN))
-    assert cpu.svm.non_root
     return machine
 
 

@@ -75,7 +75,6 @@ def test_unconditional(kind: Plain, reason: Reason) -> None:
         (Plain.RDPMC, c.RDPMC_EXITING, Reason.RDPMC),
         (Plain.RDTSC, c.RDTSC_EXITING, Reason.RDTSC),
         (Plain.RDTSCP, c.RDTSC_EXITING, Reason.RDTSCP),
-        (Plain.MWAIT, c.MWAIT_EXITING, Reason.MWAIT),
         (Plain.MONITOR, c.MONITOR_EXITING, Reason.MONITOR),
         (Plain.PAUSE, c.PAUSE_EXITING, Reason.PAUSE),
         (Plain.WBINVD, c.WBINVD_EXITING, Reason.WBINVD),
@@ -87,6 +86,13 @@ def test_one_control_decides(kind: Plain, control: Control, reason: Reason) -> N
     encoding = {Plain.RDRAND: "0fc7f0", Plain.RDSEED: "0fc7f8"}.get(kind, "0fa2")
     assert exit_reason(Simple(kind), control, encoding=encoding) == (reason, 0)
     assert exit_reason(Simple(kind), encoding=encoding) is None
+
+
+@pytest.mark.parametrize("armed", [False, True])
+def test_mwait_tells_whether_the_monitor_is_armed(armed: bool) -> None:
+    operation = op.MonitorWait(armed=armed)
+    assert exit_reason(operation, c.MWAIT_EXITING, encoding="0f01c9") == (Reason.MWAIT, int(armed))
+    assert exit_reason(operation, encoding="0f01c9") is None
 
 
 def to_cr(number: int, value: int, register: int = 3) -> Operation:

@@ -41,6 +41,11 @@ def test_amd_leaf(leaf: int, register: int, value: int) -> None:
     assert cpuid(ZEN, leaf, 0, Dynamic())[register] == value
 
 
+@pytest.mark.parametrize(("profile", "edx"), [("zen-server", 0), ("everything-amd", 1 << 16)])
+def test_last_register_of_rdpru(profile: str, edx: int) -> None:
+    assert cpuid(load_profile(profile), 0x8000_0008, 0, Dynamic())[3] == edx
+
+
 def test_extended_features_repeat_those_of_function_1() -> None:
     basic, extended = cpuid(ZEN, 1, 0, Dynamic())[3], cpuid(ZEN, 0x8000_0001, 0, Dynamic())[3]
     assert basic & 0x0183_F3FF == extended & 0x0183_F3FF

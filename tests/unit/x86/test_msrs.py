@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtx.x86.cpuid import Dynamic, cpuid
-from vtx.x86.msrs import MsrFile, bind_clock, bind_registers, tsc_of
+from vtx.x86.msrs import MsrFile, bind_clock, bind_effective_frequency, bind_registers, tsc_of
 from vtx.x86.profile import build_profile, load_profile, profile_document
 from vtx.x86.state import CpuState, SegmentRegister
 
@@ -298,6 +298,26 @@ class TestClock:
         assert msrs.read(0x10) == 100
         assert msrs.read(0x3B) is None
         assert not msrs.write(0x3B, 0)
+
+
+def test_effective_frequency_counts_what_was_not_spent_halted():
+    msrs = MsrFile(load_profile("everything-amd"))
+    unhalted = [1000]
+    bind_effective_frequency(msrs, lambda: unhalted[0])
+    assert (msrs.read(0xE7), msrs.read(0xE8)) == (1000, 1000)
+    assert msrs.write(0xE8, 5)
+    unhalted[0] += 70
+    assert (msrs.read(0xE7), msrs.read(0xE8)) == (1070, 75)
+    before = msrs.snapshot()
+    unhalted[0] += 1
+    msrs.restore(before)
+    assert msrs.read(0xE8) == 76
+
+
+def test_effective_frequency_is_not_there_without_the_feature(msrs):
+    bind_effective_frequency(msrs, lambda: 0)
+    assert msrs.read(0xE7) is None
+    assert not msrs.write(0xE8, 0)
 
 
 def test_snapshot_is_independent(msrs):

@@ -178,6 +178,13 @@ def _seen(cpu: LogicalProcessor, number: int) -> int:
     return cpu.state.cr0 if number == 0 else cpu.state.cr4
 
 
+def _written(cpu: LogicalProcessor, number: int) -> None:
+    """An instruction that wrote a control register is complete; in non-root operation that may be trapped."""
+    extension = cpu.virtualization
+    if extension is not None and extension.non_root:
+        extension.control_register_written(number)
+
+
 def move_cr(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """MOV to or from a control register."""
     state = cpu.state
@@ -198,11 +205,13 @@ def move_cr(cpu: LogicalProcessor, instruction: Instruction) -> None:
             cpu.changed_system_state()
         else:
             _WRITERS[number](cpu, _merged(cpu, number, value))
+        cpu.retire(instruction)
+        _written(cpu, number)
     else:
         if cpu.intercepts(MoveFromControlRegister(number, register.number), instruction):
             return
         state.gpr[register.number] = _read_cr(cpu, number) & (MASK64 if state.in_64_bit_mode else MASK32)
-    cpu.retire(instruction)
+        cpu.retire(instruction)
 
 
 def _read_cr(cpu: LogicalProcessor, number: int) -> int:
@@ -223,6 +232,7 @@ def clts(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.state.cr0 = merged & MASK32
     cpu.control_registers_written()
     cpu.retire(instruction)
+    _written(cpu, 0)
 
 
 def lmsw(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -236,6 +246,7 @@ def lmsw(cpu: LogicalProcessor, instruction: Instruction) -> None:
     old = cpu.state.cr0
     write_cr0(cpu, _merged(cpu, 0, old & ~0xE | source & 0xF | old & 1))
     cpu.retire(instruction)
+    _written(cpu, 0)
 
 
 def smsw(cpu: LogicalProcessor, instruction: Instruction) -> None:

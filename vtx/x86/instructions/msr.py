@@ -8,7 +8,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import require_ring_0
-from vtx.x86.msr_table import IA32_TIME_STAMP_COUNTER
+from vtx.x86.msr_table import IA32_EFER, IA32_TIME_STAMP_COUNTER
 from vtx.x86.operations import ReadMsr, WriteMsr
 from vtx.x86.outcome import gp
 from vtx.x86.state import MASK32, Gpr
@@ -52,6 +52,9 @@ def wrmsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
         raise gp(0)
     cpu.changed_system_state()
     cpu.retire(instruction)
+    extension = cpu.virtualization
+    if index == IA32_EFER and extension is not None and extension.non_root:
+        extension.efer_written()
 
 
 HANDLERS: Final = {Mnemonic.RDMSR: rdmsr, Mnemonic.WRMSR: wrmsr}

@@ -1,5 +1,7 @@
 """HLT, caches, MONITOR and MWAIT, PAUSE, the time-stamp counter, the XSAVE family, random numbers.
 
+Interpretations. RDPRU above CPL 0 with CR4.TSD set is an invalid opcode.
+
 Spec: SDM Vol. 2, the instructions' pages.
 """
 
@@ -15,8 +17,8 @@ from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
 from vtx.x86.instructions.sse_control import MXCSR_OFFSET, check_mxcsr, require_not_task_switched
 from vtx.x86.monitor import Monitor
-from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
-from vtx.x86.operations import SIMPLE, Plain
+from vtx.x86.msr_table import IA32_APERF, IA32_MISC_ENABLE, IA32_MPERF, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
+from vtx.x86.operations import SIMPLE, MonitorWait, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.second_level import AccessKind
 from vtx.x86.spinning import PAUSE_TICKS
@@ -94,7 +96,7 @@ def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
     _require_monitor(cpu)
     if cpu.state.cpl:
         raise ud()
-    if cpu.intercepts(SIMPLE[Plain.MWAIT], instruction):
+    if cpu.intercepts(MonitorWait(armed=cpu.monitor is not None), instruction):
         return
     extensions = cpu.state.gpr[Gpr.RCX] & MASK32
     if extensions & ~_MASKED_INTERRUPTS_BREAK:
@@ -164,6 +166,28 @@ def rdpmc(cpu: LogicalProcessor, instruction: Instruction) -> None:
     value = None if index is None else cpu.msrs.read(index)
     if value is None:
         raise gp(0)
+    gpr[Gpr.RAX], gpr[Gpr.RDX] = value & MASK32, value >> 32
+    cpu.retire(instruction)
+
+
+_READABLE_BY_USERS: Final = (IA32_MPERF, IA32_APERF)
+"""The registers of RDPRU, by their number there."""
+
+
+def rdpru(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """RDPRU; a register that it does not know reads zero.
+
+    Spec: APM Vol. 3, "General-Purpose Instruction Reference" (RDPRU).
+    """
+    require_feature(cpu, "RDPRU")
+    gpr = cpu.state.gpr
+    if cpu.state.cpl and cpu.state.cr4 & Cr4.TSD:
+        raise ud()
+    if cpu.intercepts(SIMPLE[Plain.RDPRU], instruction):
+        return
+    number, value = gpr[Gpr.RCX] & MASK32, 0
+    if number < len(_READABLE_BY_USERS):
+        value = cpu.msrs.read(_READABLE_BY_USERS[number]) or 0
     gpr[Gpr.RAX], gpr[Gpr.RDX] = value & MASK32, value >> 32
     cpu.retire(instruction)
 
@@ -262,6 +286,7 @@ HANDLERS: Final = {
     Mnemonic.RDTSCP: rdtscp,
     Mnemonic.RDPID: rdpid,
     Mnemonic.RDPMC: rdpmc,
+    Mnemonic.RDPRU: rdpru,
     Mnemonic.XSETBV: xsetbv,
     Mnemonic.XGETBV: xgetbv,
     Mnemonic.XSAVE: extended_state,

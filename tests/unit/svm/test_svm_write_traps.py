@@ -1,0 +1,163 @@
+"""Exits after writes of control registers and EFER; RDPRU; MWAIT with the monitor armed."""
+
+from __future__ import annotations
+
+import pytest
+from svm_guest import VMMCALL, guest_machine, stored, until_exit
+from svm_machine import GUEST_RIP
+
+from vmcs.vmcb.intercepts import Exit
+
+TRAP = 0x90  # of CR0; those of CR1 to CR15 follow
+EFER_TRAP = 0x8F
+MSR_INTERCEPT = 0x7C
+
+MOV_EAX = b"\xb8"
+V_INTR_MASKING = 1 << 24
+
+
+def mov_eax(value: int) -> bytes:
+    return MOV_EAX + value.to_bytes(4, "little")
+
+
+# Code, number of the control register, what it holds afterwards.
+WRITES = [
+    (mov_eax(0x8005_003B) + b"\x0f\x22\xc0", 0, 0x8005_003B),  # MOV CR0, RAX: TS set
+    (b"\x0f\x06", 0, 0x8005_0033),  # CLTS: as it was, but written
+    (mov_eax(0x3B) + b"\x0f\x01\xf0", 0, 0x8005_003B),  # LMSW AX
+    (mov_eax(0x1234_5678) + b"\x0f\x22\xd0", 2, 0x1234_5678),
+    (mov_eax(0x1_0008) + b"\x0f\x22\xd8", 3, 0x1_0008),
+    (mov_eax(0xA0) + b"\x0f\x22\xe0", 4, 0xA0),  # PGE
+    (mov_eax(9) + b"\x44\x0f\x22\xc0", 8, 9),
+]
+
+
+@pytest.mark.parametrize(("code", "number", "value"), WRITES)
+def test_write_of_a_control_register__exits_when_it_is_complete(code: bytes, number: int, value: int) -> None:
+    machine = guest_machine(code + VMMCALL, TRAP + number)
+    until_exit(machine)
+    assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (TRAP + number, value)
+    assert (stored(machine, "RIP"), stored(machine, "nRIP")) == (GUEST_RIP + len(code), 0)
+    if number in (0, 2, 3, 4):
+        assert stored(machine, f"CR{number}") == value
+
+
+@pytest.mark.parametrize(("code", "number", "value"), WRITES)
+def test_other_writes__do_not_exit(code: bytes, number: int, value: int) -> None:
+    others = (TRAP + other for other in range(16) if other != number)
+    machine = guest_machine(code + VMMCALL, *others)
+    until_exit(machine)
+    assert stored(machine, "EXITCODE") == Exit.VMMCALL
+
+
+def test_reads__do_not_exit() -> None:
+    machine = guest_machine(b"\x0f\x20\xc0\x0f\x20\xe0" + VMMCALL, TRAP, TRAP + 4)  # MOV RAX, CR0; MOV RAX, CR4
+    until_exit(machine)
+    assert stored(machine, "EXITCODE") == Exit.VMMCALL
+
+
+def test_write_that_faults__does_not_trap() -> None:
+    machine = guest_machine(mov_eax(1 << 3) + b"\x48\xc1\xe0\x20\x0f\x22\xe0", TRAP + 4, 0x4D)  # SHL RAX, 32
+    until_exit(machine)
+    assert stored(machine, "EXITCODE") == 0x4D
+    assert stored(machine, "CR4") == 0x20
+
+
+def test_intercept_before_the_write__comes_first() -> None:
+    code = mov_eax(0xA0) + b"\x0f\x22\xe0"
+    machine = guest_machine(code, TRAP + 4, 0x14)
+    until_exit(machine)
+    assert (stored(machine, "EXITCODE"), stored(machine, "CR4")) == (0x14, 0x20)
+    assert stored(machine, "RIP") == GUEST_RIP + 5
+
+
+def test_cr8_under_v_intr_masking__traps_with_v_tpr() -> None:
+    fields = {"virtual interrupt control": V_INTR_MASKING}
+    machine = guest_machine(mov_eax(0xC) + b"\x44\x0f\x22\xc0", TRAP + 8, fields=fields)
+    until_exit(machine)
+    assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (TRAP + 8, 0xC)
+    assert stored(machine, "virtual interrupt control") & 0xFF == 0xC
+
+
+def wrmsr(index: int, value: int) -> bytes:
+    return b"\xb9" + index.to_bytes(4, "little") + mov_eax(value) + b"\x31\xd2\x0f\x30"
+
+
+def test_write_of_efer__exits_when_it_is_complete() -> None:
+    code = wrmsr(0xC000_0080, 0x1500)
+    machine = guest_machine(code, EFER_TRAP)
+    until_exit(machine)
+    assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (EFER_TRAP, 0x1500)
+    assert (stored(machine, "RIP"), stored(machine, "EFER")) == (GUEST_RIP + len(code), 0x1500)
+
+
+def test_write_of_another_msr__does_not() -> None:
+    machine = guest_machine(wrmsr(0xC000_0081, 0) + VMMCALL, EFER_TRAP)
+    until_exit(machine)
+    assert stored(machine, "EXITCODE") == Exit.VMMCALL
+
+
+class TestMonitor:
+    """MONITOR arms what MWAIT waits for, and its intercepts look at."""
+
+    MONITOR, MWAIT = b"\x31\xc9\x31\xd2\xb8\x00\x90\x00\x00\x0f\x01\xc8", b"\x31\xc0\x31\xc9\x0f\x01\xc9"
+
+    def test_armed(self) -> None:
+        machine = guest_machine(self.MONITOR + self.MWAIT, Exit.MWAIT_CONDITIONAL)
+        until_exit(machine)
+        length = len(self.MONITOR + self.MWAIT)
+        assert (stored(machine, "EXITCODE"), stored(machine, "nRIP")) == (Exit.MWAIT_CONDITIONAL, GUEST_RIP + length)
+
+    def test_not_armed(self) -> None:
+        machine = guest_machine(self.MWAIT + VMMCALL, Exit.MWAIT_CONDITIONAL)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == Exit.VMMCALL
+
+    @pytest.mark.parametrize("armed", [False, True])
+    def test_unconditional(self, armed: bool) -> None:
+        code = (self.MONITOR if armed else b"") + self.MWAIT
+        machine = guest_machine(code, Exit.MWAIT, Exit.MWAIT_CONDITIONAL)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (Exit.MWAIT, armed)
+
+
+class TestRdpru:
+    """APM Vol. 3, RDPRU."""
+
+    RDPRU = b"\x0f\x01\xfd"
+    UD = 0x46
+
+    def test_intercept(self) -> None:
+        machine = guest_machine(b"\x31\xc9" + self.RDPRU, Exit.RDPRU, profile="everything-amd")
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "nRIP")) == (Exit.RDPRU, GUEST_RIP + 5)
+
+    def test_without_the_feature__it_is_invalid_whatever_is_intercepted(self) -> None:
+        machine = guest_machine(self.RDPRU, Exit.RDPRU, self.UD)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == self.UD
+
+    @pytest.mark.parametrize("register", [0, 1])
+    def test_counts_what_was_not_spent_halted(self, register: int) -> None:
+        code = b"\xb9" + register.to_bytes(4, "little") + self.RDPRU
+        machine = guest_machine(code + VMMCALL, profile="everything-amd")
+        machine.cpu.charge(0x5_0000_0000)
+        machine.cpu.halted += 0x1_0000_0000
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == Exit.VMMCALL
+        assert (machine.cpu.state.gpr[2], stored(machine, "RAX") >> 16) == (4, 0)
+
+    def test_register_it_does_not_know__reads_zero(self) -> None:
+        code = b"\xb9\x02\x00\x00\x00\xba\x07\x00\x00\x00" + self.RDPRU
+        machine = guest_machine(code + VMMCALL, profile="everything-amd")
+        until_exit(machine)
+        assert (stored(machine, "RAX"), machine.cpu.state.gpr[2]) == (0, 0)
+
+    @pytest.mark.parametrize(("cr4", "code"), [(0x24, UD), (0x20, Exit.VMMCALL)])
+    def test_time_stamp_disable__is_about_user_mode(self, cr4: int, code: int) -> None:
+        machine = guest_machine(self.RDPRU + VMMCALL, self.UD, profile="everything-amd", fields={"CPL": 3, "CR4": cr4})
+        root = 0x1_0000
+        for table in (root, root + 0x1000, root + 0x2000):
+            machine.memory.write_u64(table, machine.memory.read_u64(table) | 4)  # user pages
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == code
