@@ -243,3 +243,19 @@ class RuleSet(Generic[R, C, F]):
     def explain(self, context: C) -> list[Violation[R, F]]:
         """Every violation, in order."""
         return [violation_of(rule, context) for rule in self.rules if not rule.holds(context)]
+
+    def repair(self, context: C, rounds: int = 16) -> list[R]:
+        """Change the control structure until every rule holds, and give the rules that had to be repaired.
+
+        Repairing one rule may break another, so the rules are gone over again, up to ``rounds`` times; ValueError if
+        that was not enough. What passes already stays as it is.
+        """
+        repaired: dict[str, R] = {}
+        for _ in range(rounds):
+            broken = [rule for rule in self.rules if not rule.holds(context)]
+            if not broken:
+                return list(repaired.values())
+            for rule in broken:
+                rule.repair(context)
+                repaired[rule.id] = rule
+        raise ValueError("still violated: " + ", ".join(violation.rule.id for violation in self.explain(context)))

@@ -7,14 +7,17 @@ import pytest
 
 from vtx.cli.images import find_image
 from vtx.fuzz import compare
+from vtx.fuzz.classes import sort
+from vtx.fuzz.entries.experiment import BOCHS_MODEL, IMAGE, PROFILE, experiment
+from vtx.fuzz.entries.known import KNOWN, case_of
+from vtx.fuzz.entries.results import Result
+from vtx.fuzz.entries.states import EntryGenerator
 from vtx.fuzz.exchange import Report
-from vtx.fuzz.known import sort
-from vtx.fuzz.on_bochs import on_bochs
+from vtx.fuzz.on_others import on_bochs
 from vtx.fuzz.on_vtx import MEMORY, on_vtx
-from vtx.fuzz.states import Generator
 from vtx.x86.profile import load_profile
 
-PROFILE = load_profile("bochs-skylake-x")
+HERE = load_profile(PROFILE)
 COUNT = 300
 ENUMERATION = "MSR 48a"  # the highest index of a field: Bochs knows fields of controls that it does not have here
 
@@ -25,26 +28,25 @@ pytestmark = [
 
 
 def here(blob: bytes) -> str:
-    return on_vtx(PROFILE, find_image("entries").data, blob)
+    return on_vtx(HERE, find_image(IMAGE).data, blob)
 
 
 def there(blob: bytes) -> str:
-    return on_bochs(PROFILE, find_image("entries").data, blob)
+    return on_bochs(BOCHS_MODEL, HERE, find_image(IMAGE).data, blob)
 
 
 def test_the_profile_is_that_of_bochs() -> None:
-    def processor(report: Report) -> dict[str, int]:
+    def processor(report: Report[Result]) -> dict[str, int]:
         return {name: value for name, value in report.processor.items() if name != ENUMERATION}
 
-    generator = Generator.of(PROFILE, 0)
-    (_, ours), (_, theirs) = (compare.run(generator, [], runner) for runner in (here, there))
+    entries = experiment(EntryGenerator.of(HERE, 0))
+    (_, ours), (_, theirs) = (compare.run(entries, [], runner) for runner in (here, there))
     assert len(ours.processor) == 19
     assert processor(ours) == processor(theirs)
 
 
 def test_entries() -> None:
-    generator = Generator.of(PROFILE, 2026)
-    states = list(islice(generator, COUNT))
-    found = compare.compare(generator, states, here, there)
-    assert sort(generator, found, MEMORY).unexplained == []
+    generator = EntryGenerator.of(HERE, 2026)
+    found = compare.compare(experiment(generator), list(islice(generator, COUNT)), here, there)
+    assert sort(KNOWN, case_of(generator, MEMORY), found).unexplained == []
     assert len(found) < COUNT // 10

@@ -77,17 +77,5 @@ def explain(context: EntryContext) -> list[Violation]:
 
 
 def repair(context: EntryContext, rounds: int = 16) -> list[Rule]:
-    """Change the VMCS until controls, host state and guest state pass, and give the rules that had to be repaired.
-
-    Repairing one rule may break another, so the rules are gone over again, up to ``rounds`` times; ValueError if that
-    was not enough. What passes already stays as it is.
-    """
-    repaired: dict[str, Rule] = {}
-    for _ in range(rounds):
-        broken = [rule for rule in CONSISTENCY.rules if not rule.holds(context)]
-        if not broken:
-            return list(repaired.values())
-        for rule in broken:
-            rule.repair(context)
-            repaired[rule.id] = rule
-    raise ValueError("still violated: " + ", ".join(violation.rule.id for violation in CONSISTENCY.explain(context)))
+    """Change the VMCS until controls, host state and guest state pass; see `RuleSet.repair`."""
+    return CONSISTENCY.repair(context, rounds)

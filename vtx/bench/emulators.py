@@ -61,44 +61,61 @@ def on_vtx(sector: bytes, seconds: float) -> float:
 
 def on_qemu(sector: bytes, seconds: float) -> float:
     """Time on QEMU's translating engine (never KVM)."""
-    program = find_program("qemu-system-x86_64")
     with tempfile.TemporaryDirectory() as folder:
-        disk = _disk(folder, sector)
         serial = Path(folder, "serial")
-        command = [program, "-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-reboot", "-display", "none"]
-        command += ["-drive", f"format=raw,file={disk}", "-serial", f"file:{serial}"]
-        command += ["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        return _watch(process, serial, seconds)
+        drive = f"format=raw,file={_disk(folder, sector)}"
+        return _watch(start_qemu(serial, "-cpu", "max", "-drive", drive), serial, seconds)
+
+
+def start_qemu(serial: Path, *options: str) -> subprocess.Popen[bytes]:
+    """QEMU's translating engine with no devices but a serial port that goes to the file ``serial``."""
+    command = [find_program("qemu-system-x86_64"), "-accel", "tcg", "-nodefaults", "-no-reboot", "-display", "none"]
+    command += ["-serial", f"file:{serial}", "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", *options]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def on_bochs(sector: bytes, seconds: float) -> float:
     """Time on Bochs as Debian builds it: with its debugger, and with a display that wants a terminal."""
-    program = find_program("bochs")
+    find_program("bochs")
     if not _BOCHS_FILES.exists():
         raise Unavailable("its BIOS is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        disk, serial = _disk(folder, sector), Path(folder, "serial")
-        configuration = Path(folder, "rc")
-        configuration.write_text(
-            "megs: 32\n"
-            f"romimage: file={_BOCHS_FILES}/BIOS-bochs-latest\n"
-            f"vgaromimage: file={_BOCHS_FILES}/VGABIOS-lgpl-latest\n"
-            "cpu: model=corei7_skylake_x\n"
-            f"floppya: 1_44={disk}, status=inserted\nboot: floppy\n"
-            f"com1: enabled=1, mode=file, dev={serial}\n"
-            "display_library: term\nclock: sync=none\npanic: action=fatal\nerror: action=ignore\n"
-            f"log: {folder}/log\n"
+        serial = Path(folder, "serial")
+        process = start_bochs(
+            Path(folder),
+            serial,
+            "megs: 32",
+            f"romimage: file={_BOCHS_FILES}/BIOS-bochs-latest",
+            f"vgaromimage: file={_BOCHS_FILES}/VGABIOS-lgpl-latest",
+            "cpu: model=corei7_skylake_x",
+            f"floppya: 1_44={_disk(folder, sector)}, status=inserted",
+            "boot: floppy",
         )
-        Path(folder, "go").write_text("c\n")
-        master, slave = pty.openpty()
-        command = [program, "-q", "-f", str(configuration), "-rc", f"{folder}/go"]
-        process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder)
-        os.close(slave)
-        threading.Thread(target=drain, args=(master,), daemon=True).start()
         return _watch(process, serial, seconds)
+
+
+def start_bochs(folder: Path, serial: Path, *configuration: str) -> subprocess.Popen[bytes]:
+    """Bochs as Debian builds it: with its debugger, which is told to go on, and a display that wants a terminal.
+
+    ``configuration`` are lines beside those for the serial port, which goes to the file ``serial``, and for messages,
+    which nobody reads. ``folder`` is for its files; Unavailable if it is not installed.
+    """
+    program = find_program("bochs")
+    common = (
+        f"com1: enabled=1, mode=file, dev={serial}",
+        "display_library: term",
+        "clock: sync=none",
+        *("panic: action=fatal", "error: action=ignore", "info: action=ignore"),
+        f"log: {folder}/log",
+    )
+    Path(folder, "rc").write_text("\n".join((*configuration, *common)) + "\n")
+    Path(folder, "go").write_text("c\n")
+    master, slave = pty.openpty()
+    command = [program, "-q", "-f", f"{folder}/rc", "-rc", f"{folder}/go"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder)
+    os.close(slave)
+    threading.Thread(target=_drain, args=(master,), daemon=True).start()
+    return process
 
 
 VTX: Final = Emulator("vtx", on_vtx)
@@ -119,7 +136,7 @@ def _disk(folder: str, sector: bytes) -> Path:
     return path
 
 
-def drain(descriptor: int) -> None:
+def _drain(descriptor: int) -> None:
     """Read and forget what is written to a pseudo-terminal, until nobody is left to; closes it."""
     with suppress(OSError):  # a pseudo-terminal without anybody on the other side is an error
         while os.read(descriptor, 4096):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import frozen
 
 from vtx.cli.images import Unusable, find_image
 from vtx.cli.table import print_table
 
 if TYPE_CHECKING:
-    from vtx.fuzz.known import Sorted
-    from vtx.fuzz.states import Generator
+    from collections.abc import Callable, Sequence
 
-_PROFILE = "bochs-skylake-x"
-_HARNESS = "entries"
+    from vtx.fuzz.classes import Known, Sorted
+    from vtx.fuzz.compare import Disagreement, Experiment
+    from vtx.fuzz.drawing import Generator
+    from vtx.x86.profile import Profile
 
 
 @click.group()
@@ -43,16 +45,59 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
       1    a disagreement that is not explained
       2    Bochs, or the harness, is not there
     """
-    from vtx.fuzz.states import Generator  # noqa: PLC0415 - the machine comes with it
+    from vtx.fuzz.entries.experiment import BOCHS_MODEL, IMAGE, PROFILE, experiment  # noqa: PLC0415 - the machine too
+    from vtx.fuzz.entries.known import KNOWN, case_of  # noqa: PLC0415
+    from vtx.fuzz.entries.states import EntryGenerator  # noqa: PLC0415
+    from vtx.fuzz.on_others import on_bochs  # noqa: PLC0415
+    from vtx.fuzz.on_vtx import MEMORY  # noqa: PLC0415
     from vtx.x86.profile import load_profile  # noqa: PLC0415
 
-    generator = Generator.of(load_profile(_PROFILE), seed)
+    profile = load_profile(PROFILE)
+    generator = EntryGenerator.of(profile, seed)
     if listing:
-        for number, state in enumerate(islice(generator, count)):
-            print(f"{number}: {state}")  # noqa: T201
-        return 0
-    outcome = _compare(generator, count, reduced)
-    agree = count - sum(map(len, outcome.explained.values())) - len(outcome.unexplained)
+        return _list(generator, count)
+    campaign = Campaign(experiment(generator), profile, IMAGE, partial(on_bochs, BOCHS_MODEL))
+    return campaign.run(KNOWN, case_of(generator, MEMORY), count, reduced)
+
+
+def _list(generator: Generator[Any], count: int) -> int:
+    for number, state in enumerate(islice(generator, count)):
+        print(f"{number}: {generator.describe(state)}")  # noqa: T201
+    return 0
+
+
+@frozen
+class Campaign:
+    """An experiment, and where: the guest ``image`` on this model with ``profile``, and on ``other``."""
+
+    experiment: Experiment[Any]
+    profile: Profile
+    image: str
+    other: Callable[[Profile, bytes, bytes], str]
+
+    def run(
+        self, known: Sequence[Known[Any]], case_of: Callable[[Disagreement[Any]], Any], count: int, reduced: bool
+    ) -> int:
+        """Compare ``count`` states and print the table of classes; the exit status."""
+        from vtx.bench.emulators import Unavailable  # noqa: PLC0415
+        from vtx.fuzz.classes import sort  # noqa: PLC0415
+        from vtx.fuzz.compare import compare, reduce  # noqa: PLC0415
+        from vtx.fuzz.on_vtx import on_vtx  # noqa: PLC0415
+
+        image = find_image(self.image).data
+        ours, theirs = (partial(runner, self.profile, image) for runner in (on_vtx, self.other))
+        try:
+            found = compare(self.experiment, list(islice(self.experiment.generator, count)), ours, theirs)
+            outcome = sort(known, case_of, found)
+            if reduced and outcome.unexplained:
+                outcome.unexplained[:] = reduce(self.experiment, outcome.unexplained, ours, theirs)
+        except Unavailable as error:
+            raise Unusable(f"cannot compare: {error}") from None
+        _print(outcome, count - len(found))
+        return int(bool(outcome.unexplained))
+
+
+def _print(outcome: Sorted, agree: int) -> None:
     rows = [("agree", f"{agree}", "")]
     rows += [(f"differ: {each.id}", f"{len(found)}", each.verdict) for each, found in outcome.explained.items()]
     rows.append(("not explained", f"{len(outcome.unexplained)}", ""))
@@ -60,25 +105,3 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
     for each in outcome.unexplained:
         print(f"\n{each}")  # noqa: T201
     sys.stdout.flush()
-    return int(bool(outcome.unexplained))
-
-
-def _compare(generator: Generator, count: int, reduced: bool) -> Sorted:
-    from vtx.bench.emulators import Unavailable  # noqa: PLC0415
-    from vtx.fuzz.compare import compare, reduce  # noqa: PLC0415
-    from vtx.fuzz.known import sort  # noqa: PLC0415
-    from vtx.fuzz.on_bochs import on_bochs  # noqa: PLC0415
-    from vtx.fuzz.on_vtx import MEMORY, on_vtx  # noqa: PLC0415
-
-    image = find_image(_HARNESS).data
-
-    ours, theirs = (partial(runner, generator.profile, image) for runner in (on_vtx, on_bochs))
-
-    try:
-        found = compare(generator, list(islice(generator, count)), ours, theirs)
-        outcome = sort(generator, found, MEMORY)
-        if reduced and outcome.unexplained:
-            outcome.unexplained[:] = reduce(generator, outcome.unexplained, ours, theirs)
-    except Unavailable as error:
-        raise Unusable(f"cannot compare: {error}") from None
-    return outcome

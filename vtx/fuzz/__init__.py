@@ -1,5 +1,6 @@
-"""VM entries of many near-valid VMCSs, on this model and on another one, compared.
+"""Near-valid control structures by the thousand, on this model and on another one, compared.
 
-`states` generates them, `scene` has the valid VMCSs they come from and the memory these point to, `on_vtx` and
-`on_bochs` run them as what the bundled guest ``entries`` is given, and `compare` sorts what came out.
+`entries` is about VMCSs and VM entry, `vmruns` about VMCBs and VMRUN: each has the valid structures that states come
+from and the memory these point to, what is drawn, how a result is read, and the known differences. The rest is common
+to both: drawing, the exchange with the bundled guest that runs the states, the emulators, and sorting what came out.
 """

@@ -1,16 +1,27 @@
-"""The same states on both, and what differs: reduced to the changes that matter, and sorted into classes."""
+"""The same states on two processors, and what differs: reduced to the changes that matter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from attrs import frozen
 
-from vmcs.fields import BY_ENCODING
-from vtx.fuzz.exchange import NO_ANSWER, Report, Result, module, parse
-from vtx.fuzz.states import Generator, State
+from vtx.fuzz.drawing import Deltas, Generator, State
+from vtx.fuzz.exchange import Format, Report, parse, size_of
+
+
+class Outcome(Protocol):
+    """How a state ended."""
+
+    @property
+    def name(self) -> str:
+        """In few words."""
+        ...
+
+
+R = TypeVar("R", bound=Outcome)
 
 Runner = Callable[[bytes], str]
 
@@ -19,37 +30,66 @@ _MOST_BYTES: Final = 3 << 20
 
 
 @frozen
-class Disagreement:
-    """A state that ended in two ways; ``rules`` are the ids of all rules that it breaks in this model."""
+class Experiment(Generic[R]):
+    """What is compared: states of ``generator``, given to a guest in ``format``; ``result_of`` reads its lines.
+
+    ``no_answer`` is the result of a state after which the guest is not heard of again; ``differences`` names what
+    differs in two results of a state.
+    """
+
+    generator: Generator[Any]
+    format: Format
+    result_of: Callable[[str, list[int]], R]
+    no_answer: R
+    differences: Callable[[State, R, R], frozenset[str]]
+
+    def module(self, states: Sequence[State], first: int = 0) -> bytes:
+        """What the guest is given for ``states``, of which the first has the number ``first``."""
+        bases = [[(each.encoding, value) for each, value in base.items()] for base in self.generator.bases]
+        return self.format.module(self.generator.memory, bases, states, first)
+
+    def parse(self, text: str) -> Report[R]:
+        """What the guest printed."""
+        return parse(text, self.result_of)
+
+
+@frozen
+class Disagreement(Generic[R]):
+    """A state, ``words`` in words, that ended in two ways; ``differing`` names what differs.
+
+    ``rules`` are the ids of all rules that it breaks in this model.
+    """
 
     state: State
-    ours: Result
-    theirs: Result
+    words: str
+    ours: R
+    theirs: R
     rules: tuple[str, ...]
+    differing: frozenset[str]
 
     def __str__(self) -> str:
         rules = f"\n  breaks {', '.join(self.rules)}" if self.rules else ""
-        return f"{self.state}\n  vtx   {self.ours}\n  other {self.theirs}{rules}"
+        return f"{self.words}\n  vtx   {self.ours}\n  other {self.theirs}{rules}"
 
 
-def run(generator: Generator, states: Sequence[State], runner: Runner) -> tuple[dict[int, Result], Report]:
+def run(experiment: Experiment[R], states: Sequence[State], runner: Runner) -> tuple[dict[int, R], Report[R]]:
     """Results by position in ``states``, with the first report.
 
-    A state after which nothing more is heard of the harness has the result `NO_ANSWER`; the rest is run without it.
+    A state after which nothing more is heard of the guest has no answer; the rest is run without it.
     """
-    results: dict[int, Result] = {}
-    first: Report | None = None
+    results: dict[int, R] = {}
+    first: Report[R] | None = None
     done = 0
     while done < len(states) or first is None:
         batch = list(_fitting(states[done:]))
-        report = parse(runner(module(generator.memory, generator.bases, batch, done)))
+        report = experiment.parse(runner(experiment.module(batch, done)))
         first = first or report
         results.update(report.results)
         done += len(report.results)
         if not report.complete:
             if not report.processor:
                 raise RuntimeError(f"the harness does not start: {report.complaint or 'it prints nothing'}")
-            results[done] = NO_ANSWER
+            results[done] = experiment.no_answer
             done += 1
     return results, first
 
@@ -57,30 +97,28 @@ def run(generator: Generator, states: Sequence[State], runner: Runner) -> tuple[
 def _fitting(states: Iterable[State]) -> Iterator[State]:
     size = 0
     for state in islice(states, BATCH):
-        size += 16 * (len(state.deltas) + 1)
+        size += size_of(state.deltas)
         if size > _MOST_BYTES:
             return
         yield state
 
 
-def compare(generator: Generator, states: Sequence[State], ours: Runner, theirs: Runner) -> list[Disagreement]:
+def compare(experiment: Experiment[R], states: Sequence[State], ours: Runner, theirs: Runner) -> list[Disagreement[R]]:
     """Where two runners disagree."""
-    our_results, _ = run(generator, states, ours)
-    their_results, _ = run(generator, states, theirs)
-    return [
-        Disagreement(state, our_results[number], their_results[number], _broken(generator, state))
-        for number, state in enumerate(states)
-        if our_results[number] != their_results[number]
-    ]
-
-
-def _broken(generator: Generator, state: State) -> tuple[str, ...]:
-    return tuple(violation.rule.id for violation in generator.violations(state))
+    our_results, _ = run(experiment, states, ours)
+    their_results, _ = run(experiment, states, theirs)
+    generator, found = experiment.generator, []
+    for number, state in enumerate(states):
+        one, other = our_results[number], their_results[number]
+        if differing := experiment.differences(state, one, other):
+            rules = tuple(violation.rule.id for violation in generator.violations(state))
+            found.append(Disagreement(state, generator.describe(state), one, other, rules, differing))
+    return found
 
 
 def reduce(
-    generator: Generator, found: Sequence[Disagreement], ours: Runner, theirs: Runner, rounds: int = 12
-) -> list[Disagreement]:
+    experiment: Experiment[R], found: Sequence[Disagreement[R]], ours: Runner, theirs: Runner, rounds: int = 12
+) -> list[Disagreement[R]]:
     """Each disagreement with as few changes as still give the same two kinds of result.
 
     Every round runs all states with one change less, all at once.
@@ -93,9 +131,9 @@ def reduce(
             for number in sorted(open_ones)
             for deltas in _shorter(reduced[number].state.deltas)
         ]
-        still = compare(generator, [state for _, state in attempts], ours, theirs) if attempts else []
+        still = compare(experiment, [state for _, state in attempts], ours, theirs) if attempts else []
         by_state = {each.state: each for each in still}
-        progress: dict[int, Disagreement] = {}
+        progress: dict[int, Disagreement[R]] = {}
         for number, state in attempts:
             shorter = by_state.get(state)
             if shorter and number not in progress and _alike(shorter, reduced[number]):
@@ -108,19 +146,10 @@ def reduce(
     return reduced
 
 
-def _shorter(deltas: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
+def _shorter(deltas: Deltas) -> Iterator[Deltas]:
     for position in range(len(deltas)):
         yield deltas[:position] + deltas[position + 1 :]
 
 
-def _alike(one: Disagreement, other: Disagreement) -> bool:
+def _alike(one: Disagreement[R], other: Disagreement[R]) -> bool:
     return (one.ours.name, one.theirs.name) == (other.ours.name, other.theirs.name)
-
-
-def by_class(found: Iterable[Disagreement]) -> Mapping[tuple[str, str, str], list[Disagreement]]:
-    """Disagreements by what both said, and the rule or the fields that it is about."""
-    classes: dict[tuple[str, str, str], list[Disagreement]] = {}
-    for each in found:
-        about = each.rules[0] if each.rules else ", ".join(BY_ENCODING[code].name for code, _ in each.state.deltas)
-        classes.setdefault((each.ours.name, each.theirs.name, about), []).append(each)
-    return classes

@@ -20,7 +20,7 @@ def test_without_bochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 def fake(result: str) -> object:
-    def runner(profile: Profile, image: bytes, module: bytes) -> str:
+    def runner(*arguments: Profile | bytes | str) -> str:
         return f"msr 480 2b\n0 {result}\nend\n"
 
     return runner
@@ -29,7 +29,7 @@ def fake(result: str) -> object:
 @pytest.mark.parametrize(("theirs", "status"), [("exit 0 0 80000603 0", 0), ("valid 7", 1)])
 def test_result(theirs: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vtx.fuzz.on_vtx.on_vtx", fake("exit 0 0 80000603 0"))
-    monkeypatch.setattr("vtx.fuzz.on_bochs.on_bochs", fake(theirs))
+    monkeypatch.setattr("vtx.fuzz.on_others.on_bochs", fake(theirs))
     assert main(["fuzz", "entries", "--count", "1"]) == status
     out = capsys.readouterr().out
     assert ("VMfailValid(7)" in out) is bool(status)

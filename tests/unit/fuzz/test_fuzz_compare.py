@@ -7,16 +7,22 @@ import pytest
 from vmcs import fields as f
 from vmcs.fields import Field
 from vtx.cli.images import find_image
-from vtx.fuzz import compare, scene
-from vtx.fuzz.exchange import NO_ANSWER, Result, module, parse
-from vtx.fuzz.known import KNOWN, explanation, sort
-from vtx.fuzz.on_bochs import rom_of
+from vtx.fuzz import compare
+from vtx.fuzz.classes import explanation, sort
+from vtx.fuzz.drawing import State
+from vtx.fuzz.entries import scene
+from vtx.fuzz.entries.experiment import experiment
+from vtx.fuzz.entries.known import KNOWN, case_of
+from vtx.fuzz.entries.results import NO_ANSWER, Result
+from vtx.fuzz.entries.states import EntryGenerator
 from vtx.fuzz.on_vtx import MEMORY, booted, on_vtx
-from vtx.fuzz.states import Generator, State
+from vtx.fuzz.rom import rom_of
 from vtx.x86.profile import load_profile
 
 PROFILE = load_profile("bochs-skylake-x")
-GENERATOR = Generator.of(PROFILE, 1)
+GENERATOR = EntryGenerator.of(PROFILE, 1)
+ENTRIES = experiment(GENERATOR)
+RESULT = frozenset(("result",))
 NAMES = [base.name for base in scene.BASES]
 INT3 = Result("exit", 0, 0, 0x8000_0603)
 GP = Result("exit", 0, 0, 0x8000_0B0D)
@@ -30,12 +36,12 @@ def state(base: str = "64-bit", changes: dict[Field, int] | None = None) -> Stat
 
 def run(*states: State) -> list[Result]:
     image = find_image("entries").data
-    results, _ = compare.run(GENERATOR, states, lambda blob: on_vtx(PROFILE, image, blob))
+    results, _ = compare.run(ENTRIES, states, lambda blob: on_vtx(PROFILE, image, blob))
     return [results[number] for number in range(len(states))]
 
 
 def test_parse() -> None:
-    report = parse(
+    report = ENTRIES.parse(
         "widths 3028\r\nmsr 480 2b\r\n0 invalid\r\n1 valid 7\r\n2 exit 0 0 80000603 3\r\n"
         "3 exit 80000021 4 80000603 80000603\r\n4 exit 34 0 603 0\r\nend\r\n"
     )
@@ -51,7 +57,7 @@ def test_parse() -> None:
 
 
 def test_parse__a_run_that_broke_off() -> None:
-    report = parse("0 invalid\n[entries] FAIL: no\n1 val")
+    report = ENTRIES.parse("0 invalid\n[entries] FAIL: no\n1 val")
     assert not report.complete
     assert report.complaint == "[entries] FAIL: no"
     assert report.results == {0: Result("invalid")}
@@ -101,14 +107,14 @@ def test_no_answer__the_rest_is_run_without_the_state_that_gave_none() -> None:
         starts.append(len(blob))
         return text({0: "invalid"}) if len(starts) == 1 else text({2: "valid 7"}) + "end\n"
 
-    results, _ = compare.run(GENERATOR, [state(), state(), state()], runner)
+    results, _ = compare.run(ENTRIES, [state(), state(), state()], runner)
     assert results == {0: Result("invalid"), 1: NO_ANSWER, 2: Result("valid", 7)}
     assert len(starts) == 2
 
 
 def test_a_harness_that_does_not_start_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="does not start: no boot"):
-        compare.run(GENERATOR, [state()], lambda blob: "no boot\n")
+        compare.run(ENTRIES, [state()], lambda blob: "no boot\n")
 
 
 def test_reduce__keeps_the_change_that_matters() -> None:
@@ -121,16 +127,16 @@ def test_reduce__keeps_the_change_that_matters() -> None:
         return _answers(blob, lambda one: "valid 7" if matters in one else "exit 0 0 80000603 0")
 
     large = state(changes={f.GUEST_DR7: 0x123, f.GUEST_RSP: 8, f.TSC_OFFSET: 9, f.HOST_FS_BASE: 7})
-    found = compare.compare(GENERATOR, [state(), large], ours, theirs)
+    found = compare.compare(ENTRIES, [state(), large], ours, theirs)
     assert [each.state for each in found] == [large]
-    reduced = compare.reduce(GENERATOR, found, ours, theirs)
+    reduced = compare.reduce(ENTRIES, found, ours, theirs)
     assert [each.state for each in reduced] == [state(changes={f.GUEST_DR7: 0x123})]
-    assert list(compare.by_class(reduced)) == [(INT3.name, "VMfailValid(7)", "Guest DR7")]
+    assert [(each.ours.name, each.theirs.name) for each in reduced] == [(INT3.name, "VMfailValid(7)")]
 
 
 def _answers(blob: bytes, answer) -> str:  # type: ignore[no-untyped-def]
     """What a processor prints whose ``answer`` follows from the bytes of a state."""
-    empty = module(GENERATOR.memory, GENERATOR.bases, [])
+    empty = ENTRIES.module([])
     rest = blob[len(empty) :]
     count = int.from_bytes(blob[len(empty) - 8 : len(empty)], "little")
     results = {}
@@ -141,10 +147,14 @@ def _answers(blob: bytes, answer) -> str:  # type: ignore[no-untyped-def]
     return text(results) + "end\n"
 
 
-def known(changed: State, ours: Result, theirs: Result) -> str | None:
+def disagreement(changed: State, ours: Result, theirs: Result) -> compare.Disagreement[Result]:
     rules = tuple(violation.rule.id for violation in GENERATOR.violations(changed))
-    found = explanation(GENERATOR, compare.Disagreement(changed, ours, theirs, rules), MEMORY)
-    return found.id if found else None
+    return compare.Disagreement(changed, "", ours, theirs, rules, RESULT)
+
+
+def known(changed: State, ours: Result, theirs: Result) -> str | None:
+    found = explanation(KNOWN, case_of(GENERATOR, MEMORY)(disagreement(changed, ours, theirs)), RESULT)
+    return found[0].id if found else None
 
 
 RIP = 1 << 62 | scene.CODE
@@ -178,9 +188,9 @@ def test_known_classes_are_narrow(changed: State, ours: Result, theirs: Result, 
 
 
 def test_sort() -> None:
-    explained = compare.Disagreement(state(changes={f.GUEST_RIP: RIP}), INVALID_GUEST, GP, ("guest.rip-high-bits",))
-    other = compare.Disagreement(state(), INT3, GP, ())
-    outcome = sort(GENERATOR, [explained, other], MEMORY)
+    explained = disagreement(state(changes={f.GUEST_RIP: RIP}), INVALID_GUEST, GP)
+    other = disagreement(state(), INT3, GP)
+    outcome = sort(KNOWN, case_of(GENERATOR, MEMORY), [explained, other])
     assert [(each.id, found) for each, found in outcome.explained.items()] == [("rip-not-canonical", [explained])]
     assert outcome.unexplained == [other]
 
@@ -191,7 +201,7 @@ def test_every_class_is_documented() -> None:
 
 
 def test_rom__has_what_the_machine_has_in_memory() -> None:
-    machine = booted(PROFILE, find_image("entries").data, module(GENERATOR.memory, GENERATOR.bases, [state()]), [])
+    machine = booted(PROFILE, find_image("entries").data, ENTRIES.module([state()]), [])
     rom = rom_of(machine)
     assert len(rom) % 0x1_0000 == 0
     assert rom[-16] == 0xE9  # the reset vector is a jump

@@ -7,16 +7,17 @@ import pytest
 from vmcs import fields as f
 from vmcs.fields import BY_ENCODING
 from vmcs.rules import EntryFails
-from vtx.fuzz import scene
-from vtx.fuzz.states import Generator, State
+from vtx.fuzz.drawing import State
+from vtx.fuzz.entries import scene
+from vtx.fuzz.entries.states import EntryGenerator
 from vtx.x86.profile import load_profile
 
 PROFILE = load_profile("bochs-skylake-x")
 COUNT = 1500
 
 
-def generator(seed: int = 1) -> Generator:
-    return Generator.of(PROFILE, seed)
+def generator(seed: int = 1) -> EntryGenerator:
+    return EntryGenerator.of(PROFILE, seed)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_every_base_is_valid_and_comes_first(states: list[State]) -> None:
 
 @pytest.mark.parametrize("profile", ["skylake-server", "everything"])
 def test_bases_are_valid_elsewhere_too(profile: str) -> None:
-    Generator.of(load_profile(profile), 1)
+    EntryGenerator.of(load_profile(profile), 1)
 
 
 def test_states_are_near_valid(states: list[State]) -> None:
@@ -75,5 +76,5 @@ def test_a_guest_that_waits_for_sipi_is_never_entered(states: list[State]) -> No
 
 
 def test_a_state_in_words() -> None:
-    assert str(State(0, ((f.GUEST_RIP.encoding, 0x10),))) == "64-bit: Guest RIP = 0x10"
-    assert str(State(0, ())) == "64-bit: as it is"
+    assert generator().describe(State(0, ((f.GUEST_RIP.encoding, 0x10),))) == "64-bit: Guest RIP = 0x10"
+    assert generator().describe(State(0, ())) == "64-bit: as it is"

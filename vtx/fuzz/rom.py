@@ -1,37 +1,22 @@
-"""The harness on Bochs as Debian builds it.
+"""A ROM in place of a BIOS: it puts into memory what this model's loader would have put there, and starts it.
 
-Bochs gets a ROM of ours instead of a BIOS. It has what this model's loader would have put into memory, copies it
-there and enters the harness as a Multiboot loader does, so that memory is the same on both.
+The guest is entered as a Multiboot loader enters it, so that memory is the same on every emulator.
 """
 
 from __future__ import annotations
 
-import os
-import pty
 import struct
-import subprocess
-import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
-from vtx.bench.emulators import drain, find_program
 from vtx.bench.listing import code
-from vtx.fuzz.exchange import LAST_LINE
-from vtx.fuzz.on_vtx import MEMORY, booted
 from vtx.machine import Machine
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.profile import Profile
 from vtx.x86.state import Gpr
 
-CPU: Final = "corei7_skylake_x"
 LARGEST_ROM: Final = 4 << 20
 _PAGE: Final = 0x1000
 _ROM_UNIT: Final = 0x1_0000
-_POLL_SECONDS: Final = 0.02
-_SECONDS_WITHOUT_A_LINE: Final = 5.0
 _VGA_HOLE: Final = (0xA_0000, 0x10_0000)
 
 # The last page of the ROM: GDT, its pointer, 16-bit code, 32-bit code, reset vector.
@@ -56,50 +41,6 @@ b8 10 00 00 00                  ; mov eax,10h
 8e e0                           ; mov fs,eax
 8e e8                           ; mov gs,eax
 """
-
-
-def on_bochs(profile: Profile, image: bytes, module: bytes) -> str:
-    """What the harness ``image`` prints for a ``module``.
-
-    Unavailable if Bochs is not installed, ValueError if the module is too long for a ROM.
-    """
-    program = find_program("bochs")
-    with tempfile.TemporaryDirectory() as folder:
-        rom, serial = Path(folder, "rom"), Path(folder, "serial")
-        rom.write_bytes(rom_of(booted(profile, image, module, [])))
-        configuration = Path(folder, "rc")
-        configuration.write_text(
-            f"megs: {MEMORY >> 20}\nromimage: file={rom}\ncpu: model={CPU}, ips=10000000\n"
-            f"com1: enabled=1, mode=file, dev={serial}\ndisplay_library: term\nclock: sync=none\n"
-            f"panic: action=fatal\nerror: action=ignore\ninfo: action=ignore\nlog: {folder}/log\n"
-        )
-        Path(folder, "go").write_text("c\n")
-        master, slave = pty.openpty()
-        command = [program, "-q", "-f", str(configuration), "-rc", f"{folder}/go"]
-        process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder)
-        os.close(slave)
-        threading.Thread(target=drain, args=(master,), daemon=True).start()
-        try:
-            return _watch(process, serial)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _watch(process: subprocess.Popen[bytes], serial: Path) -> str:
-    """What has been printed when the last line comes, or none for a while, or the process has ended."""
-    size, deadline = -1, time.monotonic() + _SECONDS_WITHOUT_A_LINE
-    while True:
-        ended = process.poll() is not None
-        now = serial.stat().st_size if serial.exists() else 0
-        if now != size:
-            size, deadline = now, time.monotonic() + _SECONDS_WITHOUT_A_LINE
-            text = serial.read_text("latin-1") if now else ""
-            if text.rstrip().endswith(LAST_LINE):
-                return text
-        if ended or time.monotonic() > deadline:
-            return serial.read_text("latin-1") if serial.exists() else ""
-        time.sleep(_POLL_SECONDS)
 
 
 def rom_of(machine: Machine) -> bytes:

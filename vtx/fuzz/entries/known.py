@@ -1,15 +1,14 @@
 """Where this model and Bochs 2.7 are known to differ: each class with who is right, and where the manual says so.
 
-``docs/interpretations.md`` tells people the same under the same ids. A class is as narrow as the behaviour it is about:
-a disagreement belongs to it only if that behaviour alone can explain it.
+``docs/interpretations.md`` tells people the same under the same ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import frozen
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -19,9 +18,10 @@ from vmcs.exits import Reason
 from vmcs.fields import CONTROL_FIELDS, Field
 from vmcs.refs import Reference, sdm
 from vmcs.rules import BY_ID, EntryFails, FailValid, Outcome
+from vtx.fuzz.classes import Known
 from vtx.fuzz.compare import Disagreement
-from vtx.fuzz.exchange import Result
-from vtx.fuzz.states import Generator
+from vtx.fuzz.entries.results import Result
+from vtx.fuzz.entries.states import EntryGenerator
 from vtx.x86.state import Cr4, Rflags
 
 _ENTRY_FAILURE: Final = 1 << 31
@@ -85,18 +85,7 @@ def _invalid_guest(result: Result) -> bool:
     return result.number == Reason.ENTRY_FAILURE_GUEST_STATE | _ENTRY_FAILURE
 
 
-@frozen(eq=False)
-class Known:
-    """A class: ``id``, who is right (``vtx``, ``Bochs`` or ``both``), the section that says so, what belongs to it."""
-
-    id: str
-    verdict: str
-    ref: Reference | None
-    applies: Callable[[Case], bool]
-    overlooked: tuple[str, ...] = ()  # rules that Bochs does not check, or not at their stage
-
-
-def _overlooks(identity: str, ref: Reference, *rules: str, verdict: str = "vtx") -> Known:
+def _overlooks(identity: str, ref: Reference, *rules: str, verdict: str = "vtx") -> Known[Case]:
     """A class of states that break one of ``rules``, which Bochs does not check, or not at that stage."""
     return Known(identity, verdict, ref, lambda case: any(case.rejected(rule) for rule in rules), rules)
 
@@ -174,7 +163,7 @@ _OTHER_CAUSES = sdm("VMX Non-Root Operation", "Other Causes of VM Exits")
 _TIMER = sdm("VMX Non-Root Operation", "VMX-Preemption Timer")
 _EPT_VIOLATIONS = sdm("VM Exits", "Basic VM-Exit Information")
 
-KNOWN: Final[tuple[Known, ...]] = (
+KNOWN: Final[tuple[Known[Case], ...]] = (
     _overlooks(
         "smm-controls",
         _ENTRY_CONTROLS,
@@ -277,27 +266,10 @@ def _rejects(case: Case) -> bool:
 _OVERLOOKED: Final = frozenset(rule for known in KNOWN for rule in known.overlooked)
 
 
-@define
-class Sorted:
-    """Disagreements by the class that explains them, and those that none does."""
+def case_of(generator: EntryGenerator, memory: int) -> Callable[[Disagreement[Result]], Case]:
+    """What the classes look at in a disagreement; ``memory`` is how many bytes of RAM both had."""
 
-    explained: dict[Known, list[Disagreement]] = field(factory=dict)
-    unexplained: list[Disagreement] = field(factory=list)
+    def case(found: Disagreement[Result]) -> Case:
+        return Case(found.ours, found.theirs, found.rules, generator.fields(found.state), memory)
 
-
-def sort(generator: Generator, found: Iterable[Disagreement], memory: int) -> Sorted:
-    """Find the class of each disagreement; ``memory`` is how many bytes of RAM both had."""
-    outcome = Sorted()
-    for each in found:
-        known = explanation(generator, each, memory)
-        if known is None:
-            outcome.unexplained.append(each)
-        else:
-            outcome.explained.setdefault(known, []).append(each)
-    return outcome
-
-
-def explanation(generator: Generator, found: Disagreement, memory: int) -> Known | None:
-    """The first class that ``found`` belongs to."""
-    case = Case(found.ours, found.theirs, found.rules, generator.fields(found.state), memory)
-    return next((known for known in KNOWN if known.applies(case)), None)
+    return case

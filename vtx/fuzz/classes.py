@@ -1,0 +1,67 @@
+"""Sorting disagreements into the classes that explain them, each with who is right, and where the manual says so.
+
+A class is as narrow as the behaviour it is about: a disagreement belongs to it only if that behaviour can explain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+from attrs import define, field, frozen
+
+from vmcs.refs import Reference
+from vtx.fuzz.compare import Disagreement
+
+K = TypeVar("K")
+
+
+@frozen(eq=False)
+class Known(Generic[K]):
+    """A class: ``id``, who is right (``vtx``, the other, or ``both``), the section that says so, and its members.
+
+    ``explains`` names what of a result the class is about, None for all of it. ``overlooked`` are rules that the other
+    one does not check, or not at their stage.
+    """
+
+    id: str
+    verdict: str
+    ref: Reference | None
+    applies: Callable[[K], bool]
+    overlooked: tuple[str, ...] = ()
+    explains: frozenset[str] | None = None
+
+
+@define
+class Sorted:
+    """Disagreements by the classes that explain them, and those that none does."""
+
+    explained: dict[Known[Any], list[Disagreement[Any]]] = field(factory=dict)
+    unexplained: list[Disagreement[Any]] = field(factory=list)
+
+
+def sort(
+    known: Sequence[Known[K]], case_of: Callable[[Disagreement[Any]], K], found: Iterable[Disagreement[Any]]
+) -> Sorted:
+    """Find the classes of each disagreement among ``known``; ``case_of`` gives what these look at."""
+    outcome = Sorted()
+    for each in found:
+        classes = explanation(known, case_of(each), each.differing)
+        if not classes:
+            outcome.unexplained.append(each)
+        for one in classes:
+            outcome.explained.setdefault(one, []).append(each)
+    return outcome
+
+
+def explanation(known: Sequence[Known[K]], case: K, differing: frozenset[str]) -> tuple[Known[K], ...]:
+    """The first classes that together explain all that differs; none if something is left."""
+    left, found = differing, []
+    for each in known:
+        explained = left if each.explains is None else left & each.explains
+        if explained and each.applies(case):
+            found.append(each)
+            left -= explained
+        if not left:
+            return tuple(found)
+    return ()

@@ -1,0 +1,1 @@
+"""VM entries of near-valid VMCSs: run by the bundled guest ``entries``, here and on Bochs."""
