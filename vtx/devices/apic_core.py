@@ -8,7 +8,7 @@ Spec: SDM Vol. 3, "Handling Interrupts", "Issuing Interprocessor Interrupts", "L
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from attrs import define, field, frozen
 
@@ -30,6 +30,9 @@ from vtx.devices.apic_timer import MASK32, ApicTimer, divisor
 from vtx.devices.clock import Clock
 
 DEFAULT_BASE = 0xFEE0_0000
+
+
+_LVT_TIMER: Final = int(Register.LVT_TIMER)  # of a member of an enumeration, the look-up takes longer than its use
 
 
 class ApicBus(Protocol):
@@ -375,7 +378,7 @@ class ApicCore:
     def next_deadline(self) -> int | None:
         """The tick at which the timer next has an effect other than on its own registers."""
         timer = self.state.timer
-        entry = self.state.registers[Register.LVT_TIMER]
+        entry = self.state.registers[_LVT_TIMER]
         if entry & Lvt.MASKED or self.state.irr >> (entry & 0xFF) & 1:
             return None
         return timer.next_expiry(self._clock.now())

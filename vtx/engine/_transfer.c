@@ -7,13 +7,16 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
+#define INTERFACE 2 /* changes with what transfer.py relies on */
 #define GPRS 16
 #define LEGACY_GPRS 8 /* those of other modes than 64-bit mode */
 #define SEGMENTS 10 /* ES CS SS DS FS GS LDTR TR GDTR IDTR */
+#define TABLES 2    /* the last of them */
 #define UNUSABLE 0x10000
 #define ACCESS_RIGHTS 0xf0ff
 #define RFLAGS_FIXED 0x2
@@ -23,6 +26,8 @@
 #define CODE64 0x8000
 #define GLOBAL_INTERRUPT_FLAG 1
 #define MASK32 0xffffffff
+
+enum control { CR0, CR2, CR4, EFER, KERNEL_GS_BASE, CONTROLS };
 
 struct registers { /* as Unicorn keeps them in a context; see layout.py */
     uint64_t gpr[GPRS], rip, eflags, cc_dst, cc_src, cc_src2;
@@ -43,20 +48,48 @@ typedef struct {
     int (*restore)(void *, void *);
     int (*read_register)(void *, int, void *);
     int flags_register;
-    uint64_t kernel_gs_base; /* where it is, from the registers on */
+    Py_ssize_t control[CONTROLS]; /* where these registers are, from the general registers on */
+    PyTypeObject *segment_type, *table_type;
+    Py_ssize_t segment_slots[4], table_slots[2]; /* where their attributes are in an object */
     uint64_t rflags;         /* as last taken */
     struct segment segments[SEGMENTS]; /* as last put or taken */
 } Transfer;
 
-static PyObject *name_selector, *name_base, *name_limit, *name_access_rights;
+static const char *const segment_attributes[] = {"base", "limit", "selector", "access_rights"};
+
+/* Where the objects of a class with __slots__ keep the attributes of these names. */
+static int find_slots(PyTypeObject *type, int count, Py_ssize_t *offsets)
+{
+    int i;
+
+    for (i = 0; i < count; i++) {
+        PyObject *descriptor = PyObject_GetAttrString((PyObject *)type, segment_attributes[i]);
+
+        if (!descriptor)
+            return -1;
+        if (!Py_IS_TYPE(descriptor, &PyMemberDescr_Type)) {
+            Py_DECREF(descriptor);
+            PyErr_Format(PyExc_TypeError, "%s.%s is no slot", type->tp_name, segment_attributes[i]);
+            return -1;
+        }
+        offsets[i] = ((PyMemberDescrObject *)descriptor)->d_member->offset;
+        Py_DECREF(descriptor);
+    }
+    return 0;
+}
 
 static int transfer_init(Transfer *self, PyObject *arguments, PyObject *keywords)
 {
     unsigned long long engine, context, state, save, restore, read_register;
 
-    if (!PyArg_ParseTuple(arguments, "KKKKKKiK", &engine, &context, &state, &save, &restore, &read_register,
-                          &self->flags_register, &self->kernel_gs_base))
+    if (!PyArg_ParseTuple(arguments, "KKKKKKi(nnnnn)O!O!", &engine, &context, &state, &save, &restore, &read_register,
+                          &self->flags_register, &self->control[CR0], &self->control[CR2], &self->control[CR4],
+                          &self->control[EFER], &self->control[KERNEL_GS_BASE], &PyType_Type, &self->segment_type,
+                          &PyType_Type, &self->table_type) ||
+        find_slots(self->segment_type, 4, self->segment_slots) || find_slots(self->table_type, 2, self->table_slots))
         return -1;
+    Py_INCREF(self->segment_type);
+    Py_INCREF(self->table_type);
     self->engine = (void *)(uintptr_t)engine;
     self->context = (void *)(uintptr_t)context;
     self->in_context = (struct registers *)(uintptr_t)(context + state);
@@ -105,38 +138,52 @@ static PyObject *take(Transfer *self, PyObject *gprs)
     changed = memcmp(from->segments, self->segments, sizeof self->segments) != 0;
     if (changed)
         memcpy(self->segments, from->segments, sizeof self->segments);
-    memcpy(&kernel_gs_base, (char *)from + self->kernel_gs_base, sizeof kernel_gs_base);
+    memcpy(&kernel_gs_base, (char *)from + self->control[KERNEL_GS_BASE], sizeof kernel_gs_base);
     return Py_BuildValue("KKIKKi", (unsigned long long)from->rip, (unsigned long long)self->rflags, from->hidden,
                          (unsigned long long)linear, (unsigned long long)kernel_gs_base, changed);
 }
 
-static uint64_t attribute(PyObject *object, PyObject *name)
+static uint64_t slot(PyObject *object, Py_ssize_t offset)
 {
-    PyObject *value = PyObject_GetAttr(object, name);
-    uint64_t result = value ? PyLong_AsUnsignedLongLong(value) : 0;
+    PyObject *value = *(PyObject **)((char *)object + offset);
 
-    Py_XDECREF(value);
-    return result;
+    if (value)
+        return PyLong_AsUnsignedLongLong(value);
+    PyErr_SetString(PyExc_AttributeError, "a segment or table register without a value");
+    return 0;
 }
 
-static PyObject *put_segments(Transfer *self, PyObject *const *arguments, Py_ssize_t count)
+static PyObject *put_system(Transfer *self, PyObject *const *arguments, Py_ssize_t count)
 {
     Py_ssize_t i;
 
-    if (count != SEGMENTS)
-        return PyErr_Format(PyExc_TypeError, "there are %d segment and table registers", SEGMENTS);
-    memset(self->segments, 0, sizeof self->segments);
+    if (count != SEGMENTS + CONTROLS)
+        return PyErr_Format(PyExc_TypeError, "put_system takes %d registers", SEGMENTS + CONTROLS);
     for (i = 0; i < SEGMENTS; i++) {
         struct segment *segment = &self->segments[i];
+        PyObject *object = arguments[i];
 
-        segment->base = attribute(arguments[i], name_base);
-        segment->limit = attribute(arguments[i], name_limit);
-        if (i < SEGMENTS - 2) {
-            uint64_t rights = attribute(arguments[i], name_access_rights);
+        if (i < SEGMENTS - TABLES) {
+            uint64_t rights;
 
-            segment->selector = attribute(arguments[i], name_selector);
+            if (!Py_IS_TYPE(object, self->segment_type))
+                return PyErr_Format(PyExc_TypeError, "register %zd is no segment", i);
+            segment->base = slot(object, self->segment_slots[0]);
+            segment->limit = slot(object, self->segment_slots[1]);
+            segment->selector = slot(object, self->segment_slots[2]);
+            rights = slot(object, self->segment_slots[3]);
             segment->flags = rights & UNUSABLE ? 0 : (rights & ACCESS_RIGHTS) << 8;
+        } else {
+            if (!Py_IS_TYPE(object, self->table_type))
+                return PyErr_Format(PyExc_TypeError, "register %zd is no descriptor table", i);
+            segment->base = slot(object, self->table_slots[0]);
+            segment->limit = slot(object, self->table_slots[1]);
         }
+    }
+    for (i = 0; i < CONTROLS; i++) {
+        uint64_t value = PyLong_AsUnsignedLongLong(arguments[SEGMENTS + i]);
+
+        memcpy((char *)self->in_context + self->control[i], &value, sizeof value);
     }
     if (PyErr_Occurred())
         return NULL;
@@ -267,8 +314,9 @@ static PyMethodDef transfer_methods[] = {
     {"take", (PyCFunction)take, METH_O,
      "Fill the list of GPRs from the context; RIP, RFLAGS, the hidden flags, the linear address of the code, the kernel "
      "GS base, and whether a segment or table register changed."},
-    {"put_segments", (PyCFunction)(void (*)(void))put_segments, METH_FASTCALL,
-     "Put the eight segment registers and the two table registers into the context."},
+    {"put_system", (PyCFunction)(void (*)(void))put_system, METH_FASTCALL,
+     "Put the eight segment registers, the two table registers, CR0, CR2, CR4, EFER and the kernel GS base into the "
+     "context."},
     {"put", (PyCFunction)(void (*)(void))put, METH_FASTCALL,
      "Put GPRs, RIP, RFLAGS and the hidden flags into the context, and it into the processor, before a run."},
     {"give", (PyCFunction)(void (*)(void))give, METH_FASTCALL,
@@ -300,13 +348,11 @@ PyMODINIT_FUNC PyInit__transfer(void)
 {
     PyObject *result;
 
-    name_selector = PyUnicode_InternFromString("selector");
-    name_base = PyUnicode_InternFromString("base");
-    name_limit = PyUnicode_InternFromString("limit");
-    name_access_rights = PyUnicode_InternFromString("access_rights");
-    if (!name_selector || !name_base || !name_limit || !name_access_rights || PyType_Ready(&transfer_type) < 0)
+    if (PyType_Ready(&transfer_type) < 0)
         return NULL;
     result = PyModule_Create(&module);
+    if (result && PyModule_AddIntConstant(result, "INTERFACE", INTERFACE))
+        Py_CLEAR(result);
     if (result && PyModule_AddObjectRef(result, "Transfer", (PyObject *)&transfer_type) < 0) {
         Py_DECREF(result);
         return NULL;

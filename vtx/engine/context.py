@@ -21,9 +21,10 @@ _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
 _AC: Final = int(Rflags.AC)
 _AM: Final = int(Cr0.AM)
+_NO_SHADOW: Final = Shadow.NONE
+_INHIBIT: Final = layout.INHIBIT_INTERRUPTS
 _QWORD: Final = struct.Struct("<Q")
 _DWORD: Final = struct.Struct("<I")
-_CONTROL_REGISTERS: Final = struct.Struct("<5Q")
 
 
 class Context:
@@ -170,7 +171,6 @@ class Context:
         self._transfer.give(state.gpr, state.rip, state.rflags)
 
     def _load_system(self, state: CpuState) -> None:
-        image = self._image
         segments, base = state.segments, state.cs.base
         seen = 0
         if not state.in_64_bit_mode:
@@ -179,14 +179,21 @@ class Context:
         if seen != base:
             # The library adds all of the base of CS to RIP, in 64-bit mode too, where a processor ignores it.
             segments = [segments[0], evolve(segments[1], base=seen), *segments[2:]]
-        self._transfer.put_segments(*segments, state.ldtr, state.tr, state.gdtr, state.idtr)
+        self._transfer.put_system(
+            *segments,
+            state.ldtr,
+            state.tr,
+            state.gdtr,
+            state.idtr,
+            state.cr0,
+            state.cr2,
+            state.cr4 & layout.CR4_SEEN,
+            state.efer & layout.EFER_SEEN | layout.EFER_FORCED,
+            state.kernel_gs_base,
+        )
         self._hidden_flags = layout.hidden_flags(state)
-        cr4 = state.cr4 & layout.CR4_SEEN
-        _CONTROL_REGISTERS.pack_into(image, layout.CR0, state.cr0, 0, state.cr2, 0, cr4)
-        _QWORD.pack_into(image, layout.EFER, state.efer & layout.EFER_SEEN | layout.EFER_FORCED)
-        _QWORD.pack_into(image, layout.KERNEL_GS_BASE, state.kernel_gs_base)
         if state.fpu:
-            image[layout.FPU : layout.FPU_END] = state.fpu
+            self._image[layout.FPU : layout.FPU_END] = state.fpu
 
     def enable_extended_state(self, state: CpuState) -> None:
         """Let the XSAVE family execute, until the next `load` with ``reload``."""
@@ -199,7 +206,7 @@ class Context:
         state.rip, state.rflags, self._hidden, linear, state.kernel_gs_base, changed = self._transfer.take(state.gpr)
         if changed:
             self._store_segments(state)
-        self._hidden_flags = self._hidden & ~layout.INHIBIT_INTERRUPTS
+        self._hidden_flags = self._hidden & ~_INHIBIT
         return linear, self.kind
 
     def store(self, state: CpuState, *, hide_trap_flag: bool) -> bool:
@@ -219,8 +226,8 @@ class Context:
         Returns whether interrupts are blocked by an instruction that was executed in the run; ``state.shadow`` is then
         for the caller to set.
         """
-        if not self._hidden & layout.INHIBIT_INTERRUPTS:
-            state.shadow = Shadow.NONE
+        if not self._hidden & _INHIBIT:
+            state.shadow = _NO_SHADOW
             return False
         return not state.shadow
 

@@ -22,6 +22,7 @@ try:
 except ImportError:
     _transfer = None
 
+_INTERFACE: Final = 2
 _QWORD: Final = struct.Struct("<Q")
 _DF: Final = int(Rflags.DF)
 _LAZY: Final = layout.ARITHMETIC_FLAGS | _DF
@@ -59,8 +60,8 @@ class RegisterTransfer(Protocol):
         """Fill the 16 ``gprs`` from the context; the other registers that traps need."""
         ...
 
-    def put_segments(self, *registers: Segment | DescriptorTable) -> None:
-        """Put ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR and IDTR into the context."""
+    def put_system(self, *registers: Segment | DescriptorTable | int) -> None:
+        """Put ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR, CR0, CR2, CR4, EFER, kernel GS base into the context."""
         ...
 
     def put(self, gprs: list[int], rip: int, rflags: int, hidden: int) -> None:
@@ -113,15 +114,20 @@ class Transfer:
         self._segments = segments
         return rip, rflags, hidden, linear, kernel_gs_base, changed
 
-    def put_segments(self, *registers: Segment | DescriptorTable) -> None:
-        """See `RegisterTransfer.put_segments`."""
+    def put_system(self, *registers: Segment | DescriptorTable | int) -> None:
+        """See `RegisterTransfer.put_system`."""
         parts: list[int] = []
+        controls: list[int] = []
         for register in registers:
             if isinstance(register, Segment):
                 flags = layout.segment_flags(register.access_rights)
                 parts += register.selector, register.base, register.limit, flags
-            else:
+            elif isinstance(register, DescriptorTable):
                 parts += 0, register.base, register.limit, 0
+            else:
+                controls.append(register)
+        for place, value in zip(layout.CONTROLS, controls, strict=True):
+            _QWORD.pack_into(self._image, place, value)
         layout.ALL_SEGMENTS.pack_into(self._image, layout.SEGMENTS, *parts)
         self._segments = bytes(self._image[layout.SEGMENTS : layout.SEGMENTS_END])
 
@@ -162,6 +168,8 @@ def register_transfer(
     """The compiled transfer if it is there and allowed, else the one in Python."""
     if _transfer is None or not allow_compiled:
         return Transfer(handle, context, image)
+    if getattr(_transfer, "INTERFACE", 1) != _INTERFACE:
+        raise native.EngineUnusable("the compiled register transfer does not match this version; reinstall vtx")
     library: Any = native.library
     functions = (library.uc_context_save, library.uc_context_restore, library.uc_reg_read)
     addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
@@ -171,7 +179,9 @@ def register_transfer(
         layout.STATE,
         *addresses,
         native.REG_EFLAGS,
-        layout.KERNEL_GS_BASE - layout.STATE,
+        tuple(place - layout.STATE for place in layout.CONTROLS),
+        Segment,
+        DescriptorTable,
     )
     return compiled
 

@@ -22,6 +22,7 @@ from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
 from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, map_memory
 from vtx.engine.clock import (
+    ADDRESS,
     ELAPSED,
     INSTRUCTION_LIMIT,
     INSTRUCTIONS,
@@ -75,6 +76,8 @@ _KINDS: Final = {
     native.MEM_WRITE: AccessKind.WRITE,
     native.MEM_FETCH: AccessKind.EXECUTE,
 }
+_WRITE: Final = AccessKind.WRITE
+_EXECUTE: Final = AccessKind.EXECUTE
 _TF: Final = int(Rflags.TF)
 _MOST_NOTED: Final = 1 << 16
 _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
@@ -147,7 +150,9 @@ class UnicornEngine:
         self._callback_address: int | None = None
         self._probed: int | None = None
         self._guarded_instructions: set[int] = set()
-        self._noted: dict[int, tuple[int, int]] = {}  # the code granted last, by linear address of the page
+        self._slow_stores: set[int] = set()  # frames
+        self._never_called = native.ProtectionCallback(lambda *_: False)
+        self._noted: dict[int, tuple[int, bool]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
         self._state: CpuState
@@ -218,7 +223,11 @@ class UnicornEngine:
         """Have the client execute the intercepted instruction at once, and go on behind it if it says so."""
         context, words, state = self._context, self.clock.words, self._state
         linear, kind = context.take(state)
-        left = self.clock.remaining_block(linear)  # a trap at an exit has no block
+        left = 0
+        if size := words[SIZE]:  # a trap at an exit has no block
+            left = words[ADDRESS] + size - linear
+            if not 0 < left <= size:
+                left = self.clock.remaining_block(linear)
         place = self._code.place(linear, left, kind, known)
         if place.answers is False or context.take_shadow(state):
             return False
@@ -266,7 +275,7 @@ class UnicornEngine:
         if self.clock.words[SIZE]:  # before the first block of a run, the context is what the run began with
             self._context.save()
         cpl, alignment_check = self._context.access()
-        linear = address if address <= MASK32 or kind is not AccessKind.EXECUTE else self._context.wrapped(address)
+        linear = address if address <= MASK32 or kind is not _EXECUTE else self._context.wrapped(address)
         grant = self._client.fill(linear, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
             self._refused = (linear, kind, grant)
@@ -275,26 +284,39 @@ class UnicornEngine:
         physical = frame << PAGE_SHIFT
         own = frame == self._memory.own_page
         if not own and self._memory.ram_offset(physical) is not None:
-            permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions)
+            view = cpl, alignment_check  # what the library's own TLBs differ in
+            permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions, view)
+            if frame in self.coherence.shared and frame not in self._slow_stores:
+                self._make_stores_slow(frame)
         elif not own and self._memory.is_rom(frame):
-            written = kind is AccessKind.WRITE
-            permissions &= AccessKind.WRITE if written else ~AccessKind.WRITE
+            written = kind is _WRITE
+            permissions &= _WRITE if written else ~_WRITE
             physical = VOID_DATA if written else ROM_FRAME
-        elif kind is AccessKind.EXECUTE:
-            permissions, physical = AccessKind.EXECUTE, VOID_CODE
+        elif kind is _EXECUTE:
+            permissions, physical = _EXECUTE, VOID_CODE
         else:
-            permissions &= ~AccessKind.EXECUTE
+            permissions &= ~_EXECUTE
             window = self._memory.window_at(physical)
             physical = OWN_PAGE if own else physical if window else VOID_DATA
-        if permissions & AccessKind.EXECUTE:
-            noted = frame, permissions
-            if self._noted.get(address) != noted:
+        if permissions & _EXECUTE:
+            shared = frame in self.coherence.shared
+            noted = frame, shared
+            if shared or self._noted.get(address) != noted:
                 self._noted[address] = noted
-                self._note_code(address >> PAGE_SHIFT, frame, bool(permissions & AccessKind.WRITE))
+                self._note_code(address >> PAGE_SHIFT, frame, shared)
                 if self._exits.granted(address >> PAGE_SHIFT):
                     self._refused = (linear, kind, _AGAIN)
                     return 0
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
+
+    def _make_stores_slow(self, frame: int) -> None:
+        """Have the library look for translations at each store to ``frame``, although it may not be executed meanwhile.
+
+        The library does so where there is a hook, even one that is never called.
+        """
+        self._slow_stores.add(frame)
+        callback, start = self._never_called, frame << PAGE_SHIFT
+        native.add_hook(self._handle, native.HOOK_FETCH_PROTECTED, callback, at=start, size=PAGE_SIZE)
 
     def _note_code(self, page: int, frame: int, writable: bool) -> None:
         if len(self._noted) > _MOST_NOTED:

@@ -162,7 +162,7 @@ def shortcut(operation: VmxOperation, instruction: Instruction) -> Callable[[], 
         return None
     destination, source, length = first.number, second.number, instruction.length
     field_of, writes_any = operation.capabilities.fields.get, operation.capabilities.vmwrite_any_field
-    processor = operation.processor
+    processor, no_shadow = operation.processor, Shadow.NONE
 
     def is_special(state: CpuState) -> bool:
         return (
@@ -200,7 +200,7 @@ def shortcut(operation: VmxOperation, instruction: Instruction) -> Callable[[], 
     def succeed(state: CpuState) -> bool:
         state.rflags &= ~(_STATUS_FLAGS | _RF)
         state.rip = state.rip + length & MASK64
-        state.shadow = Shadow.NONE
+        state.shadow = no_shadow
         return True
 
     return vmread_registers if reads else vmwrite_registers

@@ -70,6 +70,7 @@ def sides() -> Iterator[tuple[Side, Side]]:
     base=st.integers(0, 2**32 - 1),
     segments=st.lists(SEGMENTS, min_size=8, max_size=8),
     tables=st.lists(st.builds(DescriptorTable, U64, st.integers(0, 0xFFFF)), min_size=2, max_size=2),
+    controls=st.lists(U64, min_size=5, max_size=5),
     changes=st.tuples(st.lists(U64, min_size=16, max_size=16), U64, st.integers(0, 2**22 - 1)),
 )
 def test_twins_agree(
@@ -82,6 +83,7 @@ def test_twins_agree(
     changes: tuple[list[int], int, int],
     segments: list[Segment],
     tables: list[DescriptorTable],
+    controls: list[int],
 ) -> None:
     registers[17] &= ~ARITHMETIC_AND_DF
     results = []
@@ -93,7 +95,9 @@ def test_twins_agree(
         second = side.found()
         side.transfer.give(first[0], first[1][0], second[1][1])
         third = side.found()
-        side.transfer.put_segments(*segments, *tables)
+        side.transfer.put_system(*segments, *tables, *controls)
+        written = [struct.unpack_from("<Q", side.image, place)[0] for place in layout.CONTROLS]
+        assert written == controls
         side.transfer.put(*changes, hidden)
         fourth = side.found()
         results.append((first, second, third, fourth, bytes(side.image[layout.SEGMENTS : layout.SEGMENTS_END])))
