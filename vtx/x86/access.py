@@ -9,6 +9,7 @@ Spec: SDM Vol. 3, "Interrupt 14—Page-Fault Exception (#PF)", "Access Rights" (
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -77,6 +78,13 @@ class Operand:
     alignment: int = 1
 
 
+@lru_cache(maxsize=4096)
+def _decoded(encoding: bytes, bits: int, rip: int) -> tuple[IcedInstruction, int, tuple[UsedMemory, ...]]:
+    """An instruction at ``rip``: as iced-x86 has it, the alignment it asks for, and the memory it accesses."""
+    raw = Decoder(bits, encoding, DecoderOptions.NONE, rip).decode()
+    return raw, required_alignment(raw), tuple(_FACTORY.info(raw).used_memory())
+
+
 def operands(processor: LogicalProcessor) -> list[Operand]:
     """The memory operands of the instruction at RIP; none if its bytes are no instruction.
 
@@ -86,12 +94,11 @@ def operands(processor: LogicalProcessor) -> list[Operand]:
     if instruction is None:
         return []
     state = processor.state
-    raw = Decoder(instruction.bits, instruction.encoding, DecoderOptions.NONE, state.rip).decode()
+    raw, alignment, accessed = _decoded(instruction.encoding, instruction.bits, state.rip)
     if (instruction.rep and raw.is_string_instruction) and not state.gpr[Gpr.RCX] & _count_mask(instruction):
         return []
-    alignment = required_alignment(raw)
     found = []
-    for memory in _FACTORY.info(raw).used_memory():
+    for memory in accessed:
         reads, writes = memory.access in _READS, memory.access in _WRITES
         if not reads and not writes:
             continue

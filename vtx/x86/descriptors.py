@@ -10,6 +10,7 @@ IA-32e Mode", "Error Code".
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Final
 
 from attrs import evolve, frozen
@@ -135,6 +136,7 @@ class Gate:
     parameter_count: int = 0
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_descriptor(low: int, high: int = 0) -> Descriptor:
     """The descriptor whose first 8 bytes are ``low`` and, if it is 16 bytes long, whose last are ``high``."""
     base = (low >> 16) & 0xFF_FFFF | (low >> 56) << 24 | (high & 0xFFFF_FFFF) << 32
@@ -156,6 +158,7 @@ def encode_descriptor(descriptor: Descriptor) -> tuple[int, int]:
     return low, descriptor.base >> 32
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_gate(low: int, high: int = 0) -> Gate:
     """The gate whose first 8 bytes are ``low`` and, in IA-32e mode, whose last are ``high``."""
     kind = (low >> 40) & 0x1F

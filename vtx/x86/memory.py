@@ -156,7 +156,11 @@ class PhysicalMemory:
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``address``; dropped where nothing answers."""
-        position = 0
+        position, offset = 0, self.ram_offset(address)
+        if offset is not None and address % PAGE_SIZE + len(data) <= PAGE_SIZE:
+            self._bytes[offset : offset + len(data)] = data
+            self.note_written(address >> PAGE_SHIFT)
+            return
         while position < len(data):
             length = min(len(data) - position, PAGE_SIZE - address % PAGE_SIZE)
             piece = data[position : position + length]

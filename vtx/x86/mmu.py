@@ -60,6 +60,7 @@ PCID_MASK: Final = 0xFFF
 _LARGE_PAGES_NOTED: Final = 4096
 """How many large pages granted to the engine are remembered; beyond that every INVLPG flushes everything."""
 
+_privilege_of = Privilege.of
 _paging_context = functools.lru_cache(maxsize=256)(PagingContext)
 
 Refusal = Fault | SecondLevelFault
@@ -313,7 +314,7 @@ class Mmu:
 
     def fill(self, linear: int, kind: AccessKind, cpl: int, ac: bool, *, implicit: bool = False) -> Grant | Refusal:
         """Answer a miss of the engine's TLB at ``linear`` (any address in the page; a fault reports it as given)."""
-        privilege = Privilege.of(cpl, ac, implicit)
+        privilege = _privilege_of(cpl, ac, implicit)
         result = self.resolve(linear, kind, privilege)
         if not isinstance(result, Translation):
             return result
@@ -429,13 +430,18 @@ class Mmu:
         self, linear: int, data: bytes | bytearray | memoryview, *, user: bool = False, ac: bool = False
     ) -> None:
         """Store ``data`` at ``linear``: all of it, or, when any page faults, nothing."""
-        position = 0
-        for physical, length in self._pieces(linear, len(data), AccessKind.WRITE, _privilege(user, ac)):
+        privilege, size, position = _privilege(user, ac), len(data), 0
+        if (linear & PAGE_OFFSET_MASK) + size <= PAGE_SIZE:
+            self.memory.write(self._translate(linear, AccessKind.WRITE, privilege, size), data)
+            return
+        for physical, length in self._pieces(linear, size, AccessKind.WRITE, privilege):
             self.memory.write(physical, data[position : position + length])
             position += length
 
     def read(self, linear: int, size: int, *, user: bool = False, ac: bool = False) -> int:
         """Unsigned little-endian integer of ``size`` bytes at ``linear``."""
+        if size == 8 and not linear & 7:
+            return self.memory.read_u64(self._translate(linear, AccessKind.READ, _privilege(user, ac)))
         return int.from_bytes(self.read_bytes(linear, size, user=user, ac=ac), "little")
 
     def write(self, linear: int, size: int, value: int, *, user: bool = False, ac: bool = False) -> None:
