@@ -1,7 +1,9 @@
 """The SVM instructions: what may stop each, and what it does.
 
+Interpretations. Without its CPUID feature, SKINIT is an invalid opcode whatever EFER.SVME is.
+
 Spec: APM Vol. 2, "VMRUN Instruction", "VMSAVE and VMLOAD Instructions", "VMMCALL Instruction", "Global Interrupt Flag,
-STGI and CLGI Instructions", "TLB Control".
+STGI and CLGI Instructions", "TLB Control", "Enabling SVM", "Secure Startup with SKINIT".
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from vtx.svm.processor_state import load_more, save_more
 from vtx.svm.vmexit import perform_exit
 from vtx.svm.vmrun import vmrun
 from vtx.x86.decode import Instruction
-from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.outcome import Fault, InstructionAborted, NotModelled, Vector
 from vtx.x86.page_rights import USER, WRITABLE
 from vtx.x86.second_level import AccessKind, SecondLevelFault
 from vtx.x86.state import MASK32, MASK64, CpuState, Efer, Gpr, Rflags, Shadow
@@ -44,10 +46,11 @@ class Row:
     execute: Callable[[SvmOperation, Instruction], Outcome]
 
 
-def _admit(operation: SvmOperation) -> Fault | None:
+def _admit(operation: SvmOperation, mnemonic: int) -> Fault | None:
     """The faults that every SVM instruction but VMMCALL has, before its intercept."""
     state = operation.processor.state
-    if not state.efer & _SVME or not state.protected or state.virtual_8086:
+    enabled = bool(state.efer & _SVME) or (mnemonic in _OF_SECURE_STARTUP and operation.features.skinit)
+    if not enabled or not state.protected or state.virtual_8086:
         return _UD
     return _GP if state.cpl else None
 
@@ -123,6 +126,10 @@ def _invlpga(operation: SvmOperation, instruction: Instruction) -> Outcome:
     return COMPLETED
 
 
+def _skinit(operation: SvmOperation, instruction: Instruction) -> Outcome:
+    raise NotModelled("secure startup by SKINIT")
+
+
 ROWS: Final[dict[int, Row]] = {
     Mnemonic.VMRUN: Row("VMRUN", Exit.VMRUN, _vmrun),
     Mnemonic.VMLOAD: Row("VMLOAD", Exit.VMLOAD, _vmload),
@@ -130,15 +137,18 @@ ROWS: Final[dict[int, Row]] = {
     Mnemonic.VMMCALL: Row("VMMCALL", Exit.VMMCALL, lambda operation, instruction: _UD),
     Mnemonic.STGI: Row("STGI", Exit.STGI, lambda operation, instruction: _set_gif(operation, True)),
     Mnemonic.CLGI: Row("CLGI", Exit.CLGI, lambda operation, instruction: _set_gif(operation, False)),
+    Mnemonic.SKINIT: Row("SKINIT", Exit.SKINIT, _skinit),
     Mnemonic.INVLPGA: Row("INVLPGA", Exit.INVLPGA, _invlpga),
 }
 _WITHOUT_PRIVILEGE: Final = frozenset((Mnemonic.VMMCALL,))
+_OF_SECURE_STARTUP: Final = frozenset((Mnemonic.SKINIT, Mnemonic.STGI))
+"""What EFER.SVME need not enable where there is SKINIT."""
 
 
 def execute(operation: SvmOperation, instruction: Instruction) -> bool:
     """Execute ``instruction`` if it is an SVM instruction, and commit; raises `InstructionAborted` with a fault."""
     row = ROWS.get(instruction.mnemonic)
-    if row is None:
+    if row is None or (instruction.mnemonic == Mnemonic.SKINIT and not operation.features.skinit):
         return False
     outcome = _outcome(operation, row, instruction)
     if operation.observer is not None:
@@ -152,7 +162,7 @@ def execute(operation: SvmOperation, instruction: Instruction) -> bool:
 
 def _outcome(operation: SvmOperation, row: Row, instruction: Instruction) -> Outcome:
     if instruction.mnemonic not in _WITHOUT_PRIVILEGE:
-        fault = _admit(operation)
+        fault = _admit(operation, instruction.mnemonic)
         if fault is not None:
             return fault
     if operation.guest_mode:

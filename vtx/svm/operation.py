@@ -23,7 +23,7 @@ from vtx.x86.virtualization import Processor
 
 @frozen
 class Features:
-    """The optional parts of SVM that the processor has (CPUID function 8000_000AH)."""
+    """The optional parts of SVM that the processor has (CPUID functions 8000_000AH and 8000_0001H)."""
 
     nested_paging: bool
     lbr_virtualization: bool
@@ -37,6 +37,7 @@ class Features:
     virtual_gif: bool
     gmet: bool
     virtual_nmi: bool
+    skinit: bool
 
     @classmethod
     def of(cls, profile: Profile) -> Features:
@@ -54,6 +55,7 @@ class Features:
             virtual_gif=profile.has("VGIF"),
             gmet=profile.has("GMET"),
             virtual_nmi=profile.has("VNMI"),
+            skinit=profile.has("SKINIT"),
         )
 
 

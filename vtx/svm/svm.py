@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from attrs import evolve
-
 from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import Violation
 from vmcs.vmcb.rules import RULES
-from vtx.svm import events, instructions, pause_filter, smm
+from vtx.svm import events, instructions, pause_filter, smm, vm_cr
 from vtx.svm import places as at
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
 from vtx.svm.intercepts import control_register_trap, efer_trap, exit_of, next_rip
@@ -28,16 +26,14 @@ from vtx.svm.vmexit import perform_exit
 from vtx.svm.vmrun import new_context
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
-from vtx.x86.msr_table import IA32_EFER, VM_CR, VM_CR_SVMDIS
 from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, Plain, Simple
 from vtx.x86.outcome import Fault, NotModelled
 from vtx.x86.second_level import SecondLevelFault
 from vtx.x86.spinning import PAUSE_TICKS
-from vtx.x86.state import MASK64, Efer, Rflags, Shadow
+from vtx.x86.state import MASK64, Rflags, Shadow
 from vtx.x86.virtualization import Processor, RefusedInstruction, SmmSuspension
 
 _PAUSE: Final = Simple(Plain.PAUSE)
-_SVME: Final = int(Efer.SVME)
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
@@ -56,7 +52,7 @@ class Svm:
     def __init__(self, processor: Processor, observer: Observer | None = None) -> None:
         self.operation = SvmOperation(processor, Features.of(processor.profile), observer=observer)
         if processor.profile.has("SVM"):
-            _bind_vm_cr(processor)
+            vm_cr.bind(processor)
 
     def reset(self) -> None:
         """See `Virtualization.reset`."""
@@ -281,22 +277,3 @@ class Svm:
         if isinstance(operation, MoveToControlRegister):
             self.control_register_written(_CR8)
         return True
-
-
-def _bind_vm_cr(processor: Processor) -> None:
-    """Let VM_CR.SVMDIS forbid setting EFER.SVME; it cannot be set while that is.
-
-    Spec: APM Vol. 2, "VM_CR MSR (C001_0114h)".
-    """
-    msrs = processor.msrs
-    efer = msrs.table[IA32_EFER]
-
-    def write(index: int, value: int) -> bool:
-        if value & VM_CR_SVMDIS and processor.state.efer & _SVME:
-            return False
-        writable = efer.writable & ~_SVME if value & VM_CR_SVMDIS else efer.writable
-        msrs.table[IA32_EFER] = evolve(efer, writable=writable)
-        msrs.values[VM_CR] = value
-        return True
-
-    msrs.bind(VM_CR, lambda index: msrs.values[VM_CR], write)

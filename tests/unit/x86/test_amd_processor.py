@@ -32,7 +32,7 @@ MSRS = SyscallMsrs(star=0x0023_0010_1234_5678)
         (0x8000_0008, 0, 0x3030),
         (0x8000_000A, 0, 1),
         (0x8000_000A, 1, 0x8000),
-        (0x8000_000A, 3, 0x0001_94FB),
+        (0x8000_000A, 3, 0x0001_94FF),
         (2, 0, 0),
         (4, 0, 0),
     ],
@@ -67,7 +67,7 @@ def test_cores(cpus: int) -> None:
     assert bool(cpuid(ZEN, 0x8000_0001, 0, dynamic)[2] & 2) == (cpus > 1)
 
 
-@pytest.mark.parametrize("index", [0x17, 0x3A, 0x198, 0x1A0, 0x480, 0xC000_0105, 0xC001_0118])
+@pytest.mark.parametrize("index", [0x17, 0x3A, 0x198, 0x1A0, 0x480, 0xC000_0105, 0xC001_0119])
 def test_msr_that_amd_has_not(index: int) -> None:
     assert MsrFile(ZEN).read(index) is None
 
