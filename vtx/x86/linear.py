@@ -37,8 +37,7 @@ def linear_address_width(state: CpuState) -> int:
 
 def is_canonical(address: int, width: int) -> bool:
     """Whether bits 63 to ``width`` - 1 of ``address`` are all equal."""
-    high = address >> (width - 1)
-    return high in (0, MASK64 >> (width - 1))
+    return not ((address + (1 << width - 1)) & MASK64) >> width
 
 
 def system_address(state: CpuState, base: int, offset: int) -> int:

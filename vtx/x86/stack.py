@@ -89,15 +89,19 @@ class Stack:
 
     def push(self, *values: int, size: int) -> None:
         """Push ``values``, the first one first, ``size`` bytes each; whatever does not fit is cut off."""
-        mask, top = (1 << size * 8) - 1, self.pointer
-        for at, value in enumerate(values):
-            if at == 1 and self.bits == 64 and self._is_one_block(top - len(values) * size, len(values) * size):
-                image = 0
-                for each in values[1:]:
-                    image = image << size * 8 | each & mask
-                self.pointer = top - len(values) * size
-                self.memory.write(self.pointer, (len(values) - 1) * size, image, user=self.user, ac=self.ac)
+        mask, bits, total = (1 << size * 8) - 1, size * 8, len(values) * size
+        if self.bits == 64 and self._is_one_block(self.pointer - total, total):
+            image = 0
+            for value in values:
+                image = image << bits | value & mask
+            try:
+                self.memory.write(self.pointer - total, total, image, user=self.user, ac=self.ac)
+            except InstructionAborted:
+                pass  # it is the first one that faults, below, with its own address
+            else:
+                self.pointer -= total
                 return
+        for value in values:
             pointer = self._moved(self.pointer, -size)
             linear = self._linear(pointer, size)
             self.memory.write(linear, size, value & mask, user=self.user, ac=self.ac)

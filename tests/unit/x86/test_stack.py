@@ -38,7 +38,7 @@ def test_frame_in_one_block__takes_few_accesses() -> None:
     stack = stack_at(memory, TOP)
     stack.push(*FRAME[:5], size=8)
     stack.read_ahead(5, 8)
-    assert [(access[0], access[2]) for access in memory.accesses] == [("write", 8), ("write", 32), ("read", 40)]
+    assert [(access[0], access[2]) for access in memory.accesses] == [("write", 40), ("read", 40)]
 
 
 @pytest.mark.parametrize("below", range(0, 48, 8))
