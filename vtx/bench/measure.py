@@ -21,6 +21,7 @@ _COMPUTE_PASSES: Final = 4_000_000
 _TRAPS: Final = 20_000
 _EXITS: Final = 4_000
 _STATES: Final = 20_000
+_RUNS: Final = 3
 _START_RUNS: Final = 5
 _PROCESSORS: Final = 8
 _SHARED_PASSES: Final = 2_000_000
@@ -109,14 +110,18 @@ def trap_and_skip() -> Measurement:
     """One instruction that the model executes (WBINVD), without the loop around it, in processor time."""
 
     def pass_time(body: p.Body, count: int) -> float:
-        return VTX.measure(p.boot_sector(body, count), _PATIENCE_SECONDS) / count
+        sector = p.boot_sector(body, count)
+        return min(VTX.measure(sector, _PATIENCE_SECONDS) for _ in range(_RUNS)) / count
 
     cost = pass_time(p.TRAP, _TRAPS) - pass_time(p.LOOP, 10 * _TRAPS)
     return Measurement("trap and skip", "us", cost * 1e6, Target(5.0))
 
 
 def exit_and_entry() -> Measurement:
-    """VM exit of CPUID, three VMREADs and a VMWRITE of the host, VM entry; in processor time per round trip."""
+    """VM exit of CPUID, three VMREADs and a VMWRITE of the host, VM entry; in processor time per round trip.
+
+    Of each run the best of some: what else the machine does can only add to it.
+    """
     from vtx.bench.hypervisor import install  # noqa: PLC0415 - the machine, for this one alone
     from vtx.machine import Machine  # noqa: PLC0415
 
@@ -129,8 +134,11 @@ def exit_and_entry() -> Measurement:
             raise Unavailable(result.message)
         return time.process_time() - start
 
+    def best(exits: int) -> float:
+        return min(run_time(exits) for _ in range(_RUNS))
+
     # The difference leaves out what happens once: VMLAUNCH with all its rules, translation of the code.
-    cost = (run_time(_EXITS) - run_time(_EXITS // 10)) / (_EXITS - _EXITS // 10)
+    cost = (best(_EXITS) - best(_EXITS // 10)) / (_EXITS - _EXITS // 10)
     return Measurement("VM exit and VM entry, CPUID loop", "us", cost * 1e6, Target(100.0))
 
 
