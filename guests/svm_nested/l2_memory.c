@@ -3,24 +3,13 @@
  * L2's memory, and how L2 gets into it.
  */
 #include "console.h"
+#include "elf32.h"
 #include "l1.h"
 #include "memory.h"
 #include "multiboot.h"
 
-enum { ELF_PT_LOAD = 1, MULTIBOOT_INFO_ADDRESS = 0x9000 };
+enum { MULTIBOOT_INFO_ADDRESS = 0x9000 };
 enum { ATTRIBUTES_CODE32 = 0xC9B, CR0_AT_ENTRY = CR0_PE | CR0_ET };
-
-struct elf32_header {
-    uint8_t identification[16];
-    uint16_t type, machine;
-    uint32_t version, entry, program_header_offset, section_header_offset, flags;
-    uint16_t header_size, program_header_size, program_header_count;
-    uint16_t section_header_size, section_header_count, section_name_index;
-};
-
-struct elf32_program_header {
-    uint32_t type, offset, virtual_address, physical_address, file_size, memory_size, flags, alignment;
-};
 
 extern const uint8_t l2_image[], l2_image_end[];        /* l2_image.S */
 

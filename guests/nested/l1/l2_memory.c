@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "console.h"
+#include "elf32.h"
 #include "l1.h"
 #include "memory.h"
 
@@ -94,20 +95,6 @@ bool l2_write_linear(uint64_t linear, const void *from, uint64_t size)
 }
 
 /* --- image --------------------------------------------------------------------------------- */
-
-enum { ELF_PT_LOAD = 1 };
-
-struct elf32_header {
-    uint8_t identification[16];
-    uint16_t type, machine;
-    uint32_t version, entry, program_header_offset, section_header_offset, flags;
-    uint16_t header_size, program_header_size, program_header_count;
-    uint16_t section_header_size, section_header_count, section_name_index;
-};
-
-struct elf32_program_header {
-    uint32_t type, offset, virtual_address, physical_address, file_size, memory_size, flags, alignment;
-};
 
 uint32_t l2_load_image(const uint8_t *image, uint64_t size)
 {
