@@ -52,6 +52,28 @@ def test_an_exception_without_idt__is_a_triple_fault(vtx: RunVtx, image: Path) -
     assert done.last_line == "vtx: triple fault at 0x8:0x100020: #GP(0x43) during delivery of a double fault"
 
 
+def test_code_that_a_guest_writes_beside_its_data__does_not_end_the_process(vtx: RunVtx, image: Path) -> None:
+    """LOCK BT ECX, ECX, which the library cannot translate, in a page that changed between code and data before."""
+    program = code("""\
+b9 14 00 00 00          ; mov ecx, 20
+bb 20 03 10 00          ; mov ebx, data
+be 20 02 10 00          ; mov esi, returns
+bf 20 04 10 00          ; mov edi, target
+bc 00 00 20 00          ; mov esp, 0x200000
+89 03                   ; next: mov [ebx], eax
+ff d6                   ; call esi
+46                      ; inc esi
+49                      ; dec ecx
+75 f8                   ; jnz next
+c7 07 f0 0f a3 c9       ; mov dword ptr [edi], 0xc9a30ff0
+ff e7                   ; jmp edi
+""")
+    image.write_bytes(multiboot(program.ljust(0x200, b"\x90") + b"\xc3" * 0x40 + bytes(0x400)))
+    done = vtx("run", image)
+    assert done.status == 125
+    assert done.last_line == "vtx: triple fault at 0x8:0x100420: #GP(0x43) during delivery of a double fault"
+
+
 def test_json__has_the_reason_too(vtx: RunVtx, image: Path) -> None:
     image.write_bytes(multiboot(b"\x0f\x0b"))
     done = vtx("run", "--json", image)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from vtx.addresses import PAGE_SIZE
+from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import native
 from vtx.x86.memory import PhysicalMemory
 
@@ -82,3 +82,23 @@ def map_memory(
     map_device(OWN_PAGE, PAGE_SIZE, memory.own_device.mmio_read, memory.own_device.mmio_write)
     map_device(VOID_DATA, PAGE_SIZE, lambda offset, size: (1 << 8 * size) - 1, lambda offset, size, value: None)
     return base
+
+
+class SlowStores:
+    """Frames at each store to which the library looks for translations, even while they must not be executed.
+
+    It does so where there is a hook of some kinds. The one chosen is for fetches from memory that is mapped without
+    permission to execute: there is none, so it is never called.
+    """
+
+    def __init__(self, handle: ctypes.c_void_p) -> None:
+        self._handle = handle
+        self._frames: set[int] = set()
+        self._callback = native.ProtectionCallback(lambda *_: False)
+
+    def at(self, frame: int) -> None:
+        """Make the stores to ``frame`` slow, for ever."""
+        if frame not in self._frames:
+            self._frames.add(frame)
+            where = frame << PAGE_SHIFT
+            native.add_hook(self._handle, native.HOOK_FETCH_PROTECTED, self._callback, at=where, size=PAGE_SIZE)

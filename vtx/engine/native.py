@@ -24,6 +24,7 @@ HOOK_INSN: Final = unicorn_const.UC_HOOK_INSN
 HOOK_CODE: Final = unicorn_const.UC_HOOK_CODE
 HOOK_BLOCK: Final = unicorn_const.UC_HOOK_BLOCK
 HOOK_TLB_FILL: Final = unicorn_const.UC_HOOK_TLB_FILL
+HOOK_FETCH_PROTECTED: Final = unicorn_const.UC_HOOK_MEM_FETCH_PROT
 
 MEM_READ: Final = unicorn_const.UC_MEM_READ
 MEM_WRITE: Final = unicorn_const.UC_MEM_WRITE
@@ -90,6 +91,9 @@ BlockCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.
 FillCallback = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(TlbEntry), ctypes.c_void_p
 )
+ProtectionCallback = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+)
 PortInCallback = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 PortOutCallback = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p
@@ -130,11 +134,12 @@ def add_hook(
     data: int = 0,
     instruction: int | None = None,
     at: int | None = None,
+    size: int = 1,
 ) -> None:
-    """Install ``callback`` (a ctypes function object or an address) for the address ``at``, or for all."""
+    """Install ``callback`` (a ctypes function object or an address) for ``size`` addresses from ``at``, or for all."""
     hook = ctypes.c_size_t()
     pointer = ctypes.c_void_p(callback) if isinstance(callback, int) else ctypes.cast(callback, ctypes.c_void_p)
     extra = () if instruction is None else (ctypes.c_int(instruction),)
-    where = [ctypes.c_uint64(address) for address in ((1, 0) if at is None else (at, at))]
+    where = [ctypes.c_uint64(address) for address in ((1, 0) if at is None else (at, at + size - 1))]
     status = library.uc_hook_add(handle, ctypes.byref(hook), kind, pointer, ctypes.c_void_p(data), *where, *extra)
     check(status, f"installing hook {kind:#x}")

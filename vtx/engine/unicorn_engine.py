@@ -20,7 +20,7 @@ from attrs import frozen
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
-from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, map_memory
+from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, SlowStores, map_memory
 from vtx.engine.clock import (
     ADDRESS,
     ELAPSED,
@@ -129,7 +129,8 @@ class UnicornEngine:
         self._ram = map_memory(self._handle, memory, self._on_device_read, self._on_device_write, self._keep)
         self._context = Context(self._handle, VMCB_FRAME, allow_compiled=allow_compiled)
         self.coherence = coherence or Coherence()
-        self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed)
+        slow_stores = SlowStores(self._handle)
+        self._member = self.coherence.join(self._flush_now, self._retranslate, self._code_changed, slow_stores.at)
         self._guards = guards = GuardTable()
         self._code = CodeView(memory, guards, self._code_changed)
         self._exits = Exits(self._handle, self._code.read)
@@ -150,8 +151,6 @@ class UnicornEngine:
         self._callback_address: int | None = None
         self._probed: int | None = None
         self._guarded_instructions: set[int] = set()
-        self._slow_stores: set[int] = set()  # frames
-        self._never_called = native.ProtectionCallback(lambda *_: False)
         self._noted: dict[int, tuple[int, bool]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
@@ -284,10 +283,8 @@ class UnicornEngine:
         physical = frame << PAGE_SHIFT
         own = frame == self._memory.own_page
         if not own and self._memory.ram_offset(physical) is not None:
-            view = cpl, alignment_check  # what the library's own TLBs differ in
+            view = cpl, alignment_check
             permissions = self.coherence.grant(self._member, frame, address >> PAGE_SHIFT, kind, permissions, view)
-            if frame in self.coherence.shared and frame not in self._slow_stores:
-                self._make_stores_slow(frame)
         elif not own and self._memory.is_rom(frame):
             written = kind is _WRITE
             permissions &= _WRITE if written else ~_WRITE
@@ -300,23 +297,13 @@ class UnicornEngine:
             physical = OWN_PAGE if own else physical if window else VOID_DATA
         if permissions & _EXECUTE:
             shared = frame in self.coherence.shared
-            noted = frame, shared
-            if shared or self._noted.get(address) != noted:
-                self._noted[address] = noted
+            if shared or self._noted.get(address) != (frame, shared):
+                self._noted[address] = frame, shared
                 self._note_code(address >> PAGE_SHIFT, frame, shared)
                 if self._exits.granted(address >> PAGE_SHIFT):
                     self._refused = (linear, kind, _AGAIN)
                     return 0
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
-
-    def _make_stores_slow(self, frame: int) -> None:
-        """Have the library look for translations at each store to ``frame``, although it may not be executed meanwhile.
-
-        The library does so where there is a hook, even one that is never called.
-        """
-        self._slow_stores.add(frame)
-        callback, start = self._never_called, frame << PAGE_SHIFT
-        native.add_hook(self._handle, native.HOOK_FETCH_PROTECTED, callback, at=start, size=PAGE_SIZE)
 
     def _note_code(self, page: int, frame: int, writable: bool) -> None:
         if len(self._noted) > _MOST_NOTED:
@@ -409,9 +396,7 @@ class UnicornEngine:
             self._guarded_instructions.add(address)
             self.clock.guard_instruction(address)
         self._code.guarded(stopped.block, address)
-        for frame in self._code.frames(stopped.block, address - stopped.block + 1):
-            if frame is not None:
-                self._retranslate(frame, False)
+        self._retranslate_at(stopped.block, address - stopped.block + 1)
         return True
 
     def _prepare(self, state: CpuState, plan: Plan, *, reload: bool, native: bool = False) -> None:
@@ -494,43 +479,41 @@ class UnicornEngine:
 
     def _event(self, status: int) -> EngineEvent | _StoppedBefore:
         """What ended the run; afterwards the context image holds the state at the event."""
+        shared = self.clock.shared
         if self._aborted is not None:
             image, counters = self._aborted
             self._aborted = None
             self._context.restore_copy(image)
-            shared = self.clock.shared
             shared.elapsed, shared.instructions, shared.address, shared.size = counters
             return InstructionTrap()
         if self._trap is not None:
             number = self._trap
             if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
                 return ExceptionTrap(number - layout.TRAP_EXCEPTION, self._error_code)
-            if number >= layout.TRAP_BASE:
-                return _INSTRUCTION_TRAP
-            return ExceptionTrap(number, self._error_code)
+            if number == layout.TRAP_HLT and self._exits.is_left(address := self._context.linear_rip()):
+                self._retranslate_at(address, 1)
+                return Interrupted()
+            return _INSTRUCTION_TRAP if number >= layout.TRAP_BASE else ExceptionTrap(number, self._error_code)
         self._context.save()
         if status == native.ERR_EXCEPTION and self._refused is not None:
             page, kind, refusal = self._refused
             return RefusedFill(page, kind, refusal, self._last_instruction() if kind is AccessKind.EXECUTE else None)
-        if self.clock.shared.stopped == STOPPED_BY_LIMIT:
+        if shared.stopped == STOPPED_BY_LIMIT:
             if self._stop_requested:
                 self._stop_requested = False
                 return Interrupted()
             return BudgetSpent()
-        if self.clock.shared.stopped == STOPPED_BY_IF:
+        if shared.stopped == STOPPED_BY_IF:
             return WindowOpen()
-        if self.clock.shared.stopped == STOPPED_BY_BLOCK:
-            shared = self.clock.shared
+        if shared.stopped == STOPPED_BY_BLOCK:
             stop = self._code.stop(shared.address, shared.size, self._context.kind)
             assert stop is not None, "the facts said that there is one"
             if stop.address == self._context.linear_rip():
                 return _INSTRUCTION_TRAP
             return _StoppedBefore(shared.address, stop.address, stop.traps)
-        if self.clock.shared.stopped == STOPPED_BY_GUARD:
-            shared = self.clock.shared
-            if shared.failed == self._context.linear_rip():
-                return OperandTrap()
-            return _StoppedBefore(shared.address, shared.failed, False)
+        if shared.stopped == STOPPED_BY_GUARD:
+            there = shared.failed == self._context.linear_rip()
+            return OperandTrap() if there else _StoppedBefore(shared.address, shared.failed, False)
         native.check(status, f"running at {self._context.linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
 
@@ -543,8 +526,7 @@ class UnicornEngine:
 
     def instructions(self) -> int:
         """Instructions executed since creation."""
-        count: int = self.clock.shared.instructions
-        return count
+        return int(self.clock.shared.instructions)
 
     def request_stop(self) -> None:
         """From within a callback or another thread: stop at the end of the current block.
@@ -604,6 +586,11 @@ class UnicornEngine:
         self._flush_now()
         native.check(status, "dropping translations")
         return True
+
+    def _retranslate_at(self, address: int, size: int) -> None:
+        for frame in self._code.frames(address, size):
+            if frame is not None:
+                self._retranslate(frame, False)
 
     def _code_changed(self) -> None:
         self.clock.code_changed()

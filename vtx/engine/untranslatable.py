@@ -63,6 +63,18 @@ class Exits:
             self._set()
         return bool(crossing)
 
+    def is_left(self, address: int) -> bool:
+        """Whether there was an exit at ``address`` although nothing untranslatable begins there any more.
+
+        The page was of code and data, and a store changed the instruction after it trapped.
+        """
+        exits = self._pages.get(address >> PAGE_SHIFT, frozenset())
+        if address not in exits or 0 in begins(self._read(address, MAX_INSTRUCTION_LENGTH + 3)):
+            return False
+        self._pages[address >> PAGE_SHIFT] = exits - {address}
+        self._set()
+        return True
+
     def _set(self) -> None:
         addresses = sorted(address for exits in self._pages.values() for address in exits)
         array = (ctypes.c_uint64 * len(addresses))(*addresses)

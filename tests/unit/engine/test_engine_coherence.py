@@ -44,6 +44,19 @@ def test_store_changes_an_instruction_ahead_in_the_same_block(base: int, distanc
     bench.close()
 
 
+def test_store_changes_an_instruction_ahead_after_another_store_to_the_page() -> None:
+    # MOV BYTE [RDI], 0 elsewhere in the page; MOV BYTE [RSI], 0xC3; INC EAX -> INC EBX; HLT
+    bench = make("c60700 c606c3 ffc0 f4")
+    for round_ in range(8):
+        bench.put(CODE + 6, INC_EAX)
+        bench.state.rip = CODE
+        bench.state.gpr[0] = bench.state.gpr[3] = 0
+        bench.state.gpr[6], bench.state.gpr[7] = CODE + 7, CODE + 0x500
+        assert bench.run() == InstructionTrap()
+        assert (bench.state.gpr[0], bench.state.gpr[3]) == (0, 1), round_
+    bench.close()
+
+
 def test_store_changes_the_loop_it_is_in() -> None:
     # L: INC EAX; XOR BYTE [rip: the ModRM byte of INC], 3; DEC ECX; JNZ L; HLT. Alternates INC EAX and INC EBX.
     bench = make("ffc08035f8ffffff03ffc975f3f4")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
-from engine_bench import CODE, DATA, REFUSAL, EngineBench
+from engine_bench import CODE, DATA, REFUSAL, EngineBench, state_for
 
 from vtx.engine.untranslatable import begins
-from vtx.x86.execution import InstructionTrap, Stepped
+from vtx.x86.execution import ExceptionTrap, InstructionTrap, Interrupted, Stepped
+from vtx.x86.mmu import Grant
+from vtx.x86.outcome import Vector
+from vtx.x86.second_level import ALL_PERMISSIONS
 
 LOCKED_BT = "f00fa3c9"  # lock bt ecx, ecx
 
@@ -62,13 +66,120 @@ def test_begins__finds_every_prefix_from_which_it_is_locked() -> None:
     assert begins(b"\xf0" * 64 + bytes.fromhex("0fa3c0")) == set(range(50, 64))
 
 
-def test_the_process_survives() -> None:
-    """The reason for all of this, in a process of its own: without the guard this is SIGABRT."""
+def survives(run: Callable[[], None]) -> bool:
+    """Whether a process of its own comes to the end of ``run``."""
     child = os.fork()
     if not child:
-        EngineBench(LOCKED_BT + "f4").run()
+        run()
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_the_process_survives() -> None:
+    """The reason for all of this: without the guard this is SIGABRT."""
+    assert survives(lambda: bool(EngineBench(LOCKED_BT + "f4").run()))
+
+
+# Pages of code and data: no model write may come between the store and the jump, because that has the page looked at.
+
+ALIAS = 0x20000
+ELSEWHERE = 0x7000
+TARGET = CODE + 0x200
+# L: MOV [RBX], EAX; CALL RSI; INC RSI; DEC ECX; JNZ L; MOV [RDI], EDX; JMP RDI. RSI runs along a row of RETs: each is
+# translated after a store to its page.
+CHANGES_SIDES = "8903 ffd6 48ffc6 ffc9 75f5 8917 ffe7"
+
+
+def code_and_data(target: int, stored: str, *, mode: str = "long64") -> EngineBench:
+    """A page of code and data that stores four bytes at ``target`` in the end and jumps there."""
+    bench = EngineBench(CHANGES_SIDES, mode)
+    bench.client.pages[ALIAS >> 12] = Grant(CODE >> 12, ALL_PERMISSIONS)
+    bench.put(CODE + 0x120, "c3" * 0x40)
+    bench.put(ELSEWHERE, "8917 ffe7")  # MOV [RDI], EDX; JMP RDI
+    bench.put(TARGET, "909090f4f4")
+    gpr = bench.state.gpr
+    gpr[1], gpr[3], gpr[6], gpr[7] = 20, CODE + 0x300, CODE + 0x120, target
+    gpr[2] = int.from_bytes(bytes.fromhex(stored), "little")
+    return bench
+
+
+def store_elsewhere(bench: EngineBench, stored: str) -> None:
+    """Let code of another page store at the target and jump there."""
+    bench.state.rip = ELSEWHERE
+    bench.state.gpr[2] = int.from_bytes(bytes.fromhex(stored), "little")
+
+
+@pytest.mark.parametrize("target", [TARGET, TARGET - CODE + ALIAS])
+def test_one_stored_into_a_page_of_code_and_data__traps(target: int) -> None:
+    def run() -> None:
+        bench = code_and_data(target, LOCKED_BT)
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == target
+
+    assert survives(run)
+
+
+def test_one_stored_at_another_privilege_level__traps() -> None:
+    """The library keeps translations of user and supervisor mode apart."""
+
+    def run() -> None:
+        bench = code_and_data(TARGET, "909090f4", mode="long64-user")
+        event = bench.run()
+        assert (event, bench.state.rip) == (ExceptionTrap(Vector.GP, 0), TARGET + 3)
+        user = bench.state.segments
+        bench.state.segments = state_for("long64").segments
+        store_elsewhere(bench, LOCKED_BT)
+        bench.put(ELSEWHERE + 2, "f4")
+        bench.reload()
+        assert bench.run() == InstructionTrap()
+        bench.state.segments, bench.state.rip = user, TARGET
+        bench.reload()
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == TARGET
+
+    assert survives(run)
+
+
+def test_code_stored_over_one__executes() -> None:
+    bench = code_and_data(TARGET, LOCKED_BT)
+    assert bench.run() == InstructionTrap()
+    assert bench.state.rip == TARGET
+    for stored, length in (("909090f4", 3), ("9090f490", 2), (LOCKED_BT, 0), ("90f49090", 1)):
+        store_elsewhere(bench, stored)
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == TARGET + length
+    bench.close()
+
+
+def test_code_stored_over_one_by_the_instruction_before_it__executes() -> None:
+    """The library looks at exits again after each run, but not if the page may not be executed at that moment."""
+    bench = code_and_data(TARGET - 2, "8917f4f4")
+    assert bench.run() == InstructionTrap()
+    for stored, length in (
+        (LOCKED_BT, 0),
+        (LOCKED_BT, 0),
+        ("909090f4", 3),
+        (LOCKED_BT, 0),
+        (LOCKED_BT, 0),
+        ("90f49090", 1),
+    ):
+        bench.state.rip, bench.state.gpr[7] = TARGET - 2, TARGET
+        bench.state.gpr[2] = int.from_bytes(bytes.fromhex(stored), "little")
+        event = bench.run()
+        while event == Interrupted():
+            event = bench.run()
+        assert (event, bench.state.rip) == (InstructionTrap(), TARGET + length)
+    bench.close()
+
+
+def test_a_page_of_code_and_data__changes_sides_only_to_translate() -> None:
+    bench = code_and_data(TARGET, "909090f4")
+    bench.put(CODE + 4, "90 90 90")  # RSI stays
+    bench.state.gpr[1] = 20_000
+    while bench.run(budget=50_000) != InstructionTrap():
+        pass
+    assert len(bench.client.fills) < 50
+    bench.close()
 
 
 def test_a_run_elsewhere__does_not_touch_the_page_of_such_code() -> None:
