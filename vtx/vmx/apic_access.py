@@ -1,7 +1,7 @@
 """The APIC-access page: which accesses are virtualized, which cause a VM exit, and with what qualification.
 
-The MMU refuses every access to the page. A virtualized one is then made after all, on the virtual-APIC page: the
-engine executes the instruction once while the MMU redirects accesses there, so that any instruction will do.
+The MMU refuses every access to the page. A virtualized one is then made after all, on the virtual-APIC page (see
+`vtx.x86.reserved_page`).
 
 Interpretations. An access that both reads and writes exits as a write. Of two operands on the page the second exits,
 even if it is the same bytes. A page that is part of a larger one is treated as any other. The instruction length is
@@ -13,28 +13,25 @@ Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing Me
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
-
-from attrs import frozen
 
 from vmcs.exits import Reason
 from vmcs.qualifications import ApicAccessType, apic_access
-from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE, LinearAddress, PhysicalAddress
+from vtx.addresses import PAGE_OFFSET_MASK, LinearAddress
 from vtx.vmx import ipi_virtualization
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
 from vtx.vmx.virtual_apic import VEOI, VICR_LOW, VTPR, VirtualApic
-from vtx.x86.access import Operand
+from vtx.x86 import reserved_page
 from vtx.x86.event import Event
 from vtx.x86.outcome import InstructionAborted
-from vtx.x86.page_rights import Privilege
+from vtx.x86.reserved_page import Hit
 from vtx.x86.second_level import AccessKind, ReservedPageAccess
-from vtx.x86.state import Rflags
 from vtx.x86.virtualization import RefusedInstruction
 
 _LARGEST: Final = 4  # bytes of a virtualized access
-_AC: Final = int(Rflags.AC)
 
 
 def _registers(*ranges: tuple[int, int]) -> frozenset[int]:
@@ -111,65 +108,27 @@ def _instruction_length(operation: VmxOperation) -> int | None:
     return instruction.length if instruction else None
 
 
-@frozen
-class _Hit:
-    """An operand on the APIC-access page, even in part; ``linear`` is the first address of it there."""
-
-    operand: Operand
-    linear: int
-
-
-def _hits(operation: VmxOperation, refused: RefusedInstruction) -> list[_Hit]:
-    """The operands of the instruction that are on the APIC-access page, reads before writes."""
-    state, mmu = operation.processor.state, operation.processor.mmu
-    privilege = Privilege.of(state.cpl, bool(state.rflags & _AC))
-    found = []
-    for operand in refused.operands():
-        kind = AccessKind.WRITE if operand.writes else AccessKind.READ
-        starts = [operand.linear]
-        if (operand.linear & PAGE_OFFSET_MASK) + operand.size > PAGE_SIZE:
-            starts.append((operand.linear + operand.size - 1) & ~PAGE_OFFSET_MASK)
-        linear = next((at for at in starts if isinstance(mmu.resolve(at, kind, privilege), ReservedPageAccess)), None)
-        if linear is not None:
-            found.append(_Hit(operand, linear))
-    return sorted(found, key=lambda hit: hit.operand.writes)
-
-
-def _not_virtualized(apic: VirtualApic, hits: list[_Hit]) -> _Hit | None:
-    """The first of an instruction's accesses to the page that is not virtualized; None if all are.
-
-    After a virtualized access, only a write of the same bytes can be: that of a read-modify-write operand.
-    """
-    first, *others = hits
-    operand, offset = first.operand, first.operand.linear & PAGE_OFFSET_MASK
-    if operand.reads and not virtualizes_read(apic, offset, operand.size):
-        return first
-    if operand.writes and not virtualizes_write(apic, offset, operand.size):
-        return first
-    return others[0] if others else None
-
-
 def virtualize(operation: VmxOperation, refused: RefusedInstruction, access: ReservedPageAccess) -> None:
     """An instruction that the engine executes met the APIC-access page: virtualize its access, or exit."""
-    apic = operation.virtual_apic
-    hits = [] if access.kind is AccessKind.EXECUTE else _hits(operation, refused)
-    if hits:
-        exiting = hits[0] if apic is None else _not_virtualized(apic, hits)
-        if apic is not None and exiting is None:
-            _perform(operation, apic, refused, hits[0].operand)
-            return
+    apic, processor = operation.virtual_apic, operation.processor
+    found = [] if access.kind is AccessKind.EXECUTE else reserved_page.hits(processor, refused)
+    if found:
+        exiting: Hit | None = found[0]
+        if apic is not None:
+            reads, writes = partial(virtualizes_read, apic), partial(virtualizes_write, apic)
+            exiting = reserved_page.not_allowed(found, reads, writes)
+            if exiting is None:
+                _perform(operation, apic, refused, found[0])
+                return
         assert exiting is not None
-        kind = AccessKind.WRITE if exiting.operand.writes else AccessKind.READ
-        access = ReservedPageAccess(access.guest_physical, LinearAddress(exiting.linear), kind)
+        access = ReservedPageAccess(access.guest_physical, LinearAddress(exiting.linear), exiting.kind)
     perform_exit(operation, access_exit(operation, access, delivering=None))
 
 
-def _perform(operation: VmxOperation, apic: VirtualApic, refused: RefusedInstruction, operand: Operand) -> None:
+def _perform(operation: VmxOperation, apic: VirtualApic, refused: RefusedInstruction, hit: Hit) -> None:
     """Execute the instruction at RIP with its access to the APIC-access page made to the virtual-APIC page."""
-    with operation.processor.mmu.redirection(PhysicalAddress(apic.page), operand.linear):
-        completed = refused.execute()
-    if completed and operand.writes:
-        record = apic.register_written(operand.linear & PAGE_OFFSET_MASK)
+    if reserved_page.perform(operation.processor, refused, hit, apic.page) and hit.operand.writes:
+        record = apic.register_written(hit.operand.linear & PAGE_OFFSET_MASK)
         if record is not None:
             record = ipi_virtualization.virtualize(operation, apic, record, x2apic=False)
         if record is not None:

@@ -17,25 +17,27 @@ from vmcs.exits import Reason
 from vmcs.region import Vmcs
 from vtx.vmx.record import VmExit
 from vtx.vmx.view import ControlView
+from vtx.x86 import apic_page
+from vtx.x86.apic_page import ApicPage
 from vtx.x86.event import Event, EventKind
 from vtx.x86.memory import PhysicalMemory
 
 # Offsets of virtual registers in the page ("Virtualized APIC Registers").
-VTPR: Final = 0x080
-VPPR: Final = 0x0A0
-VEOI: Final = 0x0B0
-VISR: Final = 0x100
-VIRR: Final = 0x200
-VICR_LOW: Final = 0x300
-VICR_HIGH: Final = 0x310
-VSELF_IPI: Final = 0x3F0
+VTPR: Final = apic_page.TPR
+VPPR: Final = apic_page.PPR
+VEOI: Final = apic_page.EOI
+VISR: Final = apic_page.ISR
+VIRR: Final = apic_page.IRR
+VICR_LOW: Final = apic_page.ICR_LOW
+VICR_HIGH: Final = apic_page.ICR_HIGH
+VSELF_IPI: Final = apic_page.SELF_IPI
 
 _STATUS: Final = f.GUEST_INTERRUPT_STATUS.encoding
 _THRESHOLD: Final = f.TPR_THRESHOLD.encoding
 _EOI_EXITS: Final = tuple(
     each.encoding for each in (f.EOI_EXIT_BITMAP_0, f.EOI_EXIT_BITMAP_1, f.EOI_EXIT_BITMAP_2, f.EOI_EXIT_BITMAP_3)
 )
-_CLASS: Final = 0xF0  # bits of a vector or task priority that interrupt priority looks at
+_CLASS: Final = apic_page.PRIORITY_CLASS
 
 # Bits of VICR_LO that must be 0 for a self-IPI (reserved ones, delivery status, level trigger, a delivery mode other
 # than fixed), and the destination shorthand that must be "self".
@@ -44,7 +46,7 @@ _ICR_SHORTHAND: Final = 3 << 18
 _ICR_SELF: Final = 1 << 18
 
 
-class VirtualApic:
+class VirtualApic(ApicPage):
     """The virtual-APIC page of a guest whose ``view`` has "use TPR shadow".
 
     ``pending`` says whether a pending virtual interrupt is recognized. Methods that return a `VmExit` return the
@@ -52,9 +54,8 @@ class VirtualApic:
     """
 
     def __init__(self, memory: PhysicalMemory, vmcs: Vmcs, view: ControlView) -> None:
-        self.memory = memory
+        super().__init__(memory, vmcs[f.VIRTUAL_APIC_ADDRESS])
         self.vmcs = vmcs
-        self.page = vmcs[f.VIRTUAL_APIC_ADDRESS]
         self.interrupt_delivery = bool(view.secondary & c.VIRTUAL_INTERRUPT_DELIVERY.mask)
         self.register_virtualization = bool(view.secondary & c.APIC_REGISTER_VIRTUALIZATION.mask)
         self.ipi_virtualization = bool(view.tertiary & c.IPI_VIRTUALIZATION.mask)
@@ -63,14 +64,6 @@ class VirtualApic:
         self._window_exiting = bool(view.primary & c.INTERRUPT_WINDOW_EXITING.mask)
 
     # Virtual registers
-
-    def read(self, offset: int, size: int = 4) -> int:
-        """``size`` bytes of the page at ``offset``."""
-        return int.from_bytes(self.memory.read(self.page + offset, size), "little")
-
-    def write(self, offset: int, value: int, size: int = 4) -> None:
-        """Store ``size`` bytes at ``offset`` of the page."""
-        self.memory.write(self.page + offset, value.to_bytes(size, "little"))
 
     @property
     def requesting(self) -> int:
@@ -89,23 +82,6 @@ class VirtualApic:
     @servicing.setter
     def servicing(self, vector: int) -> None:
         self.vmcs[f.GUEST_INTERRUPT_STATUS] = self.vmcs.values[_STATUS] & 0xFF | vector << 8
-
-    def _address(self, base: int, vector: int) -> int:
-        return self.page + base + (vector >> 5 << 4)
-
-    def _set(self, base: int, vector: int) -> None:
-        address = self._address(base, vector)
-        self.memory.write_u32(address, self.memory.read_u32(address) | 1 << (vector & 31))
-
-    def _clear(self, base: int, vector: int) -> int:
-        """Clear the bit of ``vector``; the highest vector still set, 0 without one."""
-        address = self._address(base, vector)
-        self.memory.write_u32(address, self.memory.read_u32(address) & ~(1 << (vector & 31)))
-        for number in range(7, -1, -1):
-            bits = self.memory.read_u32(self.page + base + (number << 4))
-            if bits:
-                return number << 5 | bits.bit_length() - 1
-        return 0
 
     # What the guest's accesses lead to
 
@@ -135,13 +111,12 @@ class VirtualApic:
 
     def _virtualize_ppr(self) -> None:
         """PPR virtualization."""
-        task, service = self.read(VTPR, 1), self.servicing
-        self.write(VPPR, task if task & _CLASS >= service & _CLASS else service & _CLASS)
+        self.write(VPPR, apic_page.priority(self.read(VTPR, 1), self.servicing))
 
     def end_of_interrupt(self) -> VmExit | None:
         """EOI virtualization."""
         vector = self.servicing
-        self.servicing = self._clear(VISR, vector)
+        self.servicing = self.clear(VISR, vector)
         self._virtualize_ppr()
         if self.vmcs.values[_EOI_EXITS[vector >> 6]] >> (vector & 63) & 1:
             return VmExit(Reason.VIRTUALIZED_EOI, vector)
@@ -150,7 +125,7 @@ class VirtualApic:
 
     def self_ipi(self, vector: int) -> None:
         """Self-IPI virtualization."""
-        self._set(VIRR, vector)
+        self.set(VIRR, vector)
         self.requesting = max(self.requesting, vector)
         self._evaluate()
 
@@ -185,10 +160,10 @@ class VirtualApic:
     def deliver(self) -> Event:
         """Virtual-interrupt delivery: move the pending interrupt into service; the event to deliver."""
         vector = self.requesting
-        self._set(VISR, vector)
+        self.set(VISR, vector)
         self.servicing = vector
         self.write(VPPR, vector & _CLASS)
-        self.requesting = self._clear(VIRR, vector)
+        self.requesting = self.clear(VIRR, vector)
         self.pending = False
         return Event(vector, EventKind.EXTERNAL_INTERRUPT)
 
