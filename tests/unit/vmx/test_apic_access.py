@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import pytest
 from attrs import define, field
-from vmx_machine import (
-    FEATURE_CONTROL,
-    GUEST_RIP,
-    PAGE_TABLES,
-    REGION_A,
-    VMXON_REGION,
-    FakeProcessor,
-    long_mode_state,
-    make_vmx,
-    map_identity,
-    prepare,
-)
+from vmx_machine import GUEST_RIP, PAGE_TABLES, FakeProcessor, make_vmx, prepare, run_to_exit, vmx_pc
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -23,7 +12,6 @@ from vmcs.controls import Control
 from vmcs.exits import Reason
 from vmcs.fields import Field
 from vtx.addresses import GuestPhysicalAddress, LinearAddress
-from vtx.machine import Machine
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import VmEntered
 from vtx.x86.access import Operand
@@ -268,14 +256,8 @@ class TestWrites:
 
 def test_engine_executes_on_the_virtual_page() -> None:
     """Machine code: read-modify-write of the task priority, a read of it, and a write that exits once it is done."""
-    machine = Machine(memory=4 << 20)
+    machine = vmx_pc()
     cpu, vmx = machine.cpu, machine.cpu.vmx
-    cpu.state = long_mode_state()
-    map_identity(machine.memory)
-    cpu.msrs.write(0x3A, FEATURE_CONTROL)
-    for region in (VMXON_REGION, REGION_A):
-        machine.memory.write_u32(region, vmx.operation.capabilities.revision_identifier)
-    cpu.load_control_state()
     fields: dict[Field, int] = {
         f.VIRTUAL_APIC_ADDRESS: VIRTUAL,
         f.APIC_ACCESS_ADDRESS: ACCESS,
@@ -287,9 +269,7 @@ def test_engine_executes_on_the_virtual_page() -> None:
     machine.memory.write(GUEST_RIP, bytes.fromhex(code))
     machine.memory.write_u32(VIRTUAL + 0x80, 0x41)
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
-    for _ in range(20):
-        if vmx.non_root:
-            cpu.run_once()
+    run_to_exit(machine)
     assert reason(vmx) == (Reason.APIC_WRITE, 0xD0)
     assert vmx.current_vmcs is not None
     assert vmx.current_vmcs[f.GUEST_RIP] == GUEST_RIP + len(code) // 2

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vmx_machine import (
-    FEATURE_CONTROL,
-    GUEST_RIP,
-    PAGE_TABLES,
-    REGION_A,
-    VMXON_REGION,
-    long_mode_state,
-    map_identity,
-    prepare,
-)
+from vmx_machine import GUEST_RIP, PAGE_TABLES, prepare, run_to_exit, vmx_pc
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -29,14 +20,8 @@ OPERAND = 0x5800
 
 def run_guest(code: str, *controls: Control, dr0: int = 0, **fields: int) -> Machine:
     """Run ``code`` as a guest until it exits; ``fields`` by the names of `vmcs.fields`."""
-    machine = Machine(memory=4 << 20)
+    machine = vmx_pc()
     cpu, vmx = machine.cpu, machine.cpu.vmx
-    cpu.state = long_mode_state()
-    map_identity(machine.memory)
-    cpu.msrs.write(0x3A, FEATURE_CONTROL)
-    for region in (VMXON_REGION, REGION_A):
-        machine.memory.write_u32(region, vmx.operation.capabilities.revision_identifier)
-    cpu.load_control_state()
     values: dict[Field, int] = {f.GUEST_CR3: PAGE_TABLES, f.EXCEPTION_BITMAP: 1 << DB}
     values |= {getattr(f, name): value for name, value in fields.items()}
     prepare(vmx, *controls, fields=values)
@@ -46,10 +31,7 @@ def run_guest(code: str, *controls: Control, dr0: int = 0, **fields: int) -> Mac
     machine.memory.write_u64(0x6000 + 0x10, 0x00CF_9300_0000_FFFF)  # data segment
     cpu.state.dr[0] = dr0
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
-    for _ in range(20):
-        if vmx.non_root:
-            cpu.run_once()
-    assert not vmx.non_root
+    run_to_exit(machine)
     return machine
 
 

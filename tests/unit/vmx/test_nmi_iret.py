@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vmx_machine import (
-    FEATURE_CONTROL,
-    GUEST_RIP,
-    PAGE_TABLES,
-    REGION_A,
-    VMXON_REGION,
-    long_mode_state,
-    map_identity,
-    prepare,
-)
+from vmx_machine import GUEST_RIP, PAGE_TABLES, prepare, run_to_exit, vmx_pc
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -29,14 +20,8 @@ BOTH = (c.NMI_EXITING, c.VIRTUAL_NMIS)
 
 def run_iret(*controls: Control, code_selector: int) -> Machine:
     """A guest with blocking by NMI executes IRETQ to a VMCALL at 0x4100, with the given selector on the stack."""
-    machine = Machine(memory=4 << 20)
-    cpu, vmx = machine.cpu, machine.cpu.vmx
-    cpu.state = long_mode_state()
-    map_identity(machine.memory)
-    cpu.msrs.write(0x3A, FEATURE_CONTROL)
-    for region in (VMXON_REGION, REGION_A):
-        machine.memory.write_u32(region, vmx.operation.capabilities.revision_identifier)
-    cpu.load_control_state()
+    machine = vmx_pc()
+    vmx = machine.cpu.vmx
     fields: dict[Field, int] = {
         f.GUEST_CR3: PAGE_TABLES,
         f.GUEST_INTERRUPTIBILITY_STATE: BLOCKING_BY_NMI,
@@ -50,10 +35,7 @@ def run_iret(*controls: Control, code_selector: int) -> Machine:
     for i, value in enumerate((0x4100, code_selector, 2, 0x5000, 0x10)):
         machine.memory.write_u64(0x5000 + 8 * i, value)
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
-    for _ in range(10):
-        if vmx.non_root:
-            cpu.run_once()
-    assert not vmx.non_root
+    run_to_exit(machine)
     return machine
 
 

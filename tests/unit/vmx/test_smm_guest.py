@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vmx_machine import (
-    FEATURE_CONTROL,
-    GUEST_RIP,
-    PAGE_TABLES,
-    REGION_A,
-    VMXON_REGION,
-    long_mode_state,
-    map_identity,
-    prepare,
-)
+from vmx_machine import GUEST_RIP, PAGE_TABLES, REGION_A, VMXON_REGION, prepare, run_to_exit, vmx_pc
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -31,15 +22,8 @@ EPT_TABLES = 0x2_0000
 
 
 def vmx_machine() -> Machine:
-    """A machine whose processor may execute VMXON."""
-    machine = Machine(memory=4 << 20)
-    cpu = machine.cpu
-    cpu.state = long_mode_state()
-    map_identity(machine.memory)
-    cpu.msrs.write(0x3A, FEATURE_CONTROL)
-    for region in (VMXON_REGION, REGION_A):
-        machine.memory.write_u32(region, cpu.vmx.operation.capabilities.revision_identifier)
-    cpu.load_control_state()
+    """A machine whose processor may execute VMXON, and whose handler of SMIs does nothing."""
+    machine = vmx_pc()
     machine.memory.write(HANDLER, RSM)
     return machine
 
@@ -53,15 +37,6 @@ def guest_machine(code: bytes, *controls: Control, **fields: int) -> Machine:
     machine.memory.write(GUEST_RIP, code)
     assert machine.cpu.vmx.vmlaunch() == VmEntered(), machine.cpu.vmx.last_failure
     return machine
-
-
-def run_to_exit(machine: Machine) -> int:
-    for _ in range(50):
-        if not machine.cpu.vmx.non_root:
-            break
-        machine.cpu.run_once()
-    assert machine.cpu.vmx.current_vmcs is not None
-    return machine.cpu.vmx.current_vmcs[f.EXIT_REASON]
 
 
 def row(machine: Machine, offset: int, size: int = 8) -> int:
@@ -114,7 +89,9 @@ def test_guest__is_interrupted_and_goes_on() -> None:
 
 def run_to_exit_after_rsm(machine: Machine) -> int:
     leave_smm(machine)
-    return run_to_exit(machine)
+    run_to_exit(machine)
+    assert machine.cpu.vmx.current_vmcs is not None
+    return machine.cpu.vmx.current_vmcs[f.EXIT_REASON]
 
 
 def test_guest_with_ept__shows_its_ept_pointer_and_is_translated_again() -> None:

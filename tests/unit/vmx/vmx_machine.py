@@ -1,4 +1,4 @@
-"""A processor without an engine, for tests that drive VMX through its Python-facing door."""
+"""A processor without an engine, for tests that drive VMX through its Python-facing door, and one that runs guests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from vmcs import fields as f
 from vmcs.controls import Control, ControlWord
 from vmcs.fields import Field
 from vmcs.region import Vmcs
+from vtx.machine import Machine
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import VmEntered, VmSucceed
 from vtx.x86.decode import Instruction, decode
@@ -235,3 +236,25 @@ def launch(*controls: Control, fields: dict[Field, int] | None = None) -> tuple[
     vmcs = prepare(vmx, *controls, fields=fields)
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
     return processor, vmx, vmcs
+
+
+def vmx_pc() -> Machine:
+    """A whole machine, in 64-bit mode with linear addresses mapped to themselves, that may execute VMXON."""
+    machine = Machine(memory=4 << 20)
+    cpu = machine.cpu
+    cpu.state = long_mode_state()
+    map_identity(machine.memory)
+    cpu.msrs.write(0x3A, FEATURE_CONTROL)
+    for region in (VMXON_REGION, REGION_A):
+        machine.memory.write_u32(region, cpu.vmx.operation.capabilities.revision_identifier)
+    cpu.load_control_state()
+    return machine
+
+
+def run_to_exit(machine: Machine, most: int = 50) -> None:
+    """Run the guest until it exits, which it must do after at most ``most`` events."""
+    for _ in range(most):
+        if not machine.cpu.vmx.non_root:
+            return
+        machine.cpu.run_once()
+    assert not machine.cpu.vmx.non_root
