@@ -13,7 +13,7 @@ from typing import Any, Final
 from attrs import evolve
 
 from vtx.engine import layout, native, x87_sse
-from vtx.engine.code_kind import kind_of, width
+from vtx.engine.code_kind import kind_of
 from vtx.engine.transfer import register_transfer
 from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 
@@ -42,7 +42,6 @@ class Context:
         self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
         self._image = image = memoryview(self._buffer).cast("B")
         self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
-        self._rflags = 0
         self._hidden = self._hidden_flags = 0
         self._traps_popf = False
         self.kind = 16
@@ -89,10 +88,6 @@ class Context:
         _, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
         return address if hidden & layout.CODE64 else address & MASK32
 
-    def code_bits(self) -> int:
-        """Width of the code: 16, 32 or 64 bits."""
-        return width(self.kind)
-
     def segments_address(self) -> int:
         """Where the segment registers are."""
         return ctypes.addressof(self._buffer) + layout.SEGMENTS
@@ -110,15 +105,6 @@ class Context:
         """Error code of the exception that was just intercepted."""
         (code,) = _DWORD.unpack_from(self._image, layout.ERROR_CODE)
         return int(code)
-
-    def rcx(self) -> int:
-        """RCX."""
-        (value,) = _QWORD.unpack_from(self._image, layout.GPR + 8)
-        return int(value)
-
-    def rflags(self) -> int:
-        """RFLAGS as `store` last found them."""
-        return self._rflags
 
     def fpu(self) -> bytes:
         """The x87/SSE state as opaque bytes for ``CpuState.fpu``."""
@@ -215,7 +201,6 @@ class Context:
         Returns what `take_shadow` does.
         """
         self.take(state)
-        self._rflags = state.rflags
         if hide_trap_flag:
             state.rflags &= ~_TF
         return self.take_shadow(state)

@@ -30,9 +30,6 @@ MEM_READ: Final = unicorn_const.UC_MEM_READ
 MEM_WRITE: Final = unicorn_const.UC_MEM_WRITE
 MEM_FETCH: Final = unicorn_const.UC_MEM_FETCH
 PROT_ALL: Final = unicorn_const.UC_PROT_ALL
-PROT_READ: Final = unicorn_const.UC_PROT_READ
-PROT_WRITE: Final = unicorn_const.UC_PROT_WRITE
-PROT_EXEC: Final = unicorn_const.UC_PROT_EXEC
 
 INSN_IN: Final = x86_const.UC_X86_INS_IN
 INSN_OUT: Final = x86_const.UC_X86_INS_OUT

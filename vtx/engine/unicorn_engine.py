@@ -37,6 +37,7 @@ from vtx.engine.clock import (
     UNLIMITED,
     BlockClock,
 )
+from vtx.engine.code_kind import width
 from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
@@ -440,11 +441,11 @@ class UnicornEngine:
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             event = Stepped()
         # In a shadow, the engine ends a repeated instruction as it does in a step.
-        self._settle(event, state.gpr[1] if shadow else before)
+        self._settle(event, state, state.gpr[1] if shadow else before)
         # A trap flag has no effect after MOV SS and POP SS; there the clock ends the step.
         return Stepped() if step and isinstance(event, BudgetSpent) else event
 
-    def _settle(self, event: EngineEvent | _StoppedBefore, before: int) -> None:
+    def _settle(self, event: EngineEvent | _StoppedBefore, state: CpuState, before: int) -> None:
         """The run ended at RIP: what is left of the block entered last was counted but not executed.
 
         ``before`` is RCX as it was before the run. A block that a trap follows, or a fetch, was executed to its end.
@@ -452,7 +453,7 @@ class UnicornEngine:
         if isinstance(event, RefusedFill) and event.kind is AccessKind.EXECUTE:
             return
         if isinstance(event, Stepped):
-            self._count_last_pass(before)
+            self._count_last_pass(state, before)
             return
         if isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             return
@@ -468,13 +469,13 @@ class UnicornEngine:
             return None
         return self._code.last_instruction(shared.address, shared.size, self._context.kind)
 
-    def _count_last_pass(self, before: int) -> None:
+    def _count_last_pass(self, state: CpuState, before: int) -> None:
         """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
         shared = self.clock.shared
-        after = self._context.rcx()
+        after = state.gpr[1]
         if after != before and self._context.linear_rip() == shared.address + shared.size:
             code = self._code.read(shared.address, shared.size)
-            if ends_with_another_pass(code, self._context.code_bits(), after, self._context.rflags()):
+            if ends_with_another_pass(code, width(self._context.kind), after, state.rflags):
                 self.clock.count_pass(shared.size)
 
     def _event(self, status: int) -> EngineEvent | _StoppedBefore:
