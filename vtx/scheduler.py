@@ -56,6 +56,10 @@ class Scheduled(Protocol):
         """Let time pass without executing, and devices act on it."""
         ...
 
+    def idle_until(self, tick: int) -> None:
+        """The same while no processor is awake: to where something may wake this one."""
+        ...
+
     def wake_time(self) -> int | None:
         """The tick at which something may wake it by itself, or None."""
         ...
@@ -212,7 +216,7 @@ class Scheduler:
             return False
         wake, i = min(wakes)
         self._select(i)
-        self._processors[i].sleep_until(wake)
+        self._processors[i].idle_until(wake)
         return True
 
     def _select(self, index: int) -> None:

@@ -40,6 +40,9 @@ class Scripted:
         if self.wake is not None and self.wake <= self.time:
             self.wake, self.awake = None, True
 
+    def idle_until(self, tick: int) -> None:
+        self.sleep_until(tick)
+
     def wake_time(self) -> int | None:
         return self.wake
 

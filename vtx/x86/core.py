@@ -87,7 +87,7 @@ class ProcessorCore:
         self.halted = 0  # ticks
         self._nmi = False
         self._extra_ticks = 0
-        self._fruitless, self._delivered_at = 0, -1  # events delivered in a row with no instruction between them
+        self._fruitless, self._noted_at = 0, -1  # events in a row with no instruction between them
         self.reload = True
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_protection_keys(self.msrs, self._protection_keys_written)
@@ -203,12 +203,16 @@ class ProcessorCore:
 
     # Events.
 
+    def note_event(self) -> None:
+        """Something came for the processor to act on, to no effect if no instruction was executed since the last."""
+        instructions = self.instructions
+        self._fruitless = self._fruitless + 1 if instructions == self._noted_at else 0
+        self._noted_at = instructions
+
     def deliver(self, event: Event) -> None:
         """Deliver ``event`` through the IDT."""
         self.reload = True
-        instructions = self.instructions
-        self._fruitless = self._fruitless + 1 if instructions == self._delivered_at else 0
-        self._delivered_at = instructions
+        self.note_event()
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
         hooks = NO_HOOKS if self.state.long_mode else task_switch_hooks(self, None, event)

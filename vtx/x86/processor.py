@@ -50,7 +50,8 @@ from vtx.x86.watch import PENDING_SINGLE_STEP
 MOST_FRUITLESS: Final = 10_000
 """Events in a row after which a limit of instructions counts as reached although no instruction is executed.
 
-A handler that faults as it begins, on a stack that does not move, keeps a processor busy for ever.
+A handler that faults as it begins, on a stack that does not move, keeps a processor busy for ever; so does, while it is
+halted, a timer whose interrupts go nowhere.
 """
 
 _DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP
@@ -188,6 +189,11 @@ class LogicalProcessor(ProcessorCore):
         """The general-purpose registers."""
         return tuple(self.state.gpr)
 
+    def idle_until(self, tick: int) -> None:
+        """Let time pass to where something may wake it."""
+        self.note_event()
+        self.sleep_until(tick)
+
     def sleep_until(self, tick: int) -> None:
         """Let time pass without executing."""
         self._sleep(tick - self.now())
@@ -319,6 +325,7 @@ class LogicalProcessor(ProcessorCore):
         if deadline is None:
             self.halt = Halt(f"halted at {self._where()} with nothing to wake it", shutdown=False)
         else:
+            self.note_event()
             self._sleep(deadline - self.now())
 
     def _run_engine(self, until: int | None) -> EngineEvent:

@@ -72,6 +72,19 @@ def test_all_halted__is_the_end():
     assert machine.run(max_instructions=1_000_000).reason is StopReason.HALTED
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_halted_under_a_timer_whose_interrupts_go_nowhere__is_the_end_of_a_limited_run(cpus, monkeypatch):
+    """The test port holds line 0 active: the timer makes no edge on it, and no interrupt is ever requested."""
+    monkeypatch.setattr("vtx.x86.processor.MOST_FRUITLESS", 200)
+    # MOV DX, 2000H; MOV AL, 1; OUT DX, AL; initialize the 8259; unmask the timer; MOV AL, 36H; OUT 43H, AL;
+    # XOR EAX, EAX; OUT 40H, AL twice; CLI; HLT
+    initialize = bytes.fromhex("b011 e620 b008 e621 b004 e621 b001 e621 b0fe e621")
+    code = bytes.fromhex("66ba0020 b001 ee") + initialize + bytes.fromhex("b036 e643 31c0 e640 e640 fa f4 ebfd")
+    machine = machine_with(cpus, code)
+    result = machine.run(max_instructions=1_000)
+    assert (result.reason, result.instructions) == (StopReason.INSTRUCTION_LIMIT, 20)
+
+
 def test_nmi_to_itself__is_taken_before_what_follows():
     # There is no IDT: the NMI is a shutdown, and the branch after it ends the code that one run may still complete.
     store_itself_nmi = store(0xFEE0_0310, 0) + store(ICR, 0x0000_4400)

@@ -224,7 +224,7 @@ BUILT_IN = {
 # What is void between two runs, follows from the rest, or is a parameter of the next run.
 DERIVED = {
     "Cpu": "reload step_next _approached _planned _until _planned_waiting _gives_way implicit_pages instruction_limit"
-    " plan spins contended _fruitless _delivered_at",
+    " plan spins contended _fruitless _noted_at",
     "Mmu": "hlat context _registers _seen_second_level _walks _permissions _linear_mask _large_granted _redirected",
     "Tlb": "_local _global _find_local _find_global",
     "Vmx": "",
