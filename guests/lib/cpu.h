@@ -32,9 +32,10 @@ enum {
     RFLAGS_ZF = 1u << 6,
     RFLAGS_SF = 1u << 7,
     RFLAGS_OF = 1u << 11,
+    DR6_RESET = 0xFFFF0FF0u,
 };
 
-enum vector { VECTOR_UD = 6, VECTOR_GP = 13, VECTOR_PF = 14 };
+enum vector { VECTOR_DB = 1, VECTOR_UD = 6, VECTOR_GP = 13, VECTOR_PF = 14 };
 
 enum msr {
     IA32_FEATURE_CONTROL = 0x3A,
@@ -120,6 +121,11 @@ static inline void hlt(void)
 DEFINE_CONTROL_REGISTER(cr0)
 DEFINE_CONTROL_REGISTER(cr3)
 DEFINE_CONTROL_REGISTER(cr4)
+DEFINE_CONTROL_REGISTER(dr0)
+DEFINE_CONTROL_REGISTER(dr1)
+DEFINE_CONTROL_REGISTER(dr2)
+DEFINE_CONTROL_REGISTER(dr3)
+DEFINE_CONTROL_REGISTER(dr6)
 
 static inline void write_cr2(uint64_t value)
 {

@@ -40,18 +40,23 @@ static void tss_load(void)
     __asm__ volatile("ltr %w0" ::"r"(SELECTOR_TSS) : "memory");
 }
 
+void exception_handler(int vector, const uint8_t *handler)
+{
+    uint64_t address = (uint64_t)handler;
+
+    idt[vector] = (struct gate){
+        .offset_low = (uint16_t)address,
+        .offset_middle = (uint16_t)(address >> 16),
+        .offset_high = (uint32_t)(address >> 32),
+        .selector = SELECTOR_CODE64,
+        .type = DESCRIPTOR_PRESENT | TYPE_INTERRUPT_GATE64,
+    };
+}
+
 static void idt_load(void)
 {
-    for (int vector = 0; vector < EXCEPTION_COUNT; vector++) {
-        uint64_t stub = (uint64_t)(exception_stubs + vector * STUB_SIZE);
-        idt[vector] = (struct gate){
-            .offset_low = (uint16_t)stub,
-            .offset_middle = (uint16_t)(stub >> 16),
-            .offset_high = (uint32_t)(stub >> 32),
-            .selector = SELECTOR_CODE64,
-            .type = DESCRIPTOR_PRESENT | TYPE_INTERRUPT_GATE64,
-        };
-    }
+    for (int vector = 0; vector < EXCEPTION_COUNT; vector++)
+        exception_handler(vector, exception_stubs + vector * STUB_SIZE);
     struct table_register idtr = {.limit = sizeof idt - 1, .base = (uint64_t)idt};
     __asm__ volatile("lidt %0" ::"m"(idtr));
 }

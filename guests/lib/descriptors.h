@@ -27,4 +27,7 @@ extern struct tss tss;
 /* Loads TR, and an IDT whose every entry ends the run with a message. */
 void descriptors_init(void);
 
+/* Has an exception go to ``handler`` instead, which gets what the processor pushes. */
+void exception_handler(int vector, const uint8_t *handler);
+
 #endif

@@ -8,7 +8,7 @@
 #include "memory.h"
 
 enum { CPUID_EXTENDED_FEATURES = 0x80000001, CPUID_ECX_SVM = 1u << 2, CPUID_SVM = 0x8000000A };
-enum { IA32_PAT = 0x277, DR6_RESET = 0xFFFF0FF0u };
+enum { IA32_PAT = 0x277 };
 
 /* Where VMRUN puts the host's state; its format is the processor's business. */
 static uint8_t host_save_area[PAGE_SIZE] __attribute__((aligned(4096)));

@@ -18,6 +18,7 @@ DESCRIPTIONS: Final = {
     "hello": "the smallest VT-x hypervisor: one guest at ring 0, each VM exit printed",
     "svm_hello": "the smallest AMD-V hypervisor: one guest behind nested paging (--profile zen-server)",
     "entries": "enters the VMCSs of a list, one after the other (for `vtx fuzz entries`)",
+    "vmruns": "runs the VMCBs of a list, one after the other (for `vtx fuzz vmruns`)",
     "svm_nested": "a hypervisor that gives AMD-V to its guest, which is svm_hello (--profile zen-server)",
     "nested": "a hypervisor that emulates VMX for its guest, a hypervisor with a guest of its own",
 }

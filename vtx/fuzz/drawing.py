@@ -87,6 +87,9 @@ class Generator(ABC, Generic[F]):
     def sources(self, each: F) -> Sequence[F]:
         """Fields whose value is something to try in ``each``."""
 
+    def prepare(self) -> None:
+        """What is chosen for every state, before a way of drawing."""
+
     def make_applicable(self, rule: Any) -> None:
         """Change the structure such that ``rule`` has something to say, if that is easy."""
 
@@ -94,7 +97,7 @@ class Generator(ABC, Generic[F]):
 
     def __iter__(self) -> Iterator[State]:
         """The states, without end; the bases as they are come first."""
-        yield from (State(number, ()) for number in range(len(self.bases)))
+        yield from filter(self.returns, (State(number, ()) for number in range(len(self.bases))))
         while True:
             state = self._draw()
             if self.returns(state):
@@ -138,6 +141,7 @@ class Generator(ABC, Generic[F]):
     def _draw(self) -> State:
         base = self._random.randrange(len(self.bases))
         self.load(State(base, ()))
+        self.prepare()
         self._random.choice(self.methods())()
         structure = self.structure
         changed = (

@@ -1,0 +1,89 @@
+"""Near-valid VMCBs: the same for a seed, near to valid, and such that the harness survives them."""
+
+from itertools import islice
+
+import pytest
+
+from vmcs.vmcb.fields import BY_NAME, Vmcb
+from vmcs.vmcb.intercepts import Exit
+from vtx.fuzz.drawing import State
+from vtx.fuzz.vmruns import scene
+from vtx.fuzz.vmruns.experiment import ORACLES
+from vtx.fuzz.vmruns.programs import PROGRAMS, SLOT
+from vtx.fuzz.vmruns.states import VmrunGenerator, program_of
+from vtx.x86.state import Gpr
+
+COUNT = 1500
+
+
+def generator(oracle: str = "qemu", seed: int = 1) -> VmrunGenerator:
+    return ORACLES[oracle].generator(seed)
+
+
+@pytest.fixture(scope="module")
+def states() -> list[State]:
+    return list(islice(generator(), COUNT))
+
+
+def block_of(made: VmrunGenerator, state: State) -> Vmcb:
+    made.load(state)
+    return made.structure
+
+
+def test_the_same_seed_gives_the_same_states(states: list[State]) -> None:
+    assert list(islice(generator(), COUNT)) == states
+    assert list(islice(generator(seed=2), COUNT)) != states
+
+
+@pytest.mark.parametrize("oracle", ORACLES)
+def test_every_base_is_valid_and_comes_first(oracle: str) -> None:
+    made = generator(oracle)
+    survived = [n for n in range(len(scene.BASES)) if made.survives(block_of(made, State(n, ())))]
+    assert len(survived) >= len(scene.BASES) - 2
+    assert list(islice(made, len(survived))) == [State(number, ()) for number in survived]
+    assert [made.violation(State(number, ())) for number in survived] == [None] * len(survived)
+
+
+def test_states_are_near_valid(states: list[State]) -> None:
+    made = generator()
+    broken = [made.violation(state) for state in states]
+    assert COUNT // 2 < broken.count(None) < COUNT * 9 // 10
+    assert len({violation.rule.id for violation in broken if violation}) > 15
+
+
+def test_every_program_is_drawn(states: list[State]) -> None:
+    made = generator()
+    programs = {program_of(state.base, made.fields(state)[scene.RIP]) for state in states}
+    assert set(PROGRAMS) <= programs
+
+
+def test_a_program_is_where_it_is_looked_for() -> None:
+    code = b"".join(scene.memory()[scene.CODE + page * scene.PAGE] for page in range(scene.CODE_PAGES))
+    for number, program in enumerate(PROGRAMS):
+        assert code[number * SLOT :].startswith(program.code)
+        assert len(program.code) < SLOT
+        assert program_of(0, scene.CODE + number * SLOT) is program
+    assert program_of(0, scene.CODE + 1) is None
+    assert program_of(0, 0) is None
+
+
+def test_a_guest_comes_back(states: list[State]) -> None:
+    made = generator()
+    for state in states:
+        block = block_of(made, state)
+        for number in (Exit.VMMCALL, Exit.HLT, Exit.SHUTDOWN, Exit.MWAIT):
+            assert block[scene.INTERCEPTS[number >> 5]] >> (number & 31) & 1, made.describe(state)
+
+
+def test_ports_of_the_harness_are_out_of_reach(states: list[State]) -> None:
+    made = generator()
+    assert scene.memory()[scene.IOPM][0x3F8 >> 3] == 0xFF
+    for state in states:
+        block = block_of(made, state)
+        intercepted = block[scene.INTERCEPTS[3]] >> (Exit.IOIO & 31) & 1
+        if not intercepted or block[BY_NAME["IOPM_BASE_PA"]] & ~0xFFF != scene.IOPM:
+            assert block[scene.REGISTERS[Gpr.RDX]] & 0xFFFF not in range(0x3F8, 0x400)
+
+
+def test_a_state_in_words() -> None:
+    assert generator().describe(State(0, ((scene.RIP.encoding, 0x10),))) == "64-bit: RIP = 0x10"

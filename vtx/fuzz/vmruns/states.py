@@ -1,0 +1,191 @@
+"""Near-valid VMCBs, each with a program for its guest. Some are drawn again because of what the guest might do."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from attrs import define
+
+from vmcs.vmcb import layouts
+from vmcs.vmcb.fields import BY_NAME, Vmcb, VmcbField
+from vmcs.vmcb.intercepts import LAST_INTERCEPT, Exit
+from vmcs.vmcb.model import VmrunContext
+from vmcs.vmcb.rules import RULES
+from vtx.fuzz.drawing import Generator, State
+from vtx.fuzz.vmruns import scene
+from vtx.fuzz.vmruns.programs import PROGRAMS, SAFE_MSRS, SAFE_PORTS, SLOT, Program
+from vtx.svm.vmrun import context_of
+from vtx.x86.msr_table import IA32_EFER, msrs_of
+from vtx.x86.profile import Profile
+from vtx.x86.state import MASK64, Cr0, Gpr
+
+_VALUES: Final[Mapping[int, tuple[int, ...]]] = {
+    1: (0, 1, 3, 7, 0xFF),
+    2: (0, 1, 3, 8, 0xFFF8, 0xFFFF),
+    4: (0, 1, 2, 0xFFFF, 0xF_FFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF),
+    8: (
+        *(0, 1, 0xFFF, 0x1000, 0xFFFF, 0xFFFF_FFFF, 1 << 32, 0xFF_FFFF_F000, 1 << 40, (1 << 48) - 0x1000),
+        *((1 << 52) - 0x1000, (1 << 47) - 1, 1 << 47, (1 << 64) - (1 << 47), 1 << 63, (1 << 64) - 1),
+    ),
+}
+_EVENTS: Final = tuple(
+    error << 32 | layouts.EVENT_VALID | has_error << 11 | kind << layouts.EVENT_TYPE_SHIFT | vector
+    for kind in range(8)
+    for vector in (0, 1, 2, 3, 4, 8, 9, 13, 14, 31, 32, 255)
+    for has_error, error in ((0, 0), (1, 0), (1, 0xFFF8))
+)
+_ATTRIBUTES: Final = (
+    0,
+    0x82,
+    0x8B,
+    0x83,
+    0x93,
+    0xF3,
+    0x9B,
+    0xC93,
+    0xC9B,
+    0xA9B,
+    0xE9B,
+    0xC9F,
+    0xCF3,
+    0xCFB,
+    0x13,
+    0x493,
+)
+_SPECIAL: Final[Mapping[VmcbField, tuple[int, ...]]] = {
+    scene.EVENTINJ: _EVENTS,
+    scene.RFLAGS: (0, 2, 0x102, 0x202, 0x302, 0x2_0002, 0x2_0202, 0x1_0002, 0x3002, 0x4002, 0x1_0102, 0x28_0002),
+    scene.INTERRUPT_STATE: (0, 1, 2, 3),
+    scene.CPL: (0, 1, 2, 3, 4),
+    scene.NESTED_CONTROL: (0, 1, 2, 8, 9),
+    BY_NAME["guest ASID"]: (0, 1, 2, 0xFFFF, 0x1_0000, 0xFFFF_FFFF),
+    BY_NAME["virtualization of LBR, VMLOAD and VMSAVE"]: (0, 1, 2, 3, 4),
+    BY_NAME["G_PAT"]: (0, 0x0007_0406_0007_0406, 2, 3 << 8, 0x0606_0606_0606_0606, 8 << 56),
+    BY_NAME["DR7"]: (0, 0x400, 0x401, 0xFFFF_FFFF, 0x2400, 1 << 32, 0xD0402),
+    **{each: _ATTRIBUTES for each in scene.WRITTEN if each.name.endswith("attributes")},
+}
+_ALL_EXCEPTIONS: Final = 0xFFFF_FFFF
+_EXCEPTIONS: Final = scene.INTERCEPTS[Exit.EXCEPTION_0 >> 5]
+_CODE_SIZE: Final = scene.CODE_PAGES * scene.PAGE
+
+
+@define(eq=False)
+class VmrunGenerator(Generator[VmcbField]):
+    """VMCBs for a processor of ``profile``; ``survives`` tells after which the one it is compared with goes on."""
+
+    profile: Profile
+    context: VmrunContext
+    survives: Callable[[Vmcb], bool]
+
+    names = tuple(base.name for base in scene.BASES)
+    by_encoding = scene.BY_ENCODING
+    rules = RULES
+
+    @classmethod
+    def of(cls, profile: Profile, seed: int, survives: Callable[[Vmcb], bool] = lambda block: True) -> VmrunGenerator:
+        """A generator at its beginning; ValueError if a base is not valid on this processor."""
+        bases = tuple(scene.fields_of(base) for base in scene.BASES)
+        block = Vmcb([0] * scene.ENCODINGS)
+        context = context_of(profile, msrs_of(profile)[IA32_EFER], block, host_paging=True)
+        generator = cls(seed, bases, scene.memory(), random.Random(seed), scene.CHANGED, profile, context, survives)
+        generator.check_bases()
+        return generator
+
+    @property
+    def structure(self) -> Vmcb:
+        """The control block that is being changed, and the registers after it."""
+        return self.context.vmcb
+
+    def methods(self) -> Sequence[Callable[[], None]]:
+        """See `Generator.methods`."""
+        return (
+            *(self.nothing, self.nothing, self.flip_one, self.change_one, self.change_one, self.change_some),
+            *(self.toggle_intercepts, self.break_rule, self.round_then_flip),
+        )
+
+    def values(self, each: VmcbField) -> Sequence[int]:
+        """See `Generator.values`."""
+        return _SPECIAL.get(each, _VALUES[each.size])
+
+    def sources(self, each: VmcbField) -> Sequence[VmcbField]:
+        """See `Generator.sources`."""
+        return [other for other in self._fields if other.size == each.size]
+
+    # Drawing.
+
+    def prepare(self) -> None:
+        """A program for the guest, and which of its intercepts and of those of exceptions are on."""
+        program = self._random.choice(PROGRAMS)
+        self._run(PROGRAMS.index(program))
+        if self._random.randrange(2):
+            for number in program.intercepts:
+                self._toggle(number)
+        exceptions = self._random.choice((0, 0, _ALL_EXCEPTIONS, self._random.getrandbits(32)))
+        self.structure[_EXCEPTIONS] ^= exceptions
+
+    def _run(self, number: int) -> None:
+        program, block = PROGRAMS[number], self.structure
+        origin = block[scene.RIP]
+        block[scene.RIP] = origin + number * SLOT
+        for register, value in program.registers.items():
+            block[scene.REGISTERS[register]] = value
+        if program.memory is not None:
+            for register in (Gpr.RBX, Gpr.RSI, Gpr.RDI):
+                block[scene.REGISTERS[register]] = origin + program.memory
+
+    def _toggle(self, number: int) -> None:
+        self.structure[scene.INTERCEPTS[number >> 5]] ^= 1 << (number & 31)
+
+    def nothing(self) -> None:
+        """The program alone."""
+
+    def toggle_intercepts(self) -> None:
+        """Some intercepts, and perhaps a field."""
+        for _ in range(self._random.randint(1, 40)):
+            self._toggle(self._random.randrange(LAST_INTERCEPT))
+        if self._random.randrange(2):
+            self.change(self._random.choice(self._fields))
+
+    # What must not be.
+
+    def returns(self, state: State) -> bool:
+        """See `Generator.returns`. Others may run a guest that is not valid here."""
+        self.load(state)
+        block = self.structure
+        for each, mask in scene.ALWAYS_INTERCEPTED.items():
+            if block[each] & mask != mask:
+                return False
+        return _stays(block) and _does_no_harm(block) and self.survives(block)
+
+
+def _stays(block: Vmcb) -> bool:
+    """Whether the guest's code is its own: without any paging, all memory is there."""
+    if block[scene.CR0] & Cr0.PG or block[scene.NESTED_CONTROL] & layouts.NP_ENABLE:
+        return True
+    linear = block[BY_NAME["CS base"]] + block[scene.RIP] & MASK64
+    return scene.CODE <= linear < scene.CODE + _CODE_SIZE
+
+
+def _does_no_harm(block: Vmcb) -> bool:
+    """Whether ports and MSRs that matter to the harness are out of reach."""
+    port, index = block[scene.REGISTERS[Gpr.RDX]] & 0xFFFF, block[scene.REGISTERS[Gpr.RCX]] & 0xFFFF_FFFF
+    checks = (
+        (Exit.IOIO, "IOPM_BASE_PA", scene.IOPM, port in SAFE_PORTS),
+        (Exit.MSR, "MSRPM_BASE_PA", scene.MSRPM, index in SAFE_MSRS),
+    )
+    return all(
+        safe
+        or (
+            block[scene.INTERCEPTS[number >> 5]] >> (number & 31) & 1
+            and block[BY_NAME[name]] & ~(scene.PAGE - 1) == place
+        )
+        for number, name, place, safe in checks
+    )
+
+
+def program_of(base: int, rip: int) -> Program | None:
+    """The program that begins at ``rip``, if one does."""
+    number, offset = divmod(rip - scene.BASES[base].origin, SLOT)
+    return PROGRAMS[number] if not offset and 0 <= number < len(PROGRAMS) else None
