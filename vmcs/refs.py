@@ -201,6 +201,8 @@ APM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
             "Interrupt and Local APIC Support",
             "NMI Virtualization",
             "Nested Paging",
+            "VMCB Changes for AVIC",
+            "AVIC Memory Data Structures",
         ),
     ),
 }

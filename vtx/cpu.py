@@ -75,6 +75,13 @@ class Cpu(LogicalProcessor):
         """Have the local APIC send a fixed interrupt to the processor whose APIC ID is ``destination``."""
         self.socket.apic.send(vector, destination)
 
+    def ring_doorbell(self, destination: int) -> None:
+        """Signal the processor whose APIC ID is ``destination``: its guest's backing page has a new request."""
+        for cpu in self.machine.cpus:
+            if cpu.socket.apic.apic_id == destination:
+                cpu.svm.doorbell()
+                cpu._signalled()
+
     def nmi(self) -> None:
         """A non-maskable interrupt, perhaps by a store of the running code: no run was planned for it."""
         super().nmi()

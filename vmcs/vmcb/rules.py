@@ -1,6 +1,7 @@
 """The consistency checks of VMRUN, in the manual's order: one record each.
 
-Spec: APM Vol. 2, "Canonicalization and Consistency Checks", "Event Injection", "Nested Paging".
+Spec: APM Vol. 2, "Canonicalization and Consistency Checks", "Event Injection", "Nested Paging", "VMCB Changes for
+AVIC", "AVIC Memory Data Structures".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Final
 
 from vmcs.bits import bit_range
 from vmcs.refs import Reference, apm
-from vmcs.vmcb import layouts
+from vmcs.vmcb import avic, layouts
 from vmcs.vmcb.fields import BY_NAME, VmcbField
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import ALWAYS, INVALID, Condition, Demand, FaultyBits, Rule, RuleSet, VmrunContext
@@ -19,6 +20,8 @@ _CHECKS: Final = apm("Secure Virtual Machine", "Canonicalization and Consistency
 _INJECTION: Final = apm("Secure Virtual Machine", "Event Injection")
 _NMI: Final = apm("Secure Virtual Machine", "NMI Virtualization")
 _PAGING: Final = apm("Secure Virtual Machine", "Nested Paging")
+_AVIC: Final = apm("Secure Virtual Machine", "VMCB Changes for AVIC")
+_AVIC_TABLES: Final = apm("Secure Virtual Machine", "AVIC Memory Data Structures")
 
 EFER: Final = BY_NAME["EFER"]
 CR0: Final = BY_NAME["CR0"]
@@ -37,6 +40,9 @@ VIRTUAL: Final = BY_NAME["virtual interrupt control"]
 NESTED: Final = BY_NAME["nested paging and encryption control"]
 N_CR3: Final = BY_NAME["N_CR3"]
 G_PAT: Final = BY_NAME["G_PAT"]
+AVIC_BACKING_PAGE: Final = BY_NAME["AVIC APIC_BACKING_PAGE pointer"]
+AVIC_LOGICAL_TABLE: Final = BY_NAME["AVIC LOGICAL_TABLE pointer"]
+AVIC_PHYSICAL_TABLE: Final = BY_NAME["AVIC PHYSICAL_TABLE pointer"]
 
 _SVME, _LME, _LMA = 1 << 12, 1 << 8, 1 << 10
 _PE, _NW, _CD, _PG = 1 << 0, 1 << 29, 1 << 30, 1 << 31
@@ -170,6 +176,29 @@ def _no_nested_paging(context: VmrunContext) -> None:
     context.values[NESTED.encoding] &= ~(layouts.NP_ENABLE | layouts.GMET_ENABLE)
 
 
+# AVIC.
+
+
+def table_within(field: VmcbField) -> Demand:
+    """The page that the pointer names is below the physical limit."""
+    return not_reserved(field, lambda context: context.beyond_width & avic.TABLE_ADDRESS)
+
+
+def last_index_at_most(most: int) -> Demand:
+    """AVIC_PHYSICAL_MAX_INDEX is no greater."""
+    place = AVIC_PHYSICAL_TABLE.encoding
+
+    def repair(context: VmrunContext) -> None:
+        context.values[place] = context.values[place] & ~avic.LAST_INDEX | most
+
+    return Demand(
+        ((AVIC_PHYSICAL_TABLE, avic.LAST_INDEX),),
+        lambda context: context.values[place] & avic.LAST_INDEX <= most,
+        repair,
+        lambda context: ((AVIC_PHYSICAL_TABLE, avic.LAST_INDEX & ~most),),
+    )
+
+
 # Conditions.
 
 
@@ -204,6 +233,21 @@ CACHES_ON: Final = Condition("CR0.CD is 0", ((CR0, _CD),), lambda context: not c
 NO_LONG_MODE: Final = Condition("the processor has no long mode", (), lambda context: not context.long_mode_supported)
 MSR_MAP_IN_USE: Final = on(VECTOR_3, _MSR_PROT, "the intercept of MSR accesses is on")
 IO_MAP_IN_USE: Final = on(VECTOR_3, _IOIO_PROT, "the intercept of I/O instructions is on")
+
+
+def _avic(context: VmrunContext) -> bool:
+    return context.avic_supported and bool(context.values[VIRTUAL.encoding] & layouts.AVIC_ENABLE)
+
+
+def _x2avic(context: VmrunContext) -> bool:
+    return context.x2avic_supported and bool(context.values[VIRTUAL.encoding] & layouts.X2AVIC_ENABLE)
+
+
+_MODES: Final = ((VIRTUAL, layouts.AVIC_ENABLE), (VIRTUAL, layouts.X2AVIC_ENABLE))
+AVIC: Final = Condition("AVIC is enabled", ((VIRTUAL, layouts.AVIC_ENABLE),), _avic)
+X2AVIC: Final = Condition("x2AVIC is enabled", ((VIRTUAL, layouts.X2AVIC_ENABLE),), _x2avic)
+XAVIC_MODE: Final = Condition("AVIC is enabled, x2AVIC is not", _MODES, lambda c: _avic(c) and not _x2avic(c))
+X2AVIC_MODE: Final = Condition("AVIC and x2AVIC are enabled", _MODES, lambda c: _avic(c) and _x2avic(c))
 VIRTUAL_NMIS: Final = on(VIRTUAL, layouts.V_NMI_ENABLE, "V_NMI_ENABLE is 1")
 
 
@@ -211,6 +255,7 @@ def _rule(id_: str, sentence: str, demand: Demand, when: Condition = ALWAYS, ref
     return Rule(f"vmrun.{id_}", sentence, demand, ref, INVALID, when)
 
 
+_LAST_INDEX: Final = "the last index of the physical APIC ID table is {} at most"
 _LONG_MODE_BITS: Final = "EFER.LME and EFER.LMA are 0"
 _MSR_MAP: Final = "the MSR permissions map ends below the physical-address width"
 _IO_MAP: Final = "the I/O permissions map ends below the physical-address width"
@@ -292,6 +337,42 @@ RULES: Final = RuleSet(
             Demand((G_PAT,), lambda context: not _wrong_types(context), _repair_pat, _wrong_pat),
             NESTED_PAGING,
             _PAGING,
+        ),
+        _rule("x2avic-without-avic", "AVIC is enabled", bits_required(VIRTUAL, layouts.AVIC_ENABLE), X2AVIC, _AVIC),
+        _rule(
+            "avic-last-index",
+            _LAST_INDEX.format(avic.MOST_XAVIC),
+            last_index_at_most(avic.MOST_XAVIC),
+            XAVIC_MODE,
+            _AVIC_TABLES,
+        ),
+        _rule(
+            "x2avic-last-index",
+            _LAST_INDEX.format(avic.MOST_X2AVIC),
+            last_index_at_most(avic.MOST_X2AVIC),
+            X2AVIC_MODE,
+            _AVIC_TABLES,
+        ),
+        _rule(
+            "avic-backing-page",
+            "AVIC's backing page is below the physical-address width",
+            table_within(AVIC_BACKING_PAGE),
+            AVIC,
+            _AVIC_TABLES,
+        ),
+        _rule(
+            "avic-physical-table",
+            "the physical APIC ID table is below the physical-address width",
+            table_within(AVIC_PHYSICAL_TABLE),
+            AVIC,
+            _AVIC_TABLES,
+        ),
+        _rule(
+            "avic-logical-table",
+            "the logical APIC ID table is below the physical-address width",
+            table_within(AVIC_LOGICAL_TABLE),
+            XAVIC_MODE,
+            _AVIC_TABLES,
         ),
     )
 )

@@ -1,7 +1,7 @@
 """What happens between a guest's instructions: physical interrupts, NMIs and SMIs, and the virtual ones.
 
 Spec: APM Vol. 2, "Interrupt Intercepts", "Interrupt and Local APIC Support", "Injecting Virtual (INTR) Interrupts",
-"Masking Interrupts in Local APIC", "NMI Virtualization", "Virtual GIF".
+"Masking Interrupts in Local APIC", "NMI Virtualization", "Virtual GIF", "VMCB Changes for AVIC".
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def _virtual_gif(operation: SvmOperation, state: CpuState) -> bool:
 
 
 def _virtual(operation: SvmOperation, state: CpuState) -> Vmexit | Event | None:
-    values, virtual = operation.vmcb.values, operation.virtual
-    if not virtual & (layouts.V_IRQ | layouts.V_NMI) or not _virtual_gif(operation, state):
+    values, virtual, avic = operation.vmcb.values, operation.virtual, operation.avic
+    if avic is None and not virtual & (layouts.V_IRQ | layouts.V_NMI):
+        return None
+    if not _virtual_gif(operation, state):
         return None
     if virtual & layouts.V_NMI and operation.uses_virtual_nmi and not state.nmi_blocked and not state.shadow:
         values[at.VIRTUAL] = virtual & ~layouts.V_NMI
@@ -84,12 +86,16 @@ def _virtual(operation: SvmOperation, state: CpuState) -> Vmexit | Event | None:
         return None
     if operation.intercepted(Exit.VINTR):
         return Vmexit(Exit.VINTR)
+    if avic is not None:
+        return avic.deliver()
     values[at.VIRTUAL] = virtual & ~layouts.V_IRQ
     return Event(virtual >> layouts.V_INTR_VECTOR_SHIFT & 0xFF, EventKind.EXTERNAL_INTERRUPT)
 
 
 def virtual_interrupt_due(operation: SvmOperation) -> bool:
     """Whether there is a virtual interrupt of a priority that V_TPR lets pass."""
+    if operation.avic is not None:
+        return operation.avic.pending
     virtual = operation.virtual
     if not virtual & layouts.V_IRQ:
         return False

@@ -9,6 +9,7 @@ from typing import Final
 
 from vmcs.vmcb.intercepts import Exit
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.svm import avic_access
 from vtx.svm.nested_paging import NestedPageFault
 from vtx.svm.operation import SvmOperation
 from vtx.svm.record import Vmexit, event_word
@@ -17,7 +18,7 @@ from vtx.x86.delivery import recognize
 from vtx.x86.event import Event, EventKind
 from vtx.x86.outcome import Fault, InstructionAborted, NotModelled, Vector
 from vtx.x86.paging import PageFaultError
-from vtx.x86.second_level import AccessKind, SecondLevelFault
+from vtx.x86.second_level import AccessKind, ReservedPageAccess, SecondLevelFault
 from vtx.x86.state import MASK32, MASK64
 
 _FETCH: Final = PageFaultError.ID.value
@@ -56,12 +57,15 @@ def delivery_exit(operation: SvmOperation, delivering: Event, fault: Fault | Non
 
 
 def second_level_exit(operation: SvmOperation, fault: SecondLevelFault, delivering: Event | None) -> Vmexit:
-    """The exit of a nested page fault."""
-    if not isinstance(fault, NestedPageFault):
+    """The exit of a nested page fault, or of an access to the APIC page that is none of an instruction's operands."""
+    if isinstance(fault, ReservedPageAccess):
+        record = avic_access.access_exit(fault)
+    elif isinstance(fault, NestedPageFault):
+        record = Vmexit(Exit.NPF, fault.error, fault.guest_physical)
+        if not fault.error & _FETCH:
+            record.instruction_bytes = instruction_bytes(operation)
+    else:
         raise NotModelled("second-level event")
-    record = Vmexit(Exit.NPF, fault.error, fault.guest_physical)
-    if not fault.error & _FETCH:
-        record.instruction_bytes = instruction_bytes(operation)
     if delivering is not None:
         record.interrupted = event_word(delivering)
     return record

@@ -239,8 +239,8 @@ def control_register_trap(operation: SvmOperation, number: int) -> Vmexit | None
     state = processor.state
     value = {0: state.cr0, 2: state.cr2, 3: state.cr3, 4: state.cr4}.get(number)
     if value is None:
-        masks = operation.masks_interrupts
-        value = operation.virtual & layouts.V_TPR & 0xF if masks else processor.task_priority()
+        virtual = operation.virtualizes_task_priority
+        value = operation.virtual & layouts.V_TPR & 0xF if virtual else processor.task_priority()
     return Vmexit(Exit.CR0_WRITE_TRAP + number, value)
 
 

@@ -35,7 +35,10 @@ _ADDRESS_BITS: Final = {
     PagingMode.LEVEL_5: 57,
 }
 # Bits of the tag: what besides the root tells nested page tables apart.
-_TAG_NXE, _TAG_LONG, _TAG_PAE, _TAG_PSE, _TAG_LA57, _TAG_GMET = (1 << bit for bit in range(6))
+_TAG_NXE, _TAG_LONG, _TAG_PAE, _TAG_PSE, _TAG_LA57, _TAG_GMET, _TAG_APIC = (1 << bit for bit in range(7))
+_TAG_APIC_SHIFT: Final = 52  # above the root: the number of the APIC page
+APIC_ACCESS: Final = PhysicalAddress(1 << 52)
+"""Where the guest's APIC page is put: no address that memory has, reserved in the MMU."""
 
 
 @frozen
@@ -50,6 +53,9 @@ class NestedPaging:
 
     With ``gmet`` (guest mode execute trap), instruction fetches of the guest's supervisor pages are checked as
     supervisor-mode ones, which must not execute user pages, and U/S means nothing to other accesses.
+
+    ``apic_page`` is the number of the guest-physical page of AVIC's registers, None without one: the nested page tables
+    say whether it may be accessed, but not where it is.
 
     Walks are remembered together with the entries they read, and where guest page tables are until `begin`: processors
     cache nested translations too, and hypervisors that change them flush before the next VMRUN.
@@ -66,10 +72,12 @@ class NestedPaging:
         *,
         page1gb: bool,
         gmet: bool,
+        apic_page: int | None = None,
     ) -> None:
         self.memory = memory
         self.host_cr4, self.host_efer = host.cr4, host.efer
-        self.inputs = n_cr3, host.cr4, host.efer, gmet
+        self.inputs = n_cr3, host.cr4, host.efer, gmet, apic_page
+        self._apic_page = apic_page
         self._walks = WalkMemory(memory)
         self._walks.select((), remembers=True)
         self.structures: dict[int, int] = {}
@@ -86,6 +94,8 @@ class NestedPaging:
         )
         self._limit = _ADDRESS_BITS[self._context.mode]
         self._tag = n_cr3 & ((1 << 52) - 0x1000) | self._configuration(host)
+        if apic_page is not None:
+            self._tag |= apic_page << _TAG_APIC_SHIFT | _TAG_APIC
         if gmet:
             self._fetch_context = PagingContext(
                 int(Cr0.PG | Cr0.WP),
@@ -138,7 +148,8 @@ class NestedPaging:
         if isinstance(result, int):
             return NestedPageFault(address, linear, result | FINAL_TRANSLATION)
         permissions = self._permissions(result, user_page) & result.cacheable
-        return SecondLevelPage(result.physical, permissions, result.size)
+        physical = APIC_ACCESS if address >> PAGE_SHIFT == self._apic_page else result.physical
+        return SecondLevelPage(physical, permissions, result.size)
 
     def _permissions(self, page: Translation, user_page: bool) -> int:
         context = self._context

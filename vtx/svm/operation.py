@@ -5,7 +5,7 @@ Spec: APM Vol. 2, "Secure Virtual Machine".
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from attrs import define, field, frozen
 
@@ -19,6 +19,9 @@ from vtx.svm.observer import Observer
 from vtx.x86.msr_table import TSC_RATIO, TSC_RATIO_RESET
 from vtx.x86.profile import Profile
 from vtx.x86.virtualization import Processor
+
+if TYPE_CHECKING:
+    from vtx.svm.avic import Avic
 
 
 @frozen
@@ -38,6 +41,8 @@ class Features:
     gmet: bool
     virtual_nmi: bool
     skinit: bool
+    avic: bool
+    x2avic: bool
 
     @classmethod
     def of(cls, profile: Profile) -> Features:
@@ -56,6 +61,8 @@ class Features:
             gmet=profile.has("GMET"),
             virtual_nmi=profile.has("VNMI"),
             skinit=profile.has("SKINIT"),
+            avic=profile.has("AVIC"),
+            x2avic=profile.has("x2AVIC"),
         )
 
 
@@ -85,6 +92,7 @@ class SvmOperation:
     ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE. ``nested`` is the
     nested paging last used, ``checked`` what the rules of VMRUN looked at when they last held. ``cached`` is the
     address of the control block that clean bits are about: the one run last, None after a VMRUN that failed.
+    ``avic`` is the running guest's virtual APIC, if it has one.
     """
 
     processor: Processor
@@ -106,6 +114,7 @@ class SvmOperation:
     cached: int | None = None
     transitions: int = 0
     last_failure: VmrunFailure | None = None
+    avic: Avic | None = None
     observer: Observer | None = None
 
     @property
@@ -128,6 +137,11 @@ class SvmOperation:
         return bool(self.virtual & layouts.V_INTR_MASKING)
 
     @property
+    def virtualizes_task_priority(self) -> bool:
+        """CR8 of the guest is V_TPR."""
+        return self.masks_interrupts or self.avic is not None
+
+    @property
     def uses_virtual_gif(self) -> bool:
         """STGI and CLGI of the guest change its virtual GIF."""
         return self.features.virtual_gif and bool(self.virtual & layouts.V_GIF_ENABLE)
@@ -136,6 +150,16 @@ class SvmOperation:
     def uses_virtual_nmi(self) -> bool:
         """NMIs of the guest are virtual ones."""
         return self.features.virtual_nmi and bool(self.virtual & layouts.V_NMI_ENABLE)
+
+    @property
+    def uses_avic(self) -> bool:
+        """The guest's local APIC is a virtual one."""
+        return self.features.avic and bool(self.virtual & layouts.AVIC_ENABLE)
+
+    @property
+    def uses_x2avic(self) -> bool:
+        """It is in x2APIC mode."""
+        return self.uses_avic and self.features.x2avic and bool(self.virtual & layouts.X2AVIC_ENABLE)
 
     @property
     def nested_paging(self) -> bool:

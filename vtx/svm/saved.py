@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from vmcs.vmcb.fields import Vmcb
+from vtx.svm.avic import Avic
 from vtx.svm.nested_paging import NestedPaging
 from vtx.svm.svm import Svm
 from vtx.svm.vmrun import second_level_of
@@ -23,7 +24,7 @@ class SavedSvm:
     """Guest mode. The names are those of the attributes of `SvmOperation`.
 
     With nested paging, ``host_cr4`` and ``host_efer`` are those of the host at VMRUN, and ``structures`` is where guest
-    page tables have been found since.
+    page tables have been found since. ``virtual_interrupt`` is whether AVIC has recognized an interrupt.
     """
 
     guest_mode: bool
@@ -43,6 +44,7 @@ class SavedSvm:
     host_cr4: int
     host_efer: int
     structures: Mapping[int, int]
+    virtual_interrupt: bool
 
 
 def save_svm(svm: Svm) -> SavedSvm:
@@ -67,6 +69,7 @@ def save_svm(svm: Svm) -> SavedSvm:
         host_cr4=nested.host_cr4 if isinstance(nested, NestedPaging) else 0,
         host_efer=nested.host_efer if isinstance(nested, NestedPaging) else 0,
         structures=dict(nested.structures) if isinstance(nested, NestedPaging) else {},
+        virtual_interrupt=operation.avic is not None and operation.avic.pending,
     )
 
 
@@ -85,6 +88,10 @@ def restore_svm(svm: Svm, saved: SavedSvm) -> None:
     operation.cached = saved.cached
     operation.transitions = saved.transitions
     operation.last_failure = None
+    operation.avic = None
+    if saved.guest_mode and operation.uses_avic:
+        operation.avic = Avic(operation)
+        operation.avic.pending = saved.virtual_interrupt
     second_level: SecondLevel = IdentitySecondLevel()
     if saved.guest_mode:
         second_level = second_level_of(operation, CpuState(cr4=saved.host_cr4, efer=saved.host_efer))

@@ -7,6 +7,7 @@ Spec: APM Vol. 2, "SMM Support" (Secure Virtual Machine), "SMRAM State-Save Area
 
 from __future__ import annotations
 
+from vtx.svm import avic
 from vtx.svm.nested_paging import NestedPaging
 from vtx.svm.operation import SvmOperation
 from vtx.svm.vmrun import second_level_of
@@ -23,6 +24,7 @@ def suspend(operation: SvmOperation) -> SmmSuspension | None:
     host_cr4, host_efer = (nested.host_cr4, nested.host_efer) if isinstance(nested, NestedPaging) else (0, 0)
     suspended = (mmu.asid, host_cr4, host_efer, int(state.popf_intercepted))
     operation.guest_mode = state.popf_intercepted = False
+    avic.stop(operation)
     return SmmSuspension(suspended, {"SVM guest": 1, "guest VMCB": operation.address})
 
 
@@ -31,5 +33,6 @@ def resume(operation: SvmOperation, suspended: tuple[int, ...]) -> None:
     processor = operation.processor
     asid, host_cr4, host_efer, popf_intercepted = suspended
     operation.guest_mode, processor.state.popf_intercepted = True, bool(popf_intercepted)
+    avic.start(operation)
     second_level = second_level_of(operation, CpuState(cr4=host_cr4, efer=host_efer))
     processor.mmu.vm_transition(processor.state, second_level, asid, flush=True)

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import Violation
 from vmcs.vmcb.rules import RULES
-from vtx.svm import events, instructions, pause_filter, smm, vm_cr
-from vtx.svm import places as at
+from vtx.svm import avic, avic_access, events, instructions, pause_filter, smm, vm_cr
 from vtx.svm.boundary import boundary_event, holds_interrupts, wants_boundary, wants_interrupt_window
 from vtx.svm.intercepts import control_register_trap, efer_trap, exit_of, next_rip
 from vtx.svm.nested_paging import NO_SECOND_LEVEL
@@ -26,9 +24,18 @@ from vtx.svm.vmexit import perform_exit
 from vtx.svm.vmrun import new_context
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event
-from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, Plain, Simple
+from vtx.x86.msr_table import AVIC_DOORBELL
+from vtx.x86.operations import (
+    MoveFromControlRegister,
+    MoveToControlRegister,
+    Operation,
+    Plain,
+    ReadMsr,
+    Simple,
+    WriteMsr,
+)
 from vtx.x86.outcome import Fault, NotModelled
-from vtx.x86.second_level import SecondLevelFault
+from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
 from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK64, Rflags, Shadow
 from vtx.x86.virtualization import Processor, RefusedInstruction, SmmSuspension
@@ -37,7 +44,6 @@ _PAUSE: Final = Simple(Plain.PAUSE)
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
-_CR8: Final = 8
 
 
 class Svm:
@@ -53,6 +59,7 @@ class Svm:
         self.operation = SvmOperation(processor, Features.of(processor.profile), observer=observer)
         if processor.profile.has("SVM"):
             vm_cr.bind(processor)
+            processor.msrs.bind(AVIC_DOORBELL, lambda index: None, self._ring_doorbell)
 
     def reset(self) -> None:
         """See `Virtualization.reset`."""
@@ -105,6 +112,7 @@ class Svm:
             perform_exit(svm, Vmexit(Exit.INIT))
             return True
         svm.guest_mode = False
+        avic.stop(svm)
         svm.processor.mmu.second_level, svm.processor.mmu.asid = NO_SECOND_LEVEL, 0
         return False
 
@@ -135,7 +143,7 @@ class Svm:
             return self._pause(instruction)
         record = exit_of(svm, operation, instruction)
         if record is None:
-            return self._virtualize_task_priority(operation, instruction)
+            return self._virtualize_register(operation, instruction)
         perform_exit(svm, record)
         return True
 
@@ -160,8 +168,11 @@ class Svm:
         return self._exit_if(events.second_level_exit(self.operation, fault, delivering))
 
     def virtualize_access(self, refused: RefusedInstruction) -> SecondLevelFault | None:
-        """SVM without AVIC reserves no page."""
-        raise NotModelled("second-level event")
+        """See `Virtualization.virtualize_access`: the reserved page is that of AVIC's registers."""
+        if not isinstance(refused.access, ReservedPageAccess):
+            raise NotModelled("second-level event")
+        avic_access.virtualize(self.operation, refused, refused.access)
+        return None
 
     def boundary(self) -> bool:
         """See `Virtualization.boundary`."""
@@ -255,25 +266,39 @@ class Svm:
         svm.last_pause = svm.processor.tsc()
         return True
 
-    def _virtualize_task_priority(self, operation: Operation, instruction: Instruction) -> bool:
-        """Under V_INTR_MASKING, CR8 is V_TPR.
+    def _virtualize_register(self, operation: Operation, instruction: Instruction) -> bool:
+        """CR8 is V_TPR under V_INTR_MASKING and with AVIC; x2APIC MSRs are in the backing page in x2AVIC mode.
 
-        Spec: APM Vol. 2, "Masking Interrupts in Local APIC".
+        Spec: APM Vol. 2, "Masking Interrupts in Local APIC", "VMCB Changes for AVIC", "x2AVIC".
         """
-        if type(operation) not in (MoveToControlRegister, MoveFromControlRegister):
-            return False
         svm = self.operation
-        assert isinstance(operation, MoveToControlRegister | MoveFromControlRegister)
-        if operation.number != _CR8 or not svm.masks_interrupts:
-            return False
-        values = svm.vmcb.values
-        if isinstance(operation, MoveFromControlRegister):
-            svm.processor.state.gpr[operation.register] = values[at.VIRTUAL] & layouts.V_TPR & 0xF
-        elif operation.value >> 4:
-            return False  # the processor raises the fault
-        else:
-            values[at.VIRTUAL] = values[at.VIRTUAL] & ~layouts.V_TPR | operation.value
+        record = None
+        match operation:
+            case MoveFromControlRegister(number=8, register=register) if svm.virtualizes_task_priority:
+                svm.processor.state.gpr[register] = avic_access.read_cr8(svm)
+            case MoveToControlRegister(number=8, value=value) if svm.virtualizes_task_priority and not value >> 4:
+                avic_access.write_cr8(svm, value)
+                record = control_register_trap(svm, 8)
+            case ReadMsr(index=index) if svm.avic is not None and avic_access.is_register(svm.avic, index):
+                if self._exit_if(avic_access.read_msr(svm, svm.avic, index)):
+                    return True
+            case WriteMsr(index=index, value=value) if svm.avic is not None and avic_access.is_register(
+                svm.avic, index
+            ):
+                if self._exit_if(avic_access.refuse_write(index, value)):
+                    return True
+                record = avic_access.write_msr(svm.avic, index, value)
+            case _:
+                return False
         self._retire(instruction)
-        if isinstance(operation, MoveToControlRegister):
-            self.control_register_written(_CR8)
+        self._exit_if(record)
         return True
+
+    def _ring_doorbell(self, index: int, destination: int) -> bool:
+        self.operation.processor.ring_doorbell(destination)
+        return True
+
+    def doorbell(self) -> None:
+        """Some processor says that an interrupt has been requested in the running guest's backing page."""
+        if self.operation.avic is not None:
+            self.operation.avic.evaluate()

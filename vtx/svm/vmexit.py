@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from vmcs.vmcb import layouts
-from vtx.svm import control_block
+from vtx.svm import avic, control_block
 from vtx.svm import places as at
 from vtx.svm.last_branch import swap_out
 from vtx.svm.nested_paging import NO_SECOND_LEVEL
@@ -62,6 +62,7 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
     processor = operation.processor
     state = processor.state
     operation.guest_mode = False
+    avic.stop(operation)
     operation.transitions += 1
     host = control_block.read(processor.memory, processor.msrs.values[VM_HSAVE_PA])
     load_host(state, host)

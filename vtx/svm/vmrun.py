@@ -17,7 +17,7 @@ from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.layouts import InjectedType, TlbControl
 from vmcs.vmcb.model import VmrunContext
 from vmcs.vmcb.rules import RULES
-from vtx.svm import control_block, last_branch
+from vtx.svm import avic, control_block, last_branch
 from vtx.svm import places as at
 from vtx.svm.nested_paging import NO_SECOND_LEVEL, NestedPaging
 from vtx.svm.operation import SvmOperation, VmrunFailure
@@ -92,6 +92,8 @@ def context_of(profile: Profile, efer: Msr, vmcb: Vmcb, *, host_paging: bool) ->
         cr4_reserved=reserved_cr4_bits(profile),
         efer_reserved=MASK64 & ~(efer.writable | efer.ignored),
         long_mode_supported=profile.has("LM"),
+        avic_supported=profile.has("AVIC"),
+        x2avic_supported=profile.has("x2AVIC"),
         host_paging=host_paging,
     )
 
@@ -126,7 +128,8 @@ def second_level_of(operation: SvmOperation, host: CpuState) -> SecondLevel:
         return NO_SECOND_LEVEL
     processor, values, nested = operation.processor, operation.vmcb.values, operation.nested
     gmet = operation.features.gmet and bool(values[at.NESTED_CONTROL] & layouts.GMET_ENABLE)
-    inputs = values[at.N_CR3], host.cr4, host.efer, gmet
+    apic_page = avic.access_page(operation)
+    inputs = values[at.N_CR3], host.cr4, host.efer, gmet, apic_page
     if nested is None or nested.inputs != inputs:
         profile = processor.profile
         nested = operation.nested = NestedPaging(
@@ -136,6 +139,7 @@ def second_level_of(operation: SvmOperation, host: CpuState) -> SecondLevel:
             profile.physical_address_width,
             page1gb=profile.has("PAGE1GB"),
             gmet=gmet,
+            apic_page=apic_page,
         )
     nested.begin()
     return nested
@@ -164,6 +168,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
         operation.host_pat = processor.msrs.values[IA32_PAT]
         processor.msrs.values[IA32_PAT] = values[at.G_PAT]
     last_branch.swap_in(operation)
+    avic.start(operation)
     _flush(operation)
     processor.mmu.second_level, processor.mmu.asid = second_level, values[at.ASID]
     processor.load_control_state()

@@ -59,6 +59,7 @@ PERF_COUNTER_0: Final = 0xC001_0004
 VM_CR: Final = 0xC001_0114
 VM_HSAVE_PA: Final = 0xC001_0117
 SVM_KEY: Final = 0xC001_0118
+AVIC_DOORBELL: Final = 0xC001_011B
 
 APIC_BASE_BSP: Final = 1 << 8
 APIC_BASE_EXTD: Final = 1 << 10
@@ -296,6 +297,7 @@ _AMD_TABLE: Final[tuple[Msr, ...]] = (
     Msr(VM_CR, "VM_CR", writable=0b1_1111, features=("SVM",), check=_vm_cr),
     Msr(VM_HSAVE_PA, "VM_HSAVE_PA", writable=0, address=True, features=("SVM",)),
     Msr(SVM_KEY, "SVM_KEY", write_only=True, features=("SVML",)),
+    Msr(AVIC_DOORBELL, "AVIC Doorbell", writable=0xFF, write_only=True, features=("AVIC",)),
     Msr(0xC001_0140, "OSVW_ID_Length", writable=0xFFFF),
     Msr(0xC001_0141, "OSVW_Status"),
 )

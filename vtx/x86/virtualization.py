@@ -70,6 +70,10 @@ class Processor(Protocol):
         """Have the local APIC send a fixed interrupt to the processor whose APIC ID is ``destination``."""
         ...
 
+    def ring_doorbell(self, destination: int) -> None:
+        """Signal the processor whose APIC ID is ``destination``, if there is one: an AVIC doorbell."""
+        ...
+
     def nmi_pending(self) -> bool:
         """Whether a non-maskable interrupt waits to be delivered, ignoring blocking."""
         ...

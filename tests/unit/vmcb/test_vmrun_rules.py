@@ -23,6 +23,10 @@ VALID = {
     "G_PAT": 0x0007_0406_0007_0406,
 }
 NESTED = {"nested paging and encryption control": 1, "N_CR3": 0x2000}
+CONTROL = "virtual interrupt control"
+AVIC, X2AVIC = {CONTROL: 1 << 31}, {CONTROL: 3 << 30}
+BACKING, LOGICAL = "AVIC APIC_BACKING_PAGE pointer", "AVIC LOGICAL_TABLE pointer"
+PHYSICAL = "AVIC PHYSICAL_TABLE pointer"
 MSR, IOIO = {"intercept vector 3": 1 << 28}, {"intercept vector 3": 1 << 27}
 
 
@@ -68,6 +72,14 @@ CASES = [
     ("vmrun.n-cr3-reserved", {"N_CR3": 1 << 48}, NESTED | {"N_CR3": 1 << 63}),
     ("vmrun.g-pat", NESTED, NESTED | {"G_PAT": 0x0007_0406_0007_0306}),
     ("vmrun.g-pat", {"G_PAT": 2}, NESTED | {"G_PAT": 2}),
+    ("vmrun.x2avic-without-avic", X2AVIC, {CONTROL: 1 << 30}),
+    ("vmrun.avic-last-index", AVIC | {PHYSICAL: 0xFF}, AVIC | {PHYSICAL: 0x100}),
+    ("vmrun.avic-last-index", {PHYSICAL: 0x100}, AVIC | {PHYSICAL: 0xFFF}),
+    ("vmrun.x2avic-last-index", X2AVIC | {PHYSICAL: 0x1FF}, X2AVIC | {PHYSICAL: 0x200}),
+    ("vmrun.avic-backing-page", AVIC | {BACKING: 0xFFFF_FFFF_FFFF}, AVIC | {BACKING: 1 << 48}),
+    ("vmrun.avic-backing-page", {BACKING: 1 << 48}, X2AVIC | {BACKING: 1 << 51}),
+    ("vmrun.avic-physical-table", X2AVIC | {PHYSICAL: 0xFFFF_FFFF_F000}, AVIC | {PHYSICAL: 1 << 48}),
+    ("vmrun.avic-logical-table", X2AVIC | {LOGICAL: 1 << 48}, AVIC | {LOGICAL: 1 << 48}),
 ]
 
 
@@ -93,6 +105,15 @@ def test_nested_paging_needs_paging_of_the_host() -> None:
     assert [each.rule.id for each in explain(bad)] == ["vmrun.nested-paging-host"]
     BY_ID["vmrun.nested-paging-host"].repair(bad)
     assert explain(bad) == []
+
+
+def test_processor_without_avic__ignores_its_bits() -> None:
+    fields = {CONTROL: 3 << 30, BACKING: 1 << 48, PHYSICAL: 0xFFF, LOGICAL: 1 << 48}
+    assert explain(with_fields(fields, avic_supported=False, x2avic_supported=False)) == []
+    without_x2 = explain(with_fields({CONTROL: 1 << 30, PHYSICAL: 0x100}, x2avic_supported=False))
+    assert without_x2 == []
+    both = explain(with_fields({CONTROL: 3 << 30, PHYSICAL: 0x100}, x2avic_supported=False))
+    assert [each.rule.id for each in both] == ["vmrun.avic-last-index"]
 
 
 def test_processor_without_long_mode() -> None:
