@@ -203,10 +203,16 @@ static void stop_before(struct block_clock *clock, void *engine, uint64_t reason
     clock->stop(engine);
 }
 
-static void on_block(void *engine, uint64_t address, uint32_t size, void *data)
+/* Outside 64-bit mode Unicorn adds CS base and EIP without wrapping. */
+static uint64_t linear(const struct block_clock *clock, uint64_t address)
+{
+    return clock->kind & KIND_64 ? address : (uint32_t)address;
+}
+
+static void on_block(void *engine, uint64_t library_address, uint32_t size, void *data)
 {
     struct block_clock *clock = data;
-    uint64_t offset = address - clock->address, facts;
+    uint64_t address = linear(clock, library_address), offset = address - clock->address, facts;
     int inside = offset < clock->size;
     int second = clock->single && clock->size && !inside;
 
@@ -251,7 +257,7 @@ static void on_instruction(void *engine, uint64_t address, uint32_t size, void *
 
     if (clock->native || clock->stopped)
         return;
-    facts = facts_of(clock, address, size);
+    facts = facts_of(clock, linear(clock, address), size);
     if (facts & FACTS_GUARDED && guards_fail(clock, engine, facts))
         stop_before(clock, engine, STOPPED_BY_GUARD);
 }

@@ -127,6 +127,7 @@ class BlockClock:
 
     def _on_block(self, handle: int, address: int, size: int, data: int) -> None:
         shared = self.shared
+        address = self._linear(address)
         offset = address - shared.address
         inside = 0 <= offset < shared.size
         second = shared.single and shared.size and not inside
@@ -150,8 +151,12 @@ class BlockClock:
             if self._flags.value & _RFLAGS_IF:
                 self._stop_before(STOPPED_BY_IF)
 
+    def _linear(self, address: int) -> int:
+        """Outside 64-bit mode the library adds CS base and EIP without wrapping."""
+        return address if width(self.shared.kind) == 64 else address & MASK32
+
     def guard_instruction(self, address: int) -> None:
-        """Check the operands of the instruction at linear ``address`` right before it executes."""
+        """Check the operands of the instruction at ``address``, as the library sees it, right before it executes."""
         if self.compiled:
             callback, data = _blockclock.instruction_callback_address(), ctypes.addressof(self.shared)
             native.add_hook(self._handle, native.HOOK_CODE, callback, data=data, at=address)
@@ -161,7 +166,7 @@ class BlockClock:
     def _on_instruction(self, handle: int, address: int, size: int, data: int) -> None:
         if self.shared.native or self.shared.stopped:
             return
-        facts = self._examine(address, size)
+        facts = self._examine(self._linear(address), size)
         if facts & GUARDED and self._guards_fail(facts >> GUARDS_SHIFT):
             self._stop_before(STOPPED_BY_GUARD)
 
@@ -247,5 +252,5 @@ class BlockClock:
         size = self.words[SIZE]
         left = self.words[ADDRESS] + size - address
         if left > MASK32:
-            left -= 1 << 32  # CS base plus EIP wrapped; the library's address of the block does not
+            left -= 1 << 32  # the block itself goes on behind 4 GiB
         return left if 0 < left <= size else 0

@@ -87,6 +87,18 @@ class Stop:
 
 
 @frozen
+class StoppedBefore:
+    """The engine stopped at ``block`` because of its ``instruction`` (linear addresses).
+
+    It must not execute that at all if it ``traps``, else not before its operands were looked at again.
+    """
+
+    block: int
+    instruction: int
+    traps: bool
+
+
+@frozen
 class Block:
     """What there is to know about a block of code before it runs; ``guards`` are for what comes before ``stop``."""
 

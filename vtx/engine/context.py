@@ -88,6 +88,11 @@ class Context:
         _, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
         return address if hidden & layout.CODE64 else address & MASK32
 
+    def beyond_4_gib(self) -> int:
+        """How much higher the library's address of the next instruction is than the linear one: 0 or 4 GiB."""
+        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
+        return 0 if hidden & layout.CODE64 else int(rip + base & ~MASK32)
+
     def segments_address(self) -> int:
         """Where the segment registers are."""
         return ctypes.addressof(self._buffer) + layout.SEGMENTS

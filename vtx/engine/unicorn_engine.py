@@ -16,8 +16,6 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, Final
 
-from attrs import frozen
-
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import layout, native
 from vtx.engine.address_map import OWN_PAGE, ROM_FRAME, VMCB_FRAME, VOID_CODE, VOID_DATA, SlowStores, map_memory
@@ -38,7 +36,7 @@ from vtx.engine.clock import (
     BlockClock,
 )
 from vtx.engine.code_kind import width
-from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, ends_with_another_pass
+from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, StoppedBefore, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
 from vtx.engine.guards import GuardTable
@@ -85,18 +83,6 @@ _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 _AGAIN: Final = Fault(Vector.PF, 0)  # a refusal of what the client allows: it will try again
 _MOST_GUARDED: Final = 256  # the library looks through all of them each time it translates or calls one
-
-
-@frozen
-class _StoppedBefore:
-    """The engine stopped at ``block`` because of its ``instruction`` (linear addresses).
-
-    It must not execute that at all if it ``traps``, else not before its operands were looked at again.
-    """
-
-    block: int
-    instruction: int
-    traps: bool
 
 
 class UnicornEngine:
@@ -301,7 +287,9 @@ class UnicornEngine:
             if shared or self._noted.get(address) != (frame, shared):
                 self._noted[address] = frame, shared
                 self._note_code(address >> PAGE_SHIFT, frame, shared)
-                if self._exits.granted(address >> PAGE_SHIFT):
+                if linear != address:
+                    self._note_code(linear >> PAGE_SHIFT, frame, shared)
+                if self._exits.granted(address >> PAGE_SHIFT, width(self._context.kind)):
                     self._refused = (linear, kind, _AGAIN)
                     return 0
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
@@ -370,9 +358,9 @@ class UnicornEngine:
         """Run to the next event (see `ExecutionEngine.run`)."""
         self._answers = self.answers and not (plan.step or native or osxsave or state.shadow)
         event = self._run_once(state, plan, reload, osxsave=osxsave, native=native)
-        return self._approach(state, event) if isinstance(event, _StoppedBefore) else event
+        return self._approach(state, event) if isinstance(event, StoppedBefore) else event
 
-    def _approach(self, state: CpuState, stopped: _StoppedBefore) -> EngineEvent:
+    def _approach(self, state: CpuState, stopped: StoppedBefore) -> EngineEvent:
         """Execute what comes before an instruction that must not run, one by one."""
         shared = self.clock.shared
         limit, instruction_limit = shared.limit, shared.instruction_limit
@@ -383,19 +371,19 @@ class UnicornEngine:
             if shared.elapsed > limit or shared.instructions > instruction_limit:
                 return BudgetSpent()
             event = self._run_once(state, STEP, False)
-            if not isinstance(event, Stepped | _StoppedBefore):
+            if not isinstance(event, Stepped | StoppedBefore):
                 return event
         there = self._context.linear_rip() == stopped.instruction
         return _INSTRUCTION_TRAP if there and stopped.traps else Interrupted()
 
-    def _guard_instruction(self, stopped: _StoppedBefore) -> bool:
+    def _guard_instruction(self, stopped: StoppedBefore) -> bool:
         """Guard an instruction by itself; whether it can be done."""
         address = stopped.instruction
         if address not in self._guarded_instructions:
             if len(self._guarded_instructions) == _MOST_GUARDED:
                 return False
             self._guarded_instructions.add(address)
-            self.clock.guard_instruction(address)
+            self.clock.guard_instruction(address + self._context.beyond_4_gib())
         self._code.guarded(stopped.block, address)
         self._retranslate_at(stopped.block, address - stopped.block + 1)
         return True
@@ -413,11 +401,15 @@ class UnicornEngine:
             most = max(plan.instruction_limit, 0)
         self.clock.begin(limit, most, single=step, native=native, watch_if=plan.watch_if and not step)
         self._context.load(state, reload=reload, step=step)
-        self.clock.words[KIND] = self._context.kind
+        kind = self._context.kind
+        if reload and self._exits.depend_on_width and (kind ^ self.clock.words[KIND]) & 64:
+            self._noted.clear()
+            self._flush_now()
+        self.clock.words[KIND] = kind
 
     def _run_once(
         self, state: CpuState, plan: Plan, reload: bool, *, osxsave: bool = False, native: bool = False
-    ) -> EngineEvent | _StoppedBefore:
+    ) -> EngineEvent | StoppedBefore:
         self._trap = self._refused = self._aborted = None
         self._answered, self._state = False, state
         step = plan.step
@@ -445,7 +437,7 @@ class UnicornEngine:
         # A trap flag has no effect after MOV SS and POP SS; there the clock ends the step.
         return Stepped() if step and isinstance(event, BudgetSpent) else event
 
-    def _settle(self, event: EngineEvent | _StoppedBefore, state: CpuState, before: int) -> None:
+    def _settle(self, event: EngineEvent | StoppedBefore, state: CpuState, before: int) -> None:
         """The run ended at RIP: what is left of the block entered last was counted but not executed.
 
         ``before`` is RCX as it was before the run. A block that a trap follows, or a fetch, was executed to its end.
@@ -478,7 +470,7 @@ class UnicornEngine:
             if ends_with_another_pass(code, width(self._context.kind), after, state.rflags):
                 self.clock.count_pass(shared.size)
 
-    def _event(self, status: int) -> EngineEvent | _StoppedBefore:
+    def _event(self, status: int) -> EngineEvent | StoppedBefore:
         """What ended the run; afterwards the context image holds the state at the event."""
         shared = self.clock.shared
         if self._aborted is not None:
@@ -491,8 +483,7 @@ class UnicornEngine:
             number = self._trap
             if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
                 return ExceptionTrap(number - layout.TRAP_EXCEPTION, self._error_code)
-            if number == layout.TRAP_HLT and self._exits.is_left(address := self._context.linear_rip()):
-                self._retranslate_at(address, 1)
+            if number == layout.TRAP_HLT and self._exit_is_left():
                 return Interrupted()
             return _INSTRUCTION_TRAP if number >= layout.TRAP_BASE else ExceptionTrap(number, self._error_code)
         self._context.save()
@@ -511,12 +502,19 @@ class UnicornEngine:
             assert stop is not None, "the facts said that there is one"
             if stop.address == self._context.linear_rip():
                 return _INSTRUCTION_TRAP
-            return _StoppedBefore(shared.address, stop.address, stop.traps)
+            return StoppedBefore(shared.address, stop.address, stop.traps)
         if shared.stopped == STOPPED_BY_GUARD:
             there = shared.failed == self._context.linear_rip()
-            return OperandTrap() if there else _StoppedBefore(shared.address, shared.failed, False)
+            return OperandTrap() if there else StoppedBefore(shared.address, shared.failed, False)
         native.check(status, f"running at {self._context.linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
+
+    def _exit_is_left(self) -> bool:
+        address = self._context.linear_rip()
+        left = self._exits.is_left(address + self._context.beyond_4_gib(), width(self._context.kind))
+        if left:
+            self._retranslate_at(address, 1)
+        return left
 
     def elapsed(self) -> int:
         """Bytes of code executed since creation."""
@@ -530,12 +528,9 @@ class UnicornEngine:
         return int(self.clock.shared.instructions)
 
     def request_stop(self) -> None:
-        """From within a callback or another thread: stop at the end of the current block.
-
-        The library's own stop would make it execute the storing instruction of a device access a second time.
-        """
+        """From within a callback or another thread: stop at the end of the current block."""
         self._stop_requested = True
-        self.clock.shared.limit = 0
+        self.clock.shared.limit = 0  # the library's own stop would make it execute the store to a device a second time
 
     def power_up_fpu(self) -> bytes:
         """The x87/SSE state of a processor that has just been switched on."""

@@ -18,18 +18,23 @@ from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
 
 _BIT_TEST: Final = re.compile(rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])", re.DOTALL)
 _LOCK: Final = 0xF0
-_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, _LOCK, 0xF2, 0xF3, *range(0x40, 0x50)))
+_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, _LOCK, 0xF2, 0xF3))
+_REX: Final = frozenset(range(0x40, 0x50))
 _REACH: Final = MAX_INSTRUCTION_LENGTH - 1
 
 
-def begins(code: bytes) -> set[int]:
-    """Offsets in ``code`` where an instruction begins that the library cannot translate, if one begins there."""
+def begins(code: bytes, *, bits: int) -> set[int]:
+    """Offsets in ``code`` where an instruction begins that the library cannot translate, if one begins there.
+
+    ``bits`` is the width of the code; REX prefixes are other instructions if that is not 64.
+    """
     found: set[int] = set()
+    prefixes = _PREFIXES | _REX if bits == 64 else _PREFIXES
     for match in _BIT_TEST.finditer(code):
         locked = False
         first = match.start()
         for offset in range(first - 1, max(first - _REACH, 0) - 1, -1):
-            if code[offset] not in _PREFIXES:
+            if code[offset] not in prefixes:
                 break
             locked = locked or code[offset] == _LOCK
             if locked:
@@ -45,31 +50,43 @@ class Exits:
         self._read = read
         self._library: Any = native.library
         self._pages: dict[int, frozenset[int]] = {}
+        self.depend_on_width = False
+        """Whether there is code that would have other exits if it had another width."""
 
-    def granted(self, page: int) -> bool:
-        """Linear ``page`` will be executed. Whether that completes an instruction that begins on the page before."""
+    def granted(self, page: int, bits: int) -> bool:
+        """Linear ``page`` will be executed, as code of so many bits.
+
+        Returns whether there is an exit now that a translation under way has passed already: one that comes from the
+        page before asks for this one to complete an instruction, or to begin its first one.
+        """
         start = page << PAGE_SHIFT
         before = len(self._read(start - _REACH, _REACH)) if page else 0
         before = before if before == _REACH else 0
         code = self._read(start - before, before + PAGE_SIZE + _REACH)
-        exits = {start - before + offset for offset in begins(code)}
+        offsets = begins(code, bits=64)
+        if offsets:
+            narrow = begins(code, bits=32)
+            self.depend_on_width = self.depend_on_width or narrow != offsets
+            offsets = offsets if bits == 64 else narrow
+        exits = {start - before + offset for offset in offsets}
         inside = frozenset(address for address in exits if address >> PAGE_SHIFT == page)
-        crossing = frozenset(exits) - inside - self._pages.get(page - 1, frozenset())
-        crossing = frozenset(address for address in crossing if address >> PAGE_SHIFT == page - 1)
-        if inside != self._pages.get(page, frozenset()) or crossing:
+        known = self._pages.get(page, frozenset())
+        known_before = self._pages.get(page - 1, frozenset())
+        crossing = frozenset(address for address in exits - known_before if address >> PAGE_SHIFT == page - 1)
+        if inside != known or crossing:
             self._pages[page] = inside
             if crossing:
-                self._pages[page - 1] = self._pages.get(page - 1, frozenset()) | crossing
+                self._pages[page - 1] = known_before | crossing
             self._set()
-        return bool(crossing)
+        return bool(crossing) or start in inside - known
 
-    def is_left(self, address: int) -> bool:
+    def is_left(self, address: int, bits: int) -> bool:
         """Whether there was an exit at ``address`` although nothing untranslatable begins there any more.
 
         The page was of code and data, and a store changed the instruction after it trapped.
         """
         exits = self._pages.get(address >> PAGE_SHIFT, frozenset())
-        if address not in exits or 0 in begins(self._read(address, MAX_INSTRUCTION_LENGTH + 3)):
+        if address not in exits or 0 in begins(self._read(address, MAX_INSTRUCTION_LENGTH + 3), bits=bits):
             return False
         self._pages[address >> PAGE_SHIFT] = exits - {address}
         self._set()

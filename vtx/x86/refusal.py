@@ -20,7 +20,7 @@ from vtx.x86.execution import STEP, EngineEvent, ExceptionTrap, OperandTrap, Ref
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.second_level import AccessKind, ReservedPageAccess, SubPageWrite
-from vtx.x86.state import MASK64, Gpr, Rflags
+from vtx.x86.state import MASK32, MASK64, Gpr, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -128,7 +128,7 @@ def _undo_transfer(processor: LogicalProcessor, origin: int) -> None:
 
 def _crosses(processor: LogicalProcessor, linear: int, page: int) -> bool:
     """Whether the instruction at RIP itself reaches into the page it could not fetch."""
-    room = page - linear
+    room = page - linear & (MASK64 if processor.state.in_64_bit_mode else MASK32)
     if not 0 < room < MAX_INSTRUCTION_LENGTH:
         return False
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from attrs import define, field
-from engine_bench import CODE, Client, EngineBench
+from engine_bench import CODE, REFUSAL, Client, EngineBench
 
+from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.x86.execution import (
     ANSWERED,
     NOT_ANSWERED,
@@ -19,7 +21,7 @@ from vtx.x86.execution import (
 )
 from vtx.x86.outcome import Vector
 
-CPUID, PAUSE, VMREAD, HLT = "0fa2", "f390", "0f78d0", "f4"
+CPUID, PAUSE, VMREAD, HLT, LOCKED_BT = "0fa2", "f390", "0f78d0", "f4", "f00fa3c9"
 FIRST_SENSITIVE = "48ffc3 48ffc3 0fa2 48ffc3 48ffc3 f4"  # inc rbx twice, cpuid, inc rbx twice, hlt
 CARRY = 1
 
@@ -128,6 +130,23 @@ def test_instruction_limit__counts_what_was_answered() -> None:
     assert bench.run(instruction_limit=6) == BudgetSpent()
     assert bench.state.rip == CODE
     assert len(client.places) == bench.engine.instructions() == 3
+    bench.close()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_instruction_limit__holds_although_what_follows_enters_no_block(refused: bool) -> None:
+    """Behind the last instruction allowed is one that traps before it is translated, or whose fetch is refused."""
+    target = CODE + PAGE_SIZE if refused else CODE + 2
+
+    def on_answer(bench: EngineBench) -> int:
+        bench.state.rip = target
+        return UNPLANNED
+
+    bench, client = answering(CPUID + LOCKED_BT, on_answer)
+    client.pages[CODE + PAGE_SIZE >> PAGE_SHIFT] = REFUSAL
+    assert bench.run(instruction_limit=1) == Interrupted()
+    assert bench.state.rip == target
+    assert len(client.places) == 1
     bench.close()
 
 

@@ -6,7 +6,17 @@ import pytest
 from engine_bench import CODE, DATA, STACK, EngineBench
 
 from vtx.engine import clock
-from vtx.x86.execution import BudgetSpent, ExceptionTrap, InstructionTrap, Interrupted, RefusedFill, Stepped, WindowOpen
+from vtx.x86.execution import (
+    BudgetSpent,
+    EngineEvent,
+    ExceptionTrap,
+    InstructionTrap,
+    Interrupted,
+    OperandTrap,
+    RefusedFill,
+    Stepped,
+    WindowOpen,
+)
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Vector
 from vtx.x86.state import Shadow
@@ -78,6 +88,59 @@ def test_time_passes_for_a_guest_that_steps_itself(compiled: bool) -> None:
         assert isinstance(event, ExceptionTrap)
         assert event.vector == Vector.DB
         assert (bench.engine.elapsed(), bench.engine.instructions()) == (2 * i, i)
+    bench.close()
+
+
+@COMPILED
+@pytest.mark.parametrize("mode", ["protected32", "protected16"])
+@pytest.mark.parametrize("bits", range(12, 32, 6))
+def test_where_the_base_of_cs_and_eip_pass_4_gib__the_rest_of_a_block_is_not_counted(
+    mode: str, bits: int, compiled: bool
+) -> None:
+    """The library's linear address of such a block does not wrap; the one that a trap is at does."""
+    bench = EngineBench("43 0fa2 43 43 f4", mode, compiled=compiled)  # INC EBX; CPUID; INC EBX twice; HLT
+    bench.state.cs.base = -(1 << bits) & 0xFFFF_FFFF
+    bench.state.cs.limit = 0xFFFF_FFFF
+    bench.state.rip += 1 << bits
+    bench.reload()
+    begin = bench.state.rip
+    for length, instructions in ((1, 1), (3, 3)):
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == begin + (length if instructions == 1 else 5)
+        assert (bench.engine.elapsed(), bench.engine.instructions()) == (length, instructions)
+        bench.state.rip += 2
+    bench.close()
+
+
+@COMPILED
+@pytest.mark.parametrize(
+    ("code", "behind", "expected"),
+    [
+        ("43 6c", 1, InstructionTrap()),  # INC EBX; INS
+        ("43 8e18", 1, InstructionTrap()),  # INC EBX; MOV DS, [EAX]
+        ("43 8b0b", 1, OperandTrap()),  # INC EBX; MOV ECX, [EBX]
+        ("8b1e 8b0b", 2, OperandTrap()),  # MOV EBX, [ESI]; MOV ECX, [EBX]: guarded by itself
+        ("43 f00fa3c9", 1, InstructionTrap()),  # INC EBX; LOCK BT ECX, ECX
+    ],
+)
+def test_where_the_base_of_cs_and_eip_pass_4_gib__the_engine_comes_to_where_it_must_stop(
+    code: str, behind: int, expected: EngineEvent, compiled: bool
+) -> None:
+    bench = EngineBench(code + "f4", "protected32", compiled=compiled)
+    bench.state.cs.base = 0xFFFF_0000
+    bench.state.cs.limit = 0xFFFF_FFFF
+    bench.state.segments[3].limit = 0xFFFF
+    bench.state.rip += 0x1_0000
+    bench.state.gpr[3], bench.state.gpr[6] = 0x2_0000, DATA
+    bench.put(DATA, "00000200")
+    bench.reload()
+    begin = bench.state.rip
+    for _ in range(3):
+        event = bench.run()
+        if event != Interrupted():
+            break
+    assert (event, bench.state.rip) == (expected, begin + behind)
+    assert (bench.engine.elapsed(), bench.engine.instructions()) == (behind, 1)
     bench.close()
 
 

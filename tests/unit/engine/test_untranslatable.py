@@ -36,7 +36,7 @@ def test_locked_bit_tests_of_memory__execute() -> None:
 
 
 def test_an_instruction_across_two_pages__traps() -> None:
-    for room in (1, 2, 3):
+    for room in (0, 1, 2, 3):
         bench = EngineBench("")
         begin = CODE + 0x1000 - room
         bench.memory.write(begin - 3, bytes.fromhex("48ffc3" + LOCKED_BT))
@@ -60,10 +60,28 @@ def test_code_written_later__traps_too() -> None:
 
 
 def test_begins__finds_every_prefix_from_which_it_is_locked() -> None:
-    assert begins(bytes.fromhex("66f066 0fa3c0")) == {0, 1}
-    assert begins(bytes.fromhex("660fa3c0")) == set()
-    assert begins(bytes.fromhex("f0900fa3c0")) == set()
-    assert begins(b"\xf0" * 64 + bytes.fromhex("0fa3c0")) == set(range(50, 64))
+    assert begins(bytes.fromhex("66f066 0fa3c0"), bits=64) == {0, 1}
+    assert begins(bytes.fromhex("660fa3c0"), bits=64) == set()
+    assert begins(bytes.fromhex("f0900fa3c0"), bits=64) == set()
+    assert begins(b"\xf0" * 64 + bytes.fromhex("0fa3c0"), bits=64) == set(range(50, 64))
+
+
+def test_outside_64_bit_mode__what_would_be_a_rex_prefix_executes() -> None:
+    assert begins(bytes.fromhex("43" + LOCKED_BT), bits=32) == {1}
+    bench = EngineBench("90 43" + LOCKED_BT, "compatibility32")  # NOP; INC EBX; LOCK BT ECX, ECX
+    compatible, begin = bench.state, bench.state.gpr[3]
+    for _ in range(2):
+        bench.state = compatible
+        bench.state.rip = CODE
+        bench.reload()
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == CODE + 2
+        bench.state = state_for("long64")
+        bench.reload()
+        assert bench.run() == InstructionTrap()
+        assert bench.state.rip == CODE + 1
+    assert compatible.gpr[3] == begin + 2
+    bench.close()
 
 
 def survives(run: Callable[[], None]) -> bool:

@@ -6,7 +6,7 @@ Spec: SDM Vol. 3, "Interrupt 14—Page-Fault Exception (#PF)".
 from __future__ import annotations
 
 import pytest
-from processor_bench import ABSENT, CODE, DATA, GDT, PRESENT, STACK, USER, WRITABLE, ProcessorBench, long_mode
+from processor_bench import ABSENT, CODE, DATA, GDT, PRESENT, STACK, TABLES, USER, WRITABLE, ProcessorBench, long_mode
 
 from vtx.x86.outcome import Vector
 from vtx.x86.state import Gpr
@@ -340,6 +340,19 @@ class TestNativeFaultsThatAreTheModels:
     )
     def test_privileged_instructions_at_cpl_3(self, code: str, vector: Vector) -> None:
         assert ProcessorBench(code, long_mode(3)).event().vector == vector
+
+
+def test_instruction_across_4_gib__faults_at_address_0() -> None:
+    bench = ProcessorBench(state=long_mode(compatibility=True))
+    for table, entry, target in ((1, 3, 4), (4, 511, 5), (5, 511, -1)):
+        address = TABLES + 0x1000 * target if target > 0 else CODE
+        bench.memory.write_u64(TABLES + 0x1000 * table + 8 * entry, address | PRESENT | WRITABLE | USER)
+    bench.page(0, 0)
+    bench.put(CODE + 0xFFE, "b801")  # MOV EAX, imm32
+    bench.state.rip = 0xFFFF_FFFE
+    event = bench.event()
+    assert (event.vector, event.error_code, bench.state.cr2) == (Vector.PF, I, 0)
+    assert bench.places == [0xFFFF_FFFE]
 
 
 def test_stack_pointer_is_untouched_by_a_faulting_call() -> None:
