@@ -127,7 +127,7 @@ _EXTENSIONS: Final = ("VMX", "SVM")
 _WITHOUT_EFFECT: Final = ("host-phys-bits", "migratable", "check", "enforce", "l3-cache", "pmu")
 
 # Features that QEMU has no flag for, and so none of its models: tests rely on that.
-_NOT_QEMUS: Final = ("RDPRU",)
+_NOT_QEMUS: Final = ("RDPRU", "APERFMPERF")
 
 _STATE_COMPONENT: Final = {"PKU": "PKRU"}
 _NEED_XSAVE: Final = ("XSAVEOPT", "XSAVEC", "XGETBV_1", "XSAVES", "AVX", "PKU")

@@ -116,9 +116,10 @@ def test_what_nothing_has_is_off_already() -> None:
     assert adapted("max,-skinit,-npt,-vmx-mbec").features == adapted("max").features
 
 
-def test_no_model_of_qemus_has_rdpru() -> None:
-    assert "RDPRU" in profile_document("everything-amd")["cpuid"]["features"]
-    assert not adapted("max,+svm", "everything-amd").has("RDPRU")
+@pytest.mark.parametrize("feature", ["RDPRU", "APERFMPERF"])
+def test_feature_that_no_model_of_qemus_has(feature: str) -> None:
+    assert feature in profile_document("everything-amd")["cpuid"]["features"]
+    assert not adapted("max,+svm", "everything-amd").has(feature)
 
 
 def test_original_stays_as_it_was() -> None:
