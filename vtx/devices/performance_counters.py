@@ -2,8 +2,8 @@
 
 Deterministic, because everything counted follows from virtual time: an unhalted cycle is a tick of the time-stamp
 counter in which the processor was not halted, a reference cycle the same. Events that never happen here (caches,
-branch prediction) are not counted. Counters are brought up to date when something looks, and at the tick at which one
-that interrupts may overflow.
+branch prediction) are not counted. At most one instruction retires in a cycle, and never in two in a row. Counters are
+brought up to date when something looks, and at the tick at which one that interrupts may overflow.
 
 Threats: the guest chooses every value, and rates up to one overflow per tick; an overflow masks its own interrupt (the
 local APIC's LVT entry), and no count is ever stepped through one by one.
@@ -41,14 +41,22 @@ from vtx.x86.timing import TICKS_PER_BYTE
 
 _OS_AND_USER: Final = 0b11
 _SELECT_INTERRUPT, _SELECT_ENABLE = 1 << 20, 1 << 22
-_SELECT_UNMODELLED: Final = 1 << 18 | 0xFF80_0000  # edge detection, inversion, counter mask
+_SELECT_EDGE, _SELECT_INVERT = 1 << 18, 1 << 23
+_SELECT_MASK_SHIFT: Final = 24
 _FIXED_INTERRUPT: Final = 1 << 3
 
-INSTRUCTIONS, CYCLES = range(2)
+INSTRUCTIONS, CYCLES, OTHER_CYCLES = range(3)
+"""What is counted; the last are cycles in which no instruction retires."""
 # Unit mask and event select of the events that happen, and what each fixed counter counts.
 _EVENTS: Final = {0x00C0: INSTRUCTIONS, 0x003C: CYCLES, 0x013C: CYCLES}
 _FIXED_EVENTS: Final = (INSTRUCTIONS, CYCLES, CYCLES)
-_TICKS: Final = (TICKS_PER_BYTE, 1)  # that one event takes at least
+_TICKS: Final = (TICKS_PER_BYTE, 1, 1)  # that one event takes at least
+_WITH_MASK_1: Final = {
+    (INSTRUCTIONS, False): INSTRUCTIONS,
+    (INSTRUCTIONS, True): OTHER_CYCLES,
+    (CYCLES, False): CYCLES,
+    (None, True): CYCLES,
+}
 
 
 class Work(Protocol):
@@ -138,8 +146,8 @@ class PerformanceCounters:
         else:
             if value & _SELECT_ENABLE:
                 _require_both_levels(value >> 16 & _OS_AND_USER)
-                if value & _SELECT_UNMODELLED:
-                    raise NotModelled("performance event with edge detection or a counter mask")
+                if value & _SELECT_EDGE and _condition(value) == CYCLES:
+                    raise NotModelled("performance event with edge detection of unhalted cycles")
             state.selects[index - IA32_PERFEVTSEL0] = value
         self._plan()
         return True
@@ -180,7 +188,8 @@ class PerformanceCounters:
         """Count what has happened since the last time."""
         state, facility = self.state, self.facility
         done = self._work.instructions, self._work.now() - self._work.halted
-        past = (done[INSTRUCTIONS] - state.seen[INSTRUCTIONS], done[CYCLES] - state.seen[CYCLES])
+        instructions, cycles = done[INSTRUCTIONS] - state.seen[INSTRUCTIONS], done[CYCLES] - state.seen[CYCLES]
+        past = instructions, cycles, cycles - instructions
         state.seen = done
         interrupts = False
         for number in range(len(state.counts)):
@@ -225,12 +234,27 @@ class PerformanceCounters:
         select = state.selects[number]
         if not select & _SELECT_ENABLE or not select >> 16 & _OS_AND_USER:
             return None
-        return _EVENTS.get(select & 0xFFFF)
+        condition = _condition(select)
+        return INSTRUCTIONS if condition == OTHER_CYCLES and select & _SELECT_EDGE else condition
 
     def _interrupts(self, number: int) -> bool:
         if number >= self.facility.general:
             return bool(self._fixed_control(number) & _FIXED_INTERRUPT)
         return bool(self.state.selects[number] & _SELECT_INTERRUPT)
+
+
+def _condition(select: int) -> int | None:
+    """What happens in the cycles that the fields of IA32_PERFEVTSELx select; None if they select none.
+
+    With a counter mask, the number of events in each cycle is compared with it.
+    """
+    event, mask = _EVENTS.get(select & 0xFFFF), select >> _SELECT_MASK_SHIFT
+    inverted = bool(select & _SELECT_INVERT)
+    if not mask:
+        return event
+    if mask == 1:
+        return _WITH_MASK_1.get((event, inverted))
+    return CYCLES if inverted else None
 
 
 def _require_both_levels(levels: int) -> None:

@@ -169,12 +169,40 @@ class TestInterrupt:
         assert bench.counters.deadline is None
 
 
-@pytest.mark.parametrize("extra", [EDGE, INVERT, MASK_1])
-def test_what_cannot_be_counted__is_said(extra: int) -> None:
+@pytest.mark.parametrize(
+    ("select", "count"),
+    [
+        (INSTRUCTIONS | MASK_1, 10),  # cycles in which at least one instruction retires, of 50
+        (INSTRUCTIONS | MASK_1 | INVERT, 40),
+        (INSTRUCTIONS | 2 * MASK_1, 0),  # never two in one
+        (INSTRUCTIONS | 2 * MASK_1 | INVERT, 50),
+        (INSTRUCTIONS | 255 * MASK_1, 0),
+        (CYCLES | MASK_1, 50),
+        (CYCLES | MASK_1 | INVERT, 0),
+        (CYCLES | 2 * MASK_1, 0),
+        (REFERENCE | 2 * MASK_1 | INVERT, 50),
+        (BRANCHES | MASK_1, 0),
+        (BRANCHES | MASK_1 | INVERT, 50),  # an event that never happens
+        (INSTRUCTIONS | INVERT, 10),  # inversion is of the comparison with a mask
+        (INSTRUCTIONS | EDGE, 10),  # two never retire in cycles next to each other
+        (INSTRUCTIONS | MASK_1 | EDGE, 10),
+        (INSTRUCTIONS | MASK_1 | INVERT | EDGE, 10),
+        (CYCLES | 2 * MASK_1 | EDGE, 0),
+    ],
+)
+def test_counter_mask__counts_cycles_in_which_enough_happens(select: int, count: int) -> None:
     bench = Bench()
-    bench.write(SELECT0, INSTRUCTIONS | BOTH | extra)  # not enabled yet
-    with pytest.raises(NotModelled, match="edge detection or a counter mask"):
-        bench.write(SELECT0, INSTRUCTIONS | BOTH | extra | ENABLE)
+    bench.write(SELECT0, select | BOTH | ENABLE)
+    bench.work.do(10, 50, halted=1_000)
+    assert bench.read(PMC0) == [count]
+
+
+@pytest.mark.parametrize("select", [CYCLES, CYCLES | MASK_1, INSTRUCTIONS | 2 * MASK_1 | INVERT])
+def test_edges_of_unhalted_cycles__are_said_not_to_be_counted(select: int) -> None:
+    bench = Bench()
+    bench.write(SELECT0, select | EDGE | BOTH)  # not enabled yet
+    with pytest.raises(NotModelled, match="edge detection of unhalted cycles"):
+        bench.write(SELECT0, select | EDGE | BOTH | ENABLE)
 
 
 @pytest.mark.parametrize("level", [USER, OS])
