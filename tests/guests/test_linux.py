@@ -52,8 +52,8 @@ def kernel(*, with_64_bit_entry: bool = True) -> bytes:
     return bytes(image)
 
 
-def boot(image: bytes, ramdisk: bytes, profile: str, printed: bytearray) -> Machine:
-    machine = Machine(memory=MEMORY, profile=profile, serial=printed.extend)
+def boot(image: bytes, ramdisk: bytes, profile: str, printed: bytearray, cpus: int = 1) -> Machine:
+    machine = Machine(memory=MEMORY, profile=profile, cpus=cpus, serial=printed.extend)
     machine.load(image, name="linux", command_line=COMMAND_LINE, modules=[Module(ramdisk)])
     return machine
 
@@ -69,6 +69,14 @@ def test_boots_to_user_space(ramdisk: bytes, profile: str, with_64_bit_entry: bo
     printed = bytearray()
     machine = boot(kernel(with_64_bit_entry=with_64_bit_entry), ramdisk, profile, printed)
     assert_arrived(machine.run(max_instructions=MOST_INSTRUCTIONS), printed)
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 8])
+def test_boots_on_several_processors(ramdisk: bytes, cpus: int) -> None:
+    printed = bytearray()
+    machine = boot(kernel(), ramdisk, "skylake-server", printed, cpus)
+    assert_arrived(machine.run(max_instructions=MOST_INSTRUCTIONS), printed)
+    assert f"smp: Brought up 1 node, {cpus} CPUs".encode() in printed
 
 
 def test_continues_from_a_snapshot(ramdisk: bytes, tmp_path: Path) -> None:
