@@ -203,8 +203,21 @@ APM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
             "Nested Paging",
             "VMCB Changes for AVIC",
             "AVIC Memory Data Structures",
+            "Layout of VMCB",
+            "#VMEXIT",
+            "State Saved on Exit",
+            "Exception Intercepts",
+            "Injecting Virtual (INTR) Interrupts",
+            "VMSAVE and VMLOAD Instructions",
+            "Nested versus Guest Page Faults, Fault Ordering",
         ),
     ),
+    "System Resources": ("2", ("CR0 Register", "CR4 Register", "RFLAGS Register")),
+    "Segmented Virtual Memory": ("2", ("Limit Checks", "Segment-Protection Overview")),
+    "Page Translation and Protection": ("2", ("Page-Translation-Table Entry Fields", "Page-Protection Checks")),
+    "Exceptions and Interrupts": ("2", ("Vectors", "Priorities")),
+    "Software Debug and Performance Resources": ("2", ("Debug Registers",)),
+    "System Instruction Reference": ("3", ("LTR", "SKINIT", "SYSENTER")),
 }
 
 

@@ -30,6 +30,8 @@ class VmrunContext:
     efer_reserved: int = 0
     long_mode_supported: bool = True
     host_paging: bool = True
+    nested_paging_supported: bool = True
+    virtual_nmi_supported: bool = True
     avic_supported: bool = True
     x2avic_supported: bool = True
     values: list[int] = field(init=False, repr=False)

@@ -213,6 +213,17 @@ def _injecting_exception(context: VmrunContext) -> bool:
     return bool(is_valid) and _injected_type(context) == layouts.InjectedType.EXCEPTION
 
 
+# Where a processor lacks a feature, the bit that enables it means nothing.
+
+
+def _nested_paging(context: VmrunContext) -> bool:
+    return context.nested_paging_supported and bool(context.values[NESTED.encoding] & layouts.NP_ENABLE)
+
+
+def _virtual_nmis(context: VmrunContext) -> bool:
+    return context.virtual_nmi_supported and bool(context.values[VIRTUAL.encoding] & layouts.V_NMI_ENABLE)
+
+
 def _long_mode_paging(context: VmrunContext) -> bool:
     return bool(context.values[EFER.encoding] & _LME and context.values[CR0.encoding] & _PG)
 
@@ -222,7 +233,7 @@ def _long_mode_code(context: VmrunContext) -> bool:
     return bool(pae and long) and _long_mode_paging(context)
 
 
-NESTED_PAGING: Final = on(NESTED, layouts.NP_ENABLE, "NP_ENABLE is 1")
+NESTED_PAGING: Final = Condition("NP_ENABLE is 1", ((NESTED, layouts.NP_ENABLE),), _nested_paging)
 INJECTING: Final = on(EVENTINJ, layouts.EVENT_VALID, "an event is injected")
 INJECTING_EXCEPTION: Final = Condition("an exception is injected", (EVENTINJ,), _injecting_exception)
 LONG_MODE_PAGING: Final = Condition("EFER.LME and CR0.PG are 1", ((EFER, _LME), (CR0, _PG)), _long_mode_paging)
@@ -248,7 +259,7 @@ AVIC: Final = Condition("AVIC is enabled", ((VIRTUAL, layouts.AVIC_ENABLE),), _a
 X2AVIC: Final = Condition("x2AVIC is enabled", ((VIRTUAL, layouts.X2AVIC_ENABLE),), _x2avic)
 XAVIC_MODE: Final = Condition("AVIC is enabled, x2AVIC is not", _MODES, lambda c: _avic(c) and not _x2avic(c))
 X2AVIC_MODE: Final = Condition("AVIC and x2AVIC are enabled", _MODES, lambda c: _avic(c) and _x2avic(c))
-VIRTUAL_NMIS: Final = on(VIRTUAL, layouts.V_NMI_ENABLE, "V_NMI_ENABLE is 1")
+VIRTUAL_NMIS: Final = Condition("V_NMI_ENABLE is 1", ((VIRTUAL, layouts.V_NMI_ENABLE),), _virtual_nmis)
 
 
 def _rule(id_: str, sentence: str, demand: Demand, when: Condition = ALWAYS, ref: Reference = _CHECKS) -> Rule:

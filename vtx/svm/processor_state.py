@@ -1,6 +1,6 @@
 """Between the processor's registers and the state-save area: the guest's at VMRUN and #VMEXIT, the host's around it.
 
-Spec: APM Vol. 2, "VMRUN Instruction", "#VMEXIT", "VMSAVE and VMLOAD Instructions", "Layout of VMCB".
+Spec: APM Vol. 2, "VMRUN Instruction", "RFLAGS Register", "#VMEXIT", "VMSAVE and VMLOAD Instructions", "Layout of VMCB".
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _load_common(state: CpuState, values: list[int]) -> None:
     efer = values[at.EFER]
     state.efer = efer | _LMA if efer & _LME and cr0 & _PG else efer & ~_LMA
     state.rflags = values[at.RFLAGS] & _RFLAGS | _FIXED_1
+    if state.efer & _LMA:
+        state.rflags &= ~_VM  # long mode has no virtual-8086 mode, and ignores attempts to enter it
     state.rip = values[at.RIP]
     state.gpr[4] = values[at.RSP]
     state.gpr[0] = values[at.RAX]

@@ -92,6 +92,8 @@ def context_of(profile: Profile, efer: Msr, vmcb: Vmcb, *, host_paging: bool) ->
         cr4_reserved=reserved_cr4_bits(profile),
         efer_reserved=MASK64 & ~(efer.writable | efer.ignored),
         long_mode_supported=profile.has("LM"),
+        nested_paging_supported=profile.has("NP"),
+        virtual_nmi_supported=profile.has("VNMI"),
         avic_supported=profile.has("AVIC"),
         x2avic_supported=profile.has("x2AVIC"),
         host_paging=host_paging,
@@ -189,11 +191,14 @@ def _flush(operation: SvmOperation) -> None:
 
 
 def injected_event(operation: SvmOperation) -> Event:
-    """The event of EVENTINJ. Software interrupts and the exceptions of INT3 and INTO return to nRIP."""
+    """The event of EVENTINJ; an NMI has vector 2 whatever VECTOR says.
+
+    Software interrupts and the exceptions of INT3 and INTO return to nRIP.
+    """
     values = operation.vmcb.values
     word = values[at.EVENTINJ]
-    vector = word & 0xFF
     kind = _EVENT_KINDS[InjectedType(word >> layouts.EVENT_TYPE_SHIFT & 7)]
+    vector = Vector.NMI if kind is EventKind.NMI else word & 0xFF
     length = 0
     if operation.features.next_rip:
         length = (values[at.NRIP] - values[at.RIP]) & MASK64

@@ -98,6 +98,14 @@ def test_cpl_of_real_and_virtual_8086_mode() -> None:
     assert machine.state.cpl == 3
 
 
+def test_long_mode_has_no_virtual_8086_mode() -> None:
+    machine = Machine()
+    machine.fields |= {"RFLAGS": 0x2_0002, "CPL": 0}
+    machine.run()
+    assert machine.state.rflags == 2
+    assert machine.state.cpl == 0
+
+
 def test_exit_saves_the_guest_and_loads_the_host() -> None:
     machine = Machine()
     machine.state.rflags |= 0x241
@@ -180,6 +188,7 @@ def test_pdptes_are_checked_without_nested_paging_alone() -> None:
     [
         (0x8000_0021, Event(0x21, EventKind.EXTERNAL_INTERRUPT, injected=True)),
         (0x8000_0202, Event(2, EventKind.NMI, injected=True)),
+        (0x8000_02FF, Event(2, EventKind.NMI, injected=True)),  # VECTOR means nothing
         (0x0001_0007_8000_0B0D, Event(13, EventKind.HARDWARE_EXCEPTION, 0x1_0007, injected=True)),
         (0x8000_0480, Event(0x80, EventKind.SOFTWARE_INTERRUPT, None, 2, injected=True)),
         (0x8000_0303, Event(3, EventKind.SOFTWARE_EXCEPTION, None, 2, injected=True)),

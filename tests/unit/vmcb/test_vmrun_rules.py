@@ -116,6 +116,12 @@ def test_processor_without_avic__ignores_its_bits() -> None:
     assert [each.rule.id for each in both] == ["vmrun.avic-last-index"]
 
 
+def test_processor_without_nested_paging_or_virtual_nmis__ignores_their_bits() -> None:
+    fields = NESTED | {"N_CR3": 1 << 63, "G_PAT": 2, CONTROL: 1 << 26}
+    assert explain(with_fields(fields, nested_paging_supported=False, virtual_nmi_supported=False)) == []
+    assert len(explain(with_fields(fields))) == 3
+
+
 def test_processor_without_long_mode() -> None:
     bad = with_fields({}, long_mode_supported=False)
     assert [each.rule.id for each in explain(bad)] == ["vmrun.efer-long-mode-unsupported"]
