@@ -1,6 +1,7 @@
 """The VMCB, and the host save area, in memory: reading all of it, and writing the parts that a #VMEXIT writes.
 
-Fields between those parts keep what software put there.
+Fields between those parts keep what software put there. Most of what is written is there already, from the time before:
+comparing a block's bytes with those that were there then is quicker than storing them, and assumes nothing.
 
 Spec: APM Vol. 2, "Layout of VMCB", "#VMEXIT".
 """
@@ -11,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from attrs import frozen
+from attrs import define, frozen
 
 from vmcs.vmcb.fields import BY_NAME, FIELDS, IMAGE, VmcbField, packing
 from vtx.addresses import PAGE_SHIFT
@@ -67,12 +68,31 @@ INSTRUCTION_BYTES: Final = 0xD0  # their number, then up to 15 of them
 _INSTRUCTION_BYTES_SIZE: Final = 16
 
 
-def read(memory: PhysicalMemory, address: int) -> list[int]:
-    """The values of all fields of the block in the page at ``address``; ones where there is no RAM."""
+def image(memory: PhysicalMemory, address: int) -> bytes:
+    """The block in the page at ``address`` as it is in memory; ones where there is no RAM."""
     offset = memory.ram_offset(address)
     if offset is not None:
-        return list(IMAGE.unpack_from(memory.backing, offset))
-    return list(IMAGE.unpack(memory.read(address, IMAGE.size)))
+        return memory.backing[offset : offset + IMAGE.size]
+    return memory.read(address, IMAGE.size)
+
+
+def read(memory: PhysicalMemory, address: int) -> list[int]:
+    """The values of all fields of the block in the page at ``address``; ones where there is no RAM."""
+    return list(IMAGE.unpack(image(memory, address)))
+
+
+@define(slots=True, eq=False)
+class Contents:
+    """What memory held when somebody looked: a block's bytes, and the values of its fields."""
+
+    image: bytes
+    values: list[int]
+
+    @classmethod
+    def of(cls, memory: PhysicalMemory, address: int) -> Contents:
+        """The block in the page at ``address``."""
+        found = image(memory, address)
+        return cls(found, list(IMAGE.unpack(found)))
 
 
 def write(memory: PhysicalMemory, address: int, values: Sequence[int], parts: Sequence[Part]) -> None:
@@ -82,6 +102,25 @@ def write(memory: PhysicalMemory, address: int, values: Sequence[int], parts: Se
         for part in parts:
             part.packing.pack_into(memory.backing, offset + part.offset, *values[part.first : part.end])
         memory.note_written(address >> PAGE_SHIFT)
+
+
+def update(
+    memory: PhysicalMemory, address: int, values: list[int], parts: Sequence[Part], known: Contents | None
+) -> None:
+    """As `write`; while memory still has the contents that are ``known``, what it holds already is not stored again."""
+    offset = memory.ram_offset(address)
+    if offset is None:
+        return
+    backing = memory.backing
+    if known is None or backing[offset : offset + IMAGE.size] != known.image:
+        write(memory, address, values, parts)
+        return
+    before = known.values
+    for part in parts:
+        new = values[part.first : part.end]
+        if new != before[part.first : part.end]:
+            part.packing.pack_into(backing, offset + part.offset, *new)
+    memory.note_written(address >> PAGE_SHIFT)
 
 
 def write_instruction_bytes(memory: PhysicalMemory, address: int, code: bytes) -> None:

@@ -5,6 +5,7 @@ Spec: APM Vol. 2, "Secure Virtual Machine".
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from attrs import define, field, frozen
@@ -14,6 +15,7 @@ from vmcs.vmcb.fields import Vmcb
 from vmcs.vmcb.intercepts import INTERCEPT_WORDS
 from vmcs.vmcb.model import Violation
 from vtx.svm import places as at
+from vtx.svm.control_block import Contents
 from vtx.svm.nested_paging import NestedPaging
 from vtx.svm.observer import Observer
 from vtx.x86.msr_table import TSC_RATIO, TSC_RATIO_RESET
@@ -81,6 +83,12 @@ class VmrunFailure:
 _TSC_FRACTION_BITS: Final = 32
 
 
+@lru_cache(maxsize=1 << 8)
+def _joined(*words: int) -> int:
+    """The 32-bit intercept ``words`` as one number."""
+    return sum(word << 32 * place for place, word in enumerate(words))
+
+
 @define(slots=True, eq=False)
 class SvmOperation:
     """The SVM state of one logical processor, outside guest mode to begin with.
@@ -92,7 +100,8 @@ class SvmOperation:
     ``pauses`` is what is left of the PAUSE filter count, ``last_pause`` the time of the last PAUSE. ``nested`` is the
     nested paging last used, ``checked`` what the rules of VMRUN looked at when they last held. ``cached`` is the
     address of the control block that clean bits are about: the one run last, None after a VMRUN that failed.
-    ``avic`` is the running guest's virtual APIC, if it has one.
+    ``avic`` is the running guest's virtual APIC, if it has one. ``block`` and ``host`` are what memory held, at VMRUN,
+    of the control block and of the host save area, as far as that is known.
     """
 
     processor: Processor
@@ -110,6 +119,8 @@ class SvmOperation:
     last_pause: int | None = None
     smi_pending: bool = False
     nested: NestedPaging | None = None
+    block: Contents | None = None
+    host: Contents | None = None
     checked: tuple[int, ...] | None = None
     cached: int | None = None
     transitions: int = 0
@@ -128,8 +139,7 @@ class SvmOperation:
 
     def read_intercepts(self) -> None:
         """Take the intercepts from the VMCB."""
-        one, two, three, four, five, six = self.vmcb.values[at.CR_INTERCEPTS : at.CR_INTERCEPTS + INTERCEPT_WORDS]
-        self.intercepts = one | two << 32 | three << 64 | four << 96 | five << 128 | six << 160
+        self.intercepts = _joined(*self.vmcb.values[at.CR_INTERCEPTS : at.CR_INTERCEPTS + INTERCEPT_WORDS])
 
     @property
     def masks_interrupts(self) -> bool:

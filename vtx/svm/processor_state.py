@@ -5,6 +5,7 @@ Spec: APM Vol. 2, "VMRUN Instruction", "RFLAGS Register", "#VMEXIT", "VMSAVE and
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import Final
 
 from vtx.svm import places as at
@@ -58,23 +59,34 @@ _SYSTEM_CALL_MSRS: Final = (
 )
 
 
+@cache
+def _rights_of(attributes: int) -> int:
+    """Access rights of a segment whose attributes are these 16 bits."""
+    rights = attributes & 0xFF | (attributes & 0xF00) << 4
+    return rights if attributes & _PRESENT else rights | _UNUSABLE
+
+
+@lru_cache(maxsize=1 << 12)
+def _attributes_of(rights: int) -> int:
+    """The other way round: what is unusable is not present."""
+    attributes = rights & 0xFF | rights >> 4 & 0xF00
+    return attributes & ~_PRESENT if rights & _UNUSABLE else attributes
+
+
 def _load_segment(segment: Segment, values: list[int], place: int, width: int) -> None:
     """A segment register from its four fields; bases are sign-extended from ``width`` bits."""
-    attributes = values[place + 1]
-    segment.selector = values[place]
-    segment.access_rights = attributes & 0xFF | (attributes & 0xF00) << 4
-    if not attributes & _PRESENT:
-        segment.access_rights |= _UNUSABLE
-    segment.limit = values[place + 2]
-    segment.base = _canonical(values[place + 3], width)
+    segment.selector, attributes, segment.limit, base = values[place : place + 4]
+    segment.access_rights = _rights_of(attributes)
+    segment.base = _canonical(base, width) if base >> width - 1 else base
 
 
 def _save_segment(segment: Segment, values: list[int], place: int) -> None:
-    rights = segment.access_rights
-    attributes = rights & 0xFF | rights >> 4 & 0xF00
-    if rights & _UNUSABLE:
-        attributes &= ~_PRESENT
-    values[place : place + 4] = segment.selector, attributes, segment.limit, segment.base
+    values[place : place + 4] = (
+        segment.selector,
+        _attributes_of(segment.access_rights),
+        segment.limit,
+        segment.base,
+    )
 
 
 def _canonical(address: int, width: int) -> int:
@@ -84,7 +96,8 @@ def _canonical(address: int, width: int) -> int:
 
 def _load_table(table: DescriptorTable, values: list[int], place: int, width: int) -> None:
     table.limit = values[place + 2] & 0xFFFF
-    table.base = _canonical(values[place + 3], width)
+    base = values[place + 3]
+    table.base = _canonical(base, width) if base >> width - 1 else base
 
 
 def _save_table(table: DescriptorTable, values: list[int], place: int) -> None:
@@ -117,10 +130,13 @@ def _load_common(state: CpuState, values: list[int]) -> None:
 
 
 def _save_common(state: CpuState, values: list[int]) -> None:
-    place = at.ES
-    for segment in state.segments[:4]:
-        _save_segment(segment, values, place)
-        place += at.SEGMENT_FIELDS
+    es, cs, ss, ds = state.segments[:4]
+    values[at.ES : at.ES + 4 * at.SEGMENT_FIELDS] = (
+        *(es.selector, _attributes_of(es.access_rights), es.limit, es.base),
+        *(cs.selector, _attributes_of(cs.access_rights), cs.limit, cs.base),
+        *(ss.selector, _attributes_of(ss.access_rights), ss.limit, ss.base),
+        *(ds.selector, _attributes_of(ds.access_rights), ds.limit, ds.base),
+    )
     _save_table(state.gdtr, values, at.GDTR)
     _save_table(state.idtr, values, at.IDTR)
     values[at.CPL] = state.cpl

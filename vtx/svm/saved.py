@@ -87,7 +87,7 @@ def restore_svm(svm: Svm, saved: SavedSvm) -> None:
     operation.smi_pending = saved.smi_pending
     operation.cached = saved.cached
     operation.transitions = saved.transitions
-    operation.last_failure = None
+    operation.last_failure = operation.block = operation.host = None
     operation.avic = None
     if saved.guest_mode and operation.uses_avic:
         operation.avic = Avic(operation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from vmcs.vmcb import layouts
+from vmcs.vmcb.fields import IMAGE
 from vtx.svm import avic, control_block
 from vtx.svm import places as at
 from vtx.svm.last_branch import swap_out
@@ -47,7 +48,7 @@ def perform_exit(operation: SvmOperation, record: Vmexit) -> Outcome:
         parts = control_block.NESTED_GUEST_SAVED
         values[at.G_PAT] = processor.msrs.values[IA32_PAT]
         processor.msrs.values[IA32_PAT] = operation.host_pat
-    control_block.write(processor.memory, operation.address, values, parts)
+    control_block.update(processor.memory, operation.address, values, parts, operation.block)
     swap_out(operation)
     if operation.features.decode_assists and (record.instruction_bytes or values[at.BYTES_FETCHED]):
         control_block.write_instruction_bytes(processor.memory, operation.address, record.instruction_bytes)
@@ -64,13 +65,15 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
     operation.guest_mode = False
     avic.stop(operation)
     operation.transitions += 1
-    host = control_block.read(processor.memory, processor.msrs.values[VM_HSAVE_PA])
+    known, image = operation.host, control_block.image(processor.memory, processor.msrs.values[VM_HSAVE_PA])
+    as_saved = known is not None and image == known.image
+    host = known.values if known is not None and as_saved else list(IMAGE.unpack(image))
     load_host(state, host)
     state.gif = False
     state.popf_intercepted = False
     if state.rflags & _TF:
         state.pending_debug = _PENDING_BS  # the trap after VMRUN, which completes only now
-    if not _is_valid_host(processor, host):
+    if not as_saved and not _is_valid_host(processor, host):
         processor.shut_down("#VMEXIT to a host with invalid control registers")
         return ShutDown()
     processor.mmu.second_level, processor.mmu.asid = NO_SECOND_LEVEL, 0

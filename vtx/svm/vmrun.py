@@ -56,10 +56,9 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
     state = processor.state
     if state.smm is not None and state.smm.suspended is not None:
         raise NotModelled("VMRUN by the handler of a system-management interrupt that interrupted a guest")
-    host = [0] * len(FIELDS)
-    save_host(state, host)
-    control_block.write(processor.memory, processor.msrs.values[VM_HSAVE_PA], host, control_block.HOST_SAVED)
-    before, vmcb = operation.vmcb, Vmcb(control_block.read(processor.memory, address))
+    _save_host(operation)
+    operation.block = control_block.Contents.of(processor.memory, address)
+    before, vmcb = operation.vmcb, Vmcb(operation.block.values.copy())
     if operation.cached == address and operation.observer is not None and operation.observer.traces:
         operation.observer.control_block_read(before, vmcb)
     operation.vmcb, operation.address, operation.cached = vmcb, address, None
@@ -75,6 +74,19 @@ def vmrun(operation: SvmOperation, address: int) -> Outcome:
         return _refuse(operation, VmrunFailure(address, None, detail))
     _start(operation, pdptes)
     return ENTERED
+
+
+def _save_host(operation: SvmOperation) -> None:
+    """Save the host's state, which is often there already: from the VMRUN before, at the same place."""
+    processor, known = operation.processor, operation.host
+    memory, area = processor.memory, processor.msrs.values[VM_HSAVE_PA]
+    values = [0] * len(FIELDS)
+    save_host(processor.state, values)
+    if known is not None and values == known.values and control_block.image(memory, area) == known.image:
+        return
+    control_block.write(memory, area, values, control_block.HOST_SAVED)
+    kept = memory.ram_offset(area) is not None
+    operation.host = control_block.Contents(control_block.image(memory, area), values) if kept else None
 
 
 def new_context(operation: SvmOperation, vmcb: Vmcb) -> VmrunContext:

@@ -349,3 +349,43 @@ def test_control_block_anywhere(address: int) -> None:
     machine.state.gpr[0] = address
     machine.execute(VMRUN)
     assert not machine.svm.non_root
+
+
+def test_what_others_store_in_the_block_is_overwritten_all_the_same() -> None:
+    """A #VMEXIT stores what it saves, also where memory was that way at VMRUN and is not any more."""
+    machine = Machine()
+    machine.run()
+    rsp, cs = 0x400 + 0x1D8, 0x410
+    for offset in (rsp, cs):
+        machine.memory.write_u64(VMCB + offset, 0x1234_5678_9ABC_DEF0)
+    machine.memory.write_u64(VMCB + 0x440, 0x77)  # FS, which it does not save
+    machine.svm.exit(Vmexit(0x72))
+    assert (machine.stored("RSP"), machine.stored("CS selector"), machine.stored("FS selector")) == (0x7000, 8, 0x77)
+
+
+def test_what_others_store_in_the_host_save_area_is_what_the_host_becomes() -> None:
+    machine = Machine()
+    for rsp in (0x9000, 0xA000, 0xA000):
+        machine.state.gpr[4] = rsp
+        machine.run()
+        assert machine.memory.read_u64(HOST_SAVE + 0x5D8) == rsp
+        machine.svm.exit(Vmexit(0x72))
+        assert machine.state.gpr[4] == rsp
+        machine.state.rip = HOST_RIP
+    machine.run()
+    machine.memory.write_u64(HOST_SAVE + 0x5D8, 0xB000)
+    machine.svm.exit(Vmexit(0x72))
+    assert machine.state.gpr[4] == 0xB000
+    machine.state.gpr[4], machine.state.rip = 0xA000, HOST_RIP
+    machine.run()
+    assert machine.memory.read_u64(HOST_SAVE + 0x5D8) == 0xA000
+
+
+def test_host_save_area_that_moves() -> None:
+    machine = Machine()
+    machine.run()
+    machine.svm.exit(Vmexit(0x72))
+    machine.processor.msrs.write(0xC001_0117, 0x38_0000)
+    machine.state.rip = HOST_RIP
+    machine.run()
+    assert machine.memory.read_u64(0x38_0000 + 0x578) == HOST_RIP + 3
