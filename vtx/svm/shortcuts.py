@@ -1,4 +1,6 @@
-"""STGI, CLGI and VMSAVE of a host, when nothing about them is special: hypervisors execute them at every exit.
+"""STGI, CLGI, VMSAVE and VMLOAD of a host, when nothing about them is special: hypervisors execute them at every exit.
+
+VMLOAD is special unless the processor has already what it would load.
 
 What is done is what `vtx.svm.instructions` does, without the questions whose answers are known.
 
@@ -69,18 +71,37 @@ def _clgi(operation: SvmOperation, state: CpuState) -> bool:
     return True
 
 
-def _vmsave(operation: SvmOperation, state: CpuState) -> bool:
-    address, processor = state.gpr[0], operation.processor
-    if address & PAGE_OFFSET_MASK or address >> processor.profile.physical_address_width:
-        return False
+def _has_block(operation: SvmOperation, address: int) -> bool:
+    """Whether a control block can be at ``address``."""
+    return not (address & PAGE_OFFSET_MASK or address >> operation.processor.profile.physical_address_width)
+
+
+def _more_state(operation: SvmOperation) -> list[int]:
     values = [0] * len(operation.vmcb.values)
-    save_more(processor, values)
-    control_block.write(processor.memory, address, values, control_block.MORE_STATE)
+    save_more(operation.processor, values)
+    return values
+
+
+def _vmsave(operation: SvmOperation, state: CpuState) -> bool:
+    address = state.gpr[0]
+    if not _has_block(operation, address):
+        return False
+    control_block.write(operation.processor.memory, address, _more_state(operation), control_block.MORE_STATE)
     return True
+
+
+def _vmload(operation: SvmOperation, state: CpuState) -> bool:
+    address = state.gpr[0]
+    if not _has_block(operation, address):
+        return False
+    stored = control_block.read(operation.processor.memory, address)
+    present = _more_state(operation)
+    return all(stored[part.first : part.end] == present[part.first : part.end] for part in control_block.MORE_STATE)
 
 
 _KINDS: Final[dict[int, Callable[[SvmOperation, CpuState], bool]]] = {
     Mnemonic.STGI: _stgi,
     Mnemonic.CLGI: _clgi,
     Mnemonic.VMSAVE: _vmsave,
+    Mnemonic.VMLOAD: _vmload,
 }

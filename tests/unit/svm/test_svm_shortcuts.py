@@ -1,9 +1,9 @@
-"""The short way to execute STGI, CLGI and VMSAVE agrees with the long one, and is not taken where it must not be."""
+"""The short way to execute STGI, CLGI, VMSAVE and VMLOAD agrees with the long one, and is not taken where it must not be."""
 
 from __future__ import annotations
 
 import pytest
-from svm_machine import CLGI, HOST_RIP, STGI, VMCB, VMLOAD, VMSAVE, Machine, instruction
+from svm_machine import CLGI, HOST_RIP, INVLPGA, STGI, VMCB, VMLOAD, VMSAVE, Machine, instruction
 
 from vtx.x86.state import Segment, Shadow
 
@@ -32,8 +32,29 @@ def test_both_ways_agree(code: bytes, gif: bool) -> None:
 
 def test_other_instructions_have_no_shortcut() -> None:
     machine = Machine()
-    assert machine.svm.shortcut(instruction(VMLOAD)) is None
+    assert machine.svm.shortcut(instruction(INVLPGA)) is None
     assert machine.svm.shortcut(instruction(STGI, 32)) is None
+
+
+def test_vmload_of_what_is_there() -> None:
+    short, long = prepared(), prepared()
+    for machine in (short, long):
+        machine.execute(VMSAVE)
+    execute = short.svm.shortcut(instruction(VMLOAD))
+    assert execute is not None and execute()
+    long.execute(VMLOAD)
+    assert (short.state, short.processor.msrs.values) == (long.state, long.processor.msrs.values)
+
+
+@pytest.mark.parametrize("offset", [0x440, 0x45C, 0x472, 0x494, 0x600, 0x618, 0x620, 0x628, 0x638])
+def test_vmload_of_something_else_takes_the_long_way(offset: int) -> None:
+    machine = prepared()
+    machine.execute(VMSAVE)
+    machine.memory.write_u8(VMCB + offset, machine.memory.read_u8(VMCB + offset) ^ 1)
+    before = machine.state.rip
+    execute = machine.svm.shortcut(instruction(VMLOAD))
+    assert execute is not None and not execute()
+    assert machine.state.rip == before
 
 
 @pytest.mark.parametrize("special", ["svme", "cpl", "trap flag", "guest", "interrupt", "nmi", "smi"])
