@@ -111,6 +111,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _is_like(name: str, model: str | None) -> bool:
+    """Whether the profile ``name`` is the one most like a model of QEMU's, or that one's like of another vendor."""
+    return model is not None and (name == model or name.startswith(f"{model}-"))
+
+
 class Planner:
     """Plans the tests of ``suite`` for processors of ``profiles``.
 
@@ -177,7 +182,7 @@ class Planner:
         reason: UnsupportedError | None = None
         candidates = self._candidates
         if self._free_choice:
-            candidates = sorted(candidates, key=lambda document: document["name"] != wish.profile)
+            candidates = sorted(candidates, key=lambda document: not _is_like(document["name"], wish.profile))
         for document in candidates:
             try:
                 profile = adapt(document, wish, self._possible)

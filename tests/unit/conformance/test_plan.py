@@ -170,3 +170,10 @@ def test_profile_like_the_named_processor(tmp_path: Path) -> None:
     configuration = "".join(f"[{model}]\nfile = a.flat\nqemu_params = -cpu {model}\n" for model in models)
     jobs = [plan.job for plan in plans(suite(tmp_path, configuration)).values()]
     assert [job.processor for job in jobs if job] == ["everything", "everything", "skylake-server", "skylake-server"]
+
+
+def test_profile_like_it_of_another_vendor(tmp_path: Path) -> None:
+    found = suite(tmp_path, "[t]\nfile = a.flat\nqemu_params = -cpu max,+svm\n")
+    job = Planner(found).plan(found.tests[0], asked_for=False).job
+    assert job is not None
+    assert job.processor == "everything-amd"

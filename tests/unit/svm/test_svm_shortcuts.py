@@ -1,4 +1,4 @@
-"""The short way to execute STGI, CLGI, VMSAVE and VMLOAD agrees with the long one; it is not taken where it must not be."""
+"""The short way to execute STGI, CLGI, VMSAVE and VMLOAD agrees with the long one; not taken where it must not be."""
 
 from __future__ import annotations
 
