@@ -19,6 +19,7 @@
 #define STOPPED_BY_IF 2
 #define STOPPED_BY_BLOCK 3
 #define STOPPED_BY_GUARD 4
+#define STOPPED_BY_LIMIT_OF_CS 5
 
 #define FACTS_INSTRUCTIONS 0xffffffff
 #define FACTS_STOP ((uint64_t)1 << 32)
@@ -26,9 +27,11 @@
 #define FACTS_GUARDS_SHIFT 40
 
 /* Kinds of code, see code_kind.py. */
+#define KIND_SHORT_CODE 1
 #define KIND_LIKE_8086 4
 #define KIND_64 64
 
+#define CS 1
 #define FS 4
 #define GPR_COUNT 16
 
@@ -87,6 +90,9 @@ struct block_clock {
     const struct guard *guards; /* of all blocks; facts say where those of a block begin */
     const struct segment *segments; /* of the running code, ES to GS */
     uint64_t failed;            /* linear address of the instruction whose guard failed */
+    uint64_t left_address;      /* the block before the one that is beyond the limit of CS */
+    uint64_t left_size;
+    uint64_t rip_register;      /* Unicorn's number of RIP */
     uint64_t registers[GPR_COUNT + 2]; /* Unicorn's numbers of the GPRs and of the bases of FS and GS */
     uint64_t generation;        /* raised whenever code changed: all facts known are void */
     uint64_t recent;            /* address of the block whose facts are in recent_facts; all ones: none */
@@ -203,6 +209,17 @@ static void stop_before(struct block_clock *clock, void *engine, uint64_t reason
     clock->stop(engine);
 }
 
+/* Whether a block about to run leaves the code segment before it reaches the limits of the run. */
+static int is_beyond(struct block_clock *clock, void *engine, uint64_t size)
+{
+    uint64_t rip = 0;
+
+    if (clock->native || clock->instructions >= clock->instruction_limit || clock->elapsed + size > clock->limit)
+        return 0;
+    clock->read_register(engine, (int)clock->rip_register, &rip);
+    return (uint32_t)rip + size - 1 > clock->segments[CS].limit;
+}
+
 /* Outside 64-bit mode Unicorn adds CS base and EIP without wrapping. */
 static uint64_t linear(const struct block_clock *clock, uint64_t address)
 {
@@ -223,6 +240,15 @@ static void on_block(void *engine, uint64_t library_address, uint32_t size, void
         clock->elapsed -= clock->size - offset;
         clock->instructions -= clock->examine(address, clock->size - offset) & FACTS_INSTRUCTIONS;
         clock->recent = ~(uint64_t)0;
+    }
+    if (clock->kind & KIND_SHORT_CODE && !second && is_beyond(clock, engine, size)) {
+        clock->left_address = clock->address;
+        clock->left_size = clock->size;
+        clock->address = address;
+        clock->size = 0;
+        clock->recent = ~(uint64_t)0;
+        stop_before(clock, engine, STOPPED_BY_LIMIT_OF_CS);
+        return;
     }
     if (address == clock->recent && size == clock->size) {
         facts = clock->recent_facts;

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from vtx.engine import guards, native
-from vtx.engine.code_kind import width
+from vtx.engine.code_kind import SHORT_CODE, width
 from vtx.engine.code_view import BOUNDARY, COUNT, GUARDED, GUARDS_SHIFT, STOP
 from vtx.x86.state import MASK32, SegmentRegister
 
@@ -35,6 +35,7 @@ STOPPED_BY_LIMIT: Final = 1
 STOPPED_BY_IF: Final = 2
 STOPPED_BY_BLOCK: Final = 3
 STOPPED_BY_GUARD: Final = 4
+STOPPED_BY_LIMIT_OF_CS: Final = 5
 
 _ExamineCallback = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
 
@@ -69,6 +70,9 @@ class _Shared(ctypes.Structure):
         ("guards", ctypes.c_void_p),
         ("segments", ctypes.c_void_p),
         ("failed", ctypes.c_uint64),
+        ("left_address", ctypes.c_uint64),
+        ("left_size", ctypes.c_uint64),
+        ("rip_register", ctypes.c_uint64),
         ("registers", ctypes.c_uint64 * len(native.REG_GUARDED)),
         ("generation", ctypes.c_uint64),
         ("recent", ctypes.c_uint64),
@@ -108,7 +112,7 @@ class BlockClock:
         self.words = memoryview(self.shared).cast("B").cast("Q")
         self.shared.stop = _address_of(native.library.uc_emu_stop)
         self.shared.read_register = _address_of(native.library.uc_reg_read)
-        self.shared.flags_register = native.REG_EFLAGS
+        self.shared.flags_register, self.shared.rip_register = native.REG_EFLAGS, native.REG_RIP
         self.shared.examine = _ExamineCallback(examine)
         self.shared.guards, self.shared.segments = ctypes.addressof(table.records), segments
         self.shared.registers[:] = native.REG_GUARDED
@@ -136,6 +140,11 @@ class BlockClock:
             # A store changed the block it is in: the block was left at the store, which starts over. Code that jumps
             # into the middle of one of its instructions is another block.
             self.take_back(address, self._examine(address, shared.size - offset) & COUNT)
+        if shared.kind & SHORT_CODE and not second and self._is_beyond(size):
+            shared.left_address, shared.left_size = shared.address, shared.size
+            shared.address, shared.size = address, 0
+            self._stop_before(STOPPED_BY_LIMIT_OF_CS)
+            return
         shared.address, shared.size = address, size
         facts = self._examine(address, size)
         shared.elapsed += size
@@ -150,6 +159,14 @@ class BlockClock:
             native.library.uc_reg_read(self._handle, native.REG_EFLAGS, ctypes.byref(self._flags))
             if self._flags.value & _RFLAGS_IF:
                 self._stop_before(STOPPED_BY_IF)
+
+    def _is_beyond(self, size: int) -> bool:
+        """Whether a block about to run leaves the code segment before it reaches the limits of the run."""
+        shared = self.shared
+        if shared.native or shared.instructions >= shared.instruction_limit or shared.elapsed + size > shared.limit:
+            return False
+        native.library.uc_reg_read(self._handle, native.REG_RIP, ctypes.byref(self._value))
+        return bool((self._value.value & MASK32) + size - 1 > self._segments[SegmentRegister.CS].limit)
 
     def _linear(self, address: int) -> int:
         """Outside 64-bit mode the library adds CS base and EIP without wrapping."""

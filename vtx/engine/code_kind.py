@@ -10,6 +10,9 @@ from typing import Final
 from vtx.x86.alignment import checks_alignment
 from vtx.x86.state import MASK32, AccessRights, CpuState, Segment, SegmentRegister
 
+SHORT_CODE: Final = 1 << 0
+"""The limit of CS is less than 4 GiB - 1."""
+
 SMALL_STACK: Final = 1 << 1
 """The stack pointer is SP."""
 
@@ -51,6 +54,8 @@ def kind_of(state: CpuState) -> int:
         kind |= SMALL_STACK
     if not state.protected or state.virtual_8086:
         kind |= LIKE_8086
+    if state.cs.limit != MASK32:
+        kind |= SHORT_CODE
     for register in SegmentRegister:
         if not _is_flat(state.segments[register]):
             kind |= 1 << _LIMITED_SHIFT + register

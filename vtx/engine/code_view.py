@@ -17,8 +17,9 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.engine.code_kind import LIKE_8086, width
 from vtx.engine.guards import Guard, GuardTable, guards_of
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
-from vtx.x86.execution import Place
+from vtx.x86.execution import OperandTrap, Place
 from vtx.x86.memory import PhysicalMemory
+from vtx.x86.near_branches import is_near_branch
 from vtx.x86.state import MASK32, MASK64, Rflags
 
 # Facts about a block: the number of instructions, and
@@ -213,12 +214,26 @@ class CodeView:
             place = self._places[key] = Place(self.facts(linear, left, kind) & COUNT if left else 0, known)
         return place
 
-    def last_instruction(self, linear: int, size: int, kind: int) -> int | None:
-        """Linear address of the last instruction in ``size`` bytes of code."""
+    def near_branch(self, linear: int, size: int, kind: int) -> int | None:
+        """Linear address of the last instruction in ``size`` bytes of code if that is a near branch."""
         last = None
-        for instruction in Decoder(width(kind), self.read(linear, size), ip=linear):
-            last = instruction.ip
-        return last
+        for last in Decoder(width(kind), self.read(linear, size), ip=linear):  # noqa: B007
+            pass
+        return last.ip if last is not None and is_near_branch(last) else None
+
+    def beyond_limit(self, linear: int, room: int, before: tuple[int, int], kind: int) -> OperandTrap | StoppedBefore:
+        """Of the block at ``linear``, only ``room`` bytes are in the code segment: where to stop.
+
+        ``before`` are linear address and size of the block before it.
+        """
+        if room <= 0:
+            return OperandTrap(self.near_branch(*before, kind))
+        for instruction in Decoder(width(kind), self.read(linear, room + MAX_INSTRUCTION_LENGTH), ip=linear):
+            if instruction.ip != linear and (instruction.code == Code.INVALID or instruction.next_ip - linear > room):
+                return StoppedBefore(linear, instruction.ip, False)
+            if instruction.next_ip - linear > room:
+                break
+        return OperandTrap()
 
     def stop(self, linear: int, size: int, kind: int) -> Stop | None:
         """Where to stop in a block of which `facts` said `STOP`."""

@@ -93,6 +93,12 @@ class Context:
         rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
         return 0 if hidden & layout.CODE64 else int(rip + base & ~MASK32)
 
+    def room(self) -> int:
+        """Bytes from the next instruction to the end of the code segment, outside 64-bit mode; negative beyond it."""
+        rip, _, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
+        limit = layout.SEGMENT.unpack_from(self._image, layout.SEGMENTS + layout.SEGMENT.size)[2]
+        return int(limit - rip + 1)
+
     def segments_address(self) -> int:
         """Where the segment registers are."""
         return ctypes.addressof(self._buffer) + layout.SEGMENTS

@@ -37,6 +37,7 @@ INSN_SYSCALL: Final = x86_const.UC_X86_INS_SYSCALL
 INSN_SYSENTER: Final = x86_const.UC_X86_INS_SYSENTER
 
 REG_EFLAGS: Final = x86_const.UC_X86_REG_EFLAGS
+REG_RIP: Final = x86_const.UC_X86_REG_RIP
 GPR_COUNT: Final = 16
 REG_GUARDED: Final = tuple(
     getattr(x86_const, f"UC_X86_REG_{name}")

@@ -32,10 +32,11 @@ from vtx.engine.clock import (
     STOPPED_BY_GUARD,
     STOPPED_BY_IF,
     STOPPED_BY_LIMIT,
+    STOPPED_BY_LIMIT_OF_CS,
     UNLIMITED,
     BlockClock,
 )
-from vtx.engine.code_kind import width
+from vtx.engine.code_kind import SHORT_CODE, width
 from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, StoppedBefore, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
@@ -229,6 +230,7 @@ class UnicornEngine:
             return False
         if budget in (REPLANNED, CONTINUED):
             self._prepare(state, self._client.plan, reload=budget == REPLANNED)
+            self._answers = not state.shadow  # as at the beginning of a run
             return True
         if self._flush_wanted:
             self._flush_now()
@@ -365,7 +367,7 @@ class UnicornEngine:
         shared = self.clock.shared
         limit, instruction_limit = shared.limit, shared.instruction_limit
         self._answers = False
-        if not stopped.traps and shared.stopped != STOPPED_BY_GUARD and self._guard_instruction(stopped):
+        if not stopped.traps and shared.stopped == STOPPED_BY_BLOCK and self._guard_instruction(stopped):
             return Interrupted()
         while stopped.block <= self._context.linear_rip() < stopped.instruction:
             if shared.elapsed > limit or shared.instructions > instruction_limit:
@@ -432,6 +434,9 @@ class UnicornEngine:
             state.shadow = Shadow.STI
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             event = Stepped()
+            if self._context.kind & SHORT_CODE and state.rip > state.cs.limit:
+                origin = self._code.near_branch(self.clock.words[ADDRESS], self.clock.words[SIZE], self._context.kind)
+                event = event if origin is None else OperandTrap(origin)
         # In a shadow, the engine ends a repeated instruction as it does in a step.
         self._settle(event, state, state.gpr[1] if shadow else before)
         # A trap flag has no effect after MOV SS and POP SS; there the clock ends the step.
@@ -453,13 +458,6 @@ class UnicornEngine:
         left = self.clock.remaining_block(address)
         if left:
             self.clock.take_back(address, self._code.facts(address, left, self._context.kind) & COUNT)
-
-    def _last_instruction(self) -> int | None:
-        """Linear address of the last instruction of the block executed last in this run."""
-        shared = self.clock.shared
-        if not shared.size:
-            return None
-        return self._code.last_instruction(shared.address, shared.size, self._context.kind)
 
     def _count_last_pass(self, state: CpuState, before: int) -> None:
         """A repeated instruction ends one pass earlier in a single step than in a run: count alike."""
@@ -489,7 +487,9 @@ class UnicornEngine:
         self._context.save()
         if status == native.ERR_EXCEPTION and self._refused is not None:
             page, kind, refusal = self._refused
-            return RefusedFill(page, kind, refusal, self._last_instruction() if kind is AccessKind.EXECUTE else None)
+            fetched = kind is AccessKind.EXECUTE
+            origin = self._code.near_branch(shared.address, shared.size, self._context.kind) if fetched else None
+            return RefusedFill(page, kind, refusal, origin)
         if shared.stopped == STOPPED_BY_LIMIT:
             if self._stop_requested:
                 self._stop_requested = False
@@ -506,6 +506,9 @@ class UnicornEngine:
         if shared.stopped == STOPPED_BY_GUARD:
             there = shared.failed == self._context.linear_rip()
             return OperandTrap() if there else StoppedBefore(shared.address, shared.failed, False)
+        if shared.stopped == STOPPED_BY_LIMIT_OF_CS:
+            before, context = (shared.left_address, shared.left_size), self._context
+            return self._code.beyond_limit(context.linear_rip(), context.room(), before, context.kind)
         native.check(status, f"running at {self._context.linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
 

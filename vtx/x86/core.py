@@ -14,7 +14,7 @@ from attrs import frozen
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.events import Access
 from vtx.x86 import watch
-from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode
+from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode, is_cut_short
 from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import ExecutionEngine
@@ -23,7 +23,7 @@ from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
 from vtx.x86.monitor import Monitor, Wait
 from vtx.x86.msrs import MsrFile, bind_clock, bind_effective_frequency, bind_protection_keys, bind_registers, tsc_of
-from vtx.x86.outcome import Exited, Fault
+from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind, SecondLevelFault
@@ -308,16 +308,25 @@ class ProcessorCore:
 
         Raises `InstructionAborted` with the fault of the fetch.
         """
-        state = self.state
-        return self._decode_at(state.linear_rip, state.code_bits, user=state.cpl == 3)
+        state, bits = self.state, self.state.code_bits
+        most = MAX_INSTRUCTION_LENGTH
+        if bits != 64 and state.cs.limit - state.rip < most:
+            most = state.cs.limit - state.rip + 1
+            if most <= 0:
+                raise InstructionAborted(Fault(Vector.GP, 0))
+        return self._decode_at(state.linear_rip, bits, most, user=state.cpl == 3)
 
-    def _decode_at(self, linear: int, bits: int, *, user: bool) -> Instruction | None:
+    def _decode_at(self, linear: int, bits: int, most: int, *, user: bool) -> Instruction | None:
+        """The instruction in the first ``most`` bytes at ``linear``, all that the code segment holds."""
         room = PAGE_SIZE - (linear & PAGE_OFFSET_MASK)
         physical = self.mmu.translate(linear, AccessKind.EXECUTE, user=user)
-        code = self.memory.read(physical, min(room, MAX_INSTRUCTION_LENGTH))
+        code = self.memory.read(physical, min(room, most))
         instruction = decode(code, bits)
-        if instruction is None and room < MAX_INSTRUCTION_LENGTH:
-            physical = self.mmu.translate(linear + room, AccessKind.EXECUTE, user=user)
-            code += self.memory.read(physical, MAX_INSTRUCTION_LENGTH - room)
+        if instruction is None and room < most:
+            following = linear + room if bits == 64 else linear + room & MASK32
+            physical = self.mmu.translate(following, AccessKind.EXECUTE, user=user)
+            code += self.memory.read(physical, most - room)
             instruction = decode(code, bits)
+        if instruction is None and most < MAX_INSTRUCTION_LENGTH and is_cut_short(code, bits):
+            raise InstructionAborted(Fault(Vector.GP, 0))
         return instruction

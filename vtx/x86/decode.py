@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Final
 
 from attrs import frozen
-from iced_x86 import Code, Decoder, DecoderOptions, Mnemonic, OpKind, Register, RegisterExt
+from iced_x86 import Code, Decoder, DecoderError, DecoderOptions, Mnemonic, OpKind, Register, RegisterExt
 from iced_x86 import Instruction as IcedInstruction
 
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
@@ -207,6 +207,13 @@ def decode(encoding: bytes, bits: int) -> Instruction | None:
         rep=raw.has_rep_prefix or raw.has_repne_prefix,
         lock=raw.has_lock_prefix,
     )
+
+
+def is_cut_short(encoding: bytes, bits: int) -> bool:
+    """Whether more bytes than ``encoding`` has would tell what instruction it is."""
+    decoder = Decoder(bits, encoding)
+    decoder.decode()
+    return bool(decoder.last_error == DecoderError.NO_MORE_BYTES)
 
 
 _LEGACY_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))

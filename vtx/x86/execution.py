@@ -37,7 +37,7 @@ class ExceptionTrap:
 class RefusedFill:
     """The client refused a translation; ``linear_page`` is the page's address, the instruction had no effect.
 
-    For a refused fetch, ``origin`` is the linear address of the instruction executed before it, if there was one.
+    For a refused fetch, ``origin`` is the linear address of the near branch executed before it, if there was one.
     """
 
     linear_page: int
@@ -68,7 +68,13 @@ class Interrupted:
 
 @frozen
 class OperandTrap:
-    """The instruction at RIP has memory operands that the engine cannot vouch for; nothing of it has happened."""
+    """The instruction at RIP has memory operands that the engine cannot vouch for, or is beyond the limit of CS.
+
+    Nothing of it has happened. ``origin`` is the linear address of the near branch that went beyond the limit, if one
+    was executed right before.
+    """
+
+    origin: int | None = None
 
 
 EngineEvent = (

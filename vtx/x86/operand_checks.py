@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vtx.x86 import access
+from vtx.x86 import access, near_branches
 from vtx.x86.access import Operand
 from vtx.x86.alignment import checked_alignment, checks_alignment
 from vtx.x86.decode import segment_allows
@@ -23,15 +23,18 @@ _EM, _TS = int(Cr0.EM), int(Cr0.TS)
 _OSFXSR: Final = int(Cr4.OSFXSR)
 
 
-def execute(processor: LogicalProcessor, until: int | None) -> bool:
-    """Have the instruction at RIP executed if all its memory operands may be accessed; else raise the fault.
+def execute(processor: LogicalProcessor, until: int | None, origin: int | None = None) -> bool:
+    """Have the instruction at RIP executed if it, and all its memory operands, may be accessed; else raise the fault.
 
-    False if it ran into a fault, or is to be tried again.
+    ``origin`` is the near branch that led to it (see `vtx.x86.execution.OperandTrap`). False if it ran into a fault, or
+    is to be tried again.
     """
     state = processor.state
     try:
         fault = operand_fault(state, access.operands(processor))
     except InstructionAborted as aborted:
+        if origin is not None:
+            near_branches.take_back(processor, origin)
         processor.abort(aborted.cause)
         return False
     if fault is not None:

@@ -380,7 +380,7 @@ class LogicalProcessor(ProcessorCore):
         if isinstance(event, InstructionTrap):
             return self.execute()
         if isinstance(event, OperandTrap):
-            return operand_checks.execute(self, until)
+            return operand_checks.execute(self, until, event.origin)
         if isinstance(event, ExceptionTrap):
             if event.vector == Vector.UD:
                 return self.execute("not known to the engine")

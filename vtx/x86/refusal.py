@@ -10,17 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve
-from iced_x86 import Mnemonic
 
 from vtx.addresses import PAGE_OFFSET_MASK
-from vtx.x86 import access, operand_checks
+from vtx.x86 import access, near_branches, operand_checks
 from vtx.x86.access import Access, Operand, operands
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, decode
 from vtx.x86.execution import STEP, EngineEvent, ExceptionTrap, OperandTrap, RefusedFill, Stepped
 from vtx.x86.mmu import Grant
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.second_level import AccessKind, ReservedPageAccess, SubPageWrite
-from vtx.x86.state import MASK32, MASK64, Gpr, Rflags
+from vtx.x86.state import MASK32, MASK64, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -37,6 +36,12 @@ def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
                 processor.step_next = True
                 return
             exact = Access(event.linear_page, event.kind)
+        fault = near_branches.fetch_fault(state, exact.linear - state.cs.base & MASK32)
+        if fault is not None:
+            if event.origin is not None:
+                near_branches.take_back(processor, event.origin)
+            processor.abort(fault)
+            return
     else:
         try:
             exact = access.exact_access(processor, event.linear_page, event.kind)
@@ -55,7 +60,7 @@ def handle(processor: LogicalProcessor, event: RefusedFill) -> None:
         if exact.stack:
             result = evolve(result, vector=Vector.SS)
         elif event.origin is not None:
-            _undo_transfer(processor, event.origin)
+            near_branches.take_back(processor, event.origin)
     if processor.tracing is not None:
         processor.tracing.walk(exact.linear, exact.kind, state.cpl)
     if isinstance(result, ReservedPageAccess | SubPageWrite):
@@ -105,25 +110,6 @@ def _virtualize(processor: LogicalProcessor, refused: ReservedPageAccess | SubPa
         processor.reload = True
     elif instruction.event is not None:
         processor.handle(instruction.event)
-
-
-def _undo_transfer(processor: LogicalProcessor, origin: int) -> None:
-    """A near branch at ``origin`` went to a non-canonical address: it is the branch that faults, without effect.
-
-    Spec: SDM Vol. 2, "JMP—Jump", "CALL—Call Procedure", "RET—Return From Procedure", 64-bit mode exceptions.
-    """
-    state = processor.state
-    target, state.rip = state.rip, origin
-    try:
-        instruction = processor.fetch()
-    except InstructionAborted:
-        instruction = None
-    if instruction is None:
-        state.rip = target
-    elif instruction.mnemonic == Mnemonic.CALL:
-        state.gpr[Gpr.RSP] = (state.gpr[Gpr.RSP] + 8) & MASK64
-    elif instruction.mnemonic == Mnemonic.RET:
-        state.gpr[Gpr.RSP] = (state.gpr[Gpr.RSP] - 8 - instruction.immediate) & MASK64
 
 
 def _crosses(processor: LogicalProcessor, linear: int, page: int) -> bool:
