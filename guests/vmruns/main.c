@@ -18,12 +18,13 @@ enum { MAGIC = 0x5345545442434D56 };                    /* "VMCBTTES" in memory 
 enum { PORT_PIC_MASTER_MASK = 0x21, PORT_PIC_SLAVE_MASK = 0xA1, ALL_MASKED = 0xFF };
 enum { PLACE_SIZE_SHIFT = 32, WORD = sizeof(uint64_t) };
 
-/* What one line of the list is about: the control block, and the registers that it does not hold. Then a sign of a
-   processor that takes a guest's debug trap to its host. */
+/* What one line of the list is about: the control block, and the registers that it does not hold. Then signs of a
+   processor that is not back in its host as it should be: debug exceptions, which are a guest's; control registers. */
 static struct guest {
     struct vmcb vmcb;
     uint64_t gpr[GPR_COUNT];
     uint64_t debug_exceptions;
+    uint64_t host_cr0, host_cr4, host_efer;
 } guest, before;
 
 /* debug.S */
@@ -81,7 +82,7 @@ static const uint64_t *write_fields(const uint64_t *list)
         uint32_t offset = (uint32_t)list[0];
         uint64_t size = list[0] >> PLACE_SIZE_SHIFT;
 
-        if (offset + size > sizeof guest || size > WORD)
+        if (offset + size > offsetof(struct guest, debug_exceptions) || size > WORD)
             fail("no field can be at 0x%lx\n", list[0]);
         memcpy((uint8_t *)&guest + offset, &list[1], size);
     }
@@ -98,6 +99,13 @@ static void vmsave(struct vmcb *vmcb)
     __asm__ volatile("vmsave %0" ::"a"(vmcb) : "memory");
 }
 
+static void read_control_registers(struct guest *into)
+{
+    into->host_cr0 = read_cr0();
+    into->host_cr4 = read_cr4();
+    into->host_efer = rdmsr(IA32_EFER);
+}
+
 static void run_guest(void)
 {
     write_dr0(0);
@@ -111,6 +119,14 @@ static void run_guest(void)
     vmsave(&guest.vmcb);
     vmload(&host);
     guest.debug_exceptions = debug_exceptions;
+    read_control_registers(&guest);
+}
+
+static void restore_control_registers(void)
+{
+    write_cr4(before.host_cr4);
+    write_cr0(before.host_cr0);
+    wrmsr(IA32_EFER, before.host_efer);
 }
 
 static void print_changed(uint64_t name, const uint64_t *old, const uint64_t *new, uint64_t count)
@@ -154,8 +170,10 @@ static void run_states(const uint64_t *memory, const uint64_t *const *bases, uin
         memset(&guest, 0, sizeof guest);
         write_fields(bases[base]);
         word = write_fields(word);
+        read_control_registers(&guest);
         memcpy(&before, &guest, sizeof guest);
         run_guest();
+        restore_control_registers();
         print_result(number, memory);
     }
 }

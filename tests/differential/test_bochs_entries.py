@@ -8,7 +8,7 @@ import pytest
 from vtx.cli.images import find_image
 from vtx.fuzz import compare
 from vtx.fuzz.classes import sort
-from vtx.fuzz.entries.experiment import BOCHS_MODEL, IMAGE, PROFILE, experiment
+from vtx.fuzz.entries.experiment import BOCHS, IMAGE, PROFILE, experiment
 from vtx.fuzz.entries.known import KNOWN, case_of
 from vtx.fuzz.entries.results import Result
 from vtx.fuzz.entries.states import EntryGenerator
@@ -32,7 +32,7 @@ def here(blob: bytes) -> str:
 
 
 def there(blob: bytes) -> str:
-    return on_bochs(BOCHS_MODEL, HERE, find_image(IMAGE).data, blob)
+    return on_bochs(BOCHS, HERE, find_image(IMAGE).data, blob)
 
 
 def test_the_profile_is_that_of_bochs() -> None:

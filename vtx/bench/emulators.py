@@ -24,6 +24,7 @@ from vtx.bench.programs import END, START
 
 _FLOPPY_SIZE: Final = 1_474_560
 _POLL_SECONDS: Final = 0.002
+_DEBUGGER_STOPS: Final = 10_000  # more than there will be; a triple fault is one
 _BOCHS_FILES: Final = Path("/usr/share/bochs")
 
 
@@ -98,7 +99,7 @@ def start_bochs(folder: Path, serial: Path, *configuration: str) -> subprocess.P
     """Bochs as Debian builds it: with its debugger, which is told to go on, and a display that wants a terminal.
 
     ``configuration`` are lines beside those for the serial port, which goes to the file ``serial``, and for messages,
-    which nobody reads. ``folder`` is for its files; Unavailable if it is not installed.
+    which nobody reads and of which a panic is the end. ``folder`` is for its files; Unavailable if it is not installed.
     """
     program = find_program("bochs")
     common = (
@@ -108,8 +109,8 @@ def start_bochs(folder: Path, serial: Path, *configuration: str) -> subprocess.P
         *("panic: action=fatal", "error: action=ignore", "info: action=ignore"),
         f"log: {folder}/log",
     )
-    Path(folder, "rc").write_text("\n".join((*configuration, *common)) + "\n")
-    Path(folder, "go").write_text("c\n")
+    Path(folder, "rc").write_text("\n".join((*common, *configuration)) + "\n")
+    Path(folder, "go").write_text("c\n" * _DEBUGGER_STOPS)
     master, slave = pty.openpty()
     command = [program, "-q", "-f", f"{folder}/rc", "-rc", f"{folder}/go"]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder)

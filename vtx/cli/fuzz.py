@@ -51,7 +51,7 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
       1    a disagreement that is not explained
       2    Bochs, or the harness, is not there
     """
-    from vtx.fuzz.entries.experiment import BOCHS_MODEL, IMAGE, PROFILE, experiment  # noqa: PLC0415 - the machine too
+    from vtx.fuzz.entries.experiment import BOCHS, IMAGE, PROFILE, experiment  # noqa: PLC0415 - the machine too
     from vtx.fuzz.entries.known import KNOWN, case_of  # noqa: PLC0415
     from vtx.fuzz.entries.states import EntryGenerator  # noqa: PLC0415
     from vtx.fuzz.on_others import on_bochs  # noqa: PLC0415
@@ -62,7 +62,7 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
     generator = EntryGenerator.of(profile, seed)
     if listing:
         return _list(generator, count)
-    campaign = Campaign(experiment(generator), profile, IMAGE, partial(on_bochs, BOCHS_MODEL))
+    campaign = Campaign(experiment(generator), profile, IMAGE, partial(on_bochs, BOCHS))
     return campaign.run(KNOWN, case_of(generator, MEMORY), count, reduced)
 
 
@@ -87,8 +87,9 @@ def vmruns(oracle: str, count: int, seed: int, listing: bool, reduced: bool) -> 
       1    a disagreement that is not explained
       2    the other emulator, or the harness, is not there
     """
+    from vtx.fuzz.vmruns.case import case_of  # noqa: PLC0415
     from vtx.fuzz.vmruns.experiment import IMAGE, ORACLES, experiment  # noqa: PLC0415 - the machine comes with it
-    from vtx.fuzz.vmruns.known import KNOWN, case_of  # noqa: PLC0415
+    from vtx.fuzz.vmruns.known import KNOWN  # noqa: PLC0415
 
     other = ORACLES[oracle]
     generator = other.generator(seed)

@@ -5,7 +5,7 @@ A class is as narrow as the behaviour it is about: a disagreement belongs to it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from attrs import define, field, frozen
@@ -20,16 +20,15 @@ K = TypeVar("K")
 class Known(Generic[K]):
     """A class: ``id``, who is right (``vtx``, the other, or ``both``), the section that says so, and its members.
 
-    ``explains`` names what of a result the class is about, None for all of it. ``overlooked`` are rules that the other
-    one does not check, or not at their stage.
+    ``explains`` names what of a disagreement it explains, nothing for one that does not belong to it. ``overlooked``
+    are rules that the other one does not check, or not at their stage.
     """
 
     id: str
     verdict: str
     ref: Reference | None
-    applies: Callable[[K], bool]
+    explains: Callable[[K], Collection[str]]
     overlooked: tuple[str, ...] = ()
-    explains: frozenset[str] | None = None
 
 
 @define
@@ -58,8 +57,8 @@ def explanation(known: Sequence[Known[K]], case: K, differing: frozenset[str]) -
     """The first classes that together explain all that differs; none if something is left."""
     left, found = differing, []
     for each in known:
-        explained = left if each.explains is None else left & each.explains
-        if explained and each.applies(case):
+        explained = left.intersection(each.explains(case))
+        if explained:
             found.append(each)
             left -= explained
         if not left:

@@ -97,7 +97,7 @@ class Generator(ABC, Generic[F]):
 
     def __iter__(self) -> Iterator[State]:
         """The states, without end; the bases as they are come first."""
-        yield from filter(self.returns, (State(number, ()) for number in range(len(self.bases))))
+        yield from (State(number, ()) for number in range(len(self.bases)))
         while True:
             state = self._draw()
             if self.returns(state):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,16 +21,15 @@ _SECONDS_WITHOUT_A_LINE: Final = 5.0
 Starter = Callable[[Path, Path, Path], "subprocess.Popen[bytes]"]
 
 
-def on_bochs(model: str, profile: Profile, image: bytes, module: bytes) -> str:
-    """What the guest ``image`` prints for a ``module`` on the processor that Bochs calls ``model``.
+def on_bochs(processor: Sequence[str], profile: Profile, image: bytes, module: bytes) -> str:
+    """What the guest ``image`` prints for a ``module``; ``processor`` are lines of Bochs's configuration.
 
     ``profile`` is that of the machine whose memory is taken. Unavailable if Bochs is not installed, ValueError if the
     module is too long for a ROM.
     """
 
     def start(folder: Path, rom: Path, serial: Path) -> subprocess.Popen[bytes]:
-        lines = f"megs: {MEMORY >> 20}", f"romimage: file={rom}", f"cpu: model={model}, ips=10000000"
-        return start_bochs(folder, serial, *lines)
+        return start_bochs(folder, serial, f"megs: {MEMORY >> 20}", f"romimage: file={rom}", *processor)
 
     return _printed(start, profile, image, module)
 

@@ -74,3 +74,10 @@ def test_programs_on_the_model() -> None:
     assert (fault.code, fault.info1, fault.info2) == (PAGE_FAULT, 3, scene.READ_ONLY + 0x10)
     assert invalid == INVALID
     assert dict(real.changed)[0x578] == scene.HANDLERS - scene.CODE + 3 * 16
+
+
+def test_an_instruction_of_the_guest_ends_its_interrupt_shadow() -> None:
+    shadow = {BY_NAME["interrupt state"]: 1}
+    (stays, *ended) = run(*(state(program=name, changes=shadow) for name in ("nothing", "SLDT", "CLI")))
+    assert scene.INTERRUPT_STATE.offset not in dict(stays.changed)
+    assert [dict(result.changed)[scene.INTERRUPT_STATE.offset] for result in ended] == [0, 0]

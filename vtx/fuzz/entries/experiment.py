@@ -12,7 +12,7 @@ from vtx.fuzz.exchange import Format
 
 IMAGE: Final = "entries"
 PROFILE: Final = "bochs-skylake-x"
-BOCHS_MODEL: Final = "corei7_skylake_x"
+BOCHS: Final = ("cpu: model=corei7_skylake_x, ips=10000000",)
 FORMAT: Final = Format(b"VMCSTTES", lambda encoding: encoding)
 
 

@@ -85,9 +85,20 @@ def _invalid_guest(result: Result) -> bool:
     return result.number == Reason.ENTRY_FAILURE_GUEST_STATE | _ENTRY_FAILURE
 
 
+def _known(
+    identity: str,
+    verdict: str,
+    ref: Reference | None,
+    applies: Callable[[Case], bool],
+    overlooked: tuple[str, ...] = (),
+) -> Known[Case]:
+    """A class of those for which ``applies`` holds; ``overlooked`` are rules that Bochs does not check."""
+    return Known(identity, verdict, ref, lambda case: ("result",) if applies(case) else (), overlooked)
+
+
 def _overlooks(identity: str, ref: Reference, *rules: str, verdict: str = "vtx") -> Known[Case]:
     """A class of states that break one of ``rules``, which Bochs does not check, or not at that stage."""
-    return Known(identity, verdict, ref, lambda case: any(case.rejected(rule) for rule in rules), rules)
+    return _known(identity, verdict, ref, lambda case: any(case.rejected(rule) for rule in rules), rules)
 
 
 def _privilege_level_of_cs(case: Case) -> bool:
@@ -170,7 +181,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
         "controls.entry-to-smm-outside-smm",
         "controls.deactivate-dual-monitor-outside-smm",
     ),
-    Known("other-event", "vtx", _ENTRY_CONTROLS, _other_event, _OTHER_EVENT),
+    _known("other-event", "vtx", _ENTRY_CONTROLS, _other_event, _OTHER_EVENT),
     _overlooks("performance-msr", _HOST_REGISTERS, "host.perf-global-ctrl-reserved", "guest.perf-global-ctrl-reserved"),
     _overlooks("debugctl-bits", _GUEST_REGISTERS, "guest.debugctl-reserved", verdict="both"),
     _overlooks("ia32e-paging", _GUEST_REGISTERS, "guest.ia32e-mode-paging"),
@@ -179,16 +190,16 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
     _overlooks("pending-debug-step", _NON_REGISTER, "guest.pending-debug-single-step"),
     _overlooks("hlt-injection", _NON_REGISTER, "guest.hlt-injection"),
     _overlooks("data-segment-rpl", _GUEST_SEGMENTS, *(f"guest.{name}-dpl-rpl" for name in ("ds", "es", "fs", "gs"))),
-    Known("null-ss", "vtx", _GUEST_SEGMENTS, _null_ss),
-    Known("cs-privilege-level", "vtx", _GUEST_SEGMENTS, _privilege_level_of_cs, _DPL_OF_CS),
-    Known(
+    _known("null-ss", "vtx", _GUEST_SEGMENTS, _null_ss),
+    _known("cs-privilege-level", "vtx", _GUEST_SEGMENTS, _privilege_level_of_cs, _DPL_OF_CS),
+    _known(
         "nmi-qualification",
         "vtx",
         _FAILURES,
         lambda case: "guest.nmi-injection-sti" in case.reported and _invalid_guest(case.theirs),
     ),
-    Known("order", "both", _ENTRY_CONTROLS, _order),
-    Known(
+    _known("order", "both", _ENTRY_CONTROLS, _order),
+    _known(
         "msrs-that-exist",
         "both",
         _LOADING_MSRS,
@@ -196,7 +207,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             case.ours.number == Reason.ENTRY_FAILURE_MSR_LOADING | _ENTRY_FAILURE and not case.rejected_by_them()
         ),
     ),
-    Known(
+    _known(
         "enabled-breakpoint",
         "vtx",
         _PENDING_DEBUG,
@@ -206,7 +217,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and case.theirs.interruption != _DEBUG_EXCEPTION
         ),
     ),
-    Known(
+    _known(
         "breakpoints-met",
         "vtx",
         _PENDING_DEBUG,
@@ -215,13 +226,13 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and case.ours.qualification & ~_BREAKPOINTS == case.theirs.qualification
         ),
     ),
-    Known(
+    _known(
         "nmi-window",
         "vtx",
         _OTHER_CAUSES,
         lambda case: case.ours.number == Reason.NMI_WINDOW and case.on(c.NMI_WINDOW_EXITING) and not _rejects(case),
     ),
-    Known(
+    _known(
         "timer-in-shadow",
         "vtx",
         _TIMER,
@@ -231,7 +242,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and not _rejects(case)
         ),
     ),
-    Known(
+    _known(
         "timer-value",
         "both",
         _TIMER,
@@ -243,7 +254,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and not case.rules
         ),
     ),
-    Known(
+    _known(
         "paging-structure-access",
         "vtx",
         _EPT_VIOLATIONS,
@@ -253,9 +264,9 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and bool(case[f.EPT_POINTER] & 1 << 6)
         ),
     ),
-    Known("implicit-access", "vtx", sdm("Paging", "Determination of Access Rights"), _implicit_access),
-    Known("code-segment-limit", "Bochs", sdm("Protection", "Limit Checking"), _beyond_the_limit),
-    Known("no-memory-there", "both", None, _outside_memory),
+    _known("implicit-access", "vtx", sdm("Paging", "Determination of Access Rights"), _implicit_access),
+    _known("code-segment-limit", "Bochs", sdm("Protection", "Limit Checking"), _beyond_the_limit),
+    _known("no-memory-there", "both", None, _outside_memory),
 )
 
 

@@ -5,38 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
-from attrs import frozen
-
-from vmcs.vmcb.fields import BY_NAME, VmcbField
 from vtx.fuzz.classes import Known
-from vtx.fuzz.compare import Disagreement
-from vtx.fuzz.vmruns.results import Result
-from vtx.fuzz.vmruns.states import VmrunGenerator
+from vtx.fuzz.vmruns.case import Case
+from vtx.fuzz.vmruns.known_bochs import OF_BOCHS
+from vtx.fuzz.vmruns.known_qemu import OF_QEMU
 
-
-@frozen
-class Case:
-    """A disagreement and the VMCB it is about: ``case["RIP"]`` is what the field held at VMRUN."""
-
-    ours: Result
-    theirs: Result
-    rules: tuple[str, ...]
-    fields: Mapping[VmcbField, int]
-
-    def __getitem__(self, name: str) -> int:
-        return self.fields[BY_NAME[name]]
-
-
-KNOWN: Final[Mapping[str, tuple[Known[Case], ...]]] = {"bochs": (), "qemu": ()}
-
-
-def case_of(generator: VmrunGenerator) -> Callable[[Disagreement[Result]], Case]:
-    """What the classes look at in a disagreement."""
-
-    def case(found: Disagreement[Result]) -> Case:
-        return Case(found.ours, found.theirs, found.rules, generator.fields(found.state))
-
-    return case
+KNOWN: Final[Mapping[str, tuple[Known[Case], ...]]] = {"bochs": OF_BOCHS, "qemu": OF_QEMU}

@@ -86,9 +86,7 @@ _DEFINED: Final[Mapping[VmcbField, int]] = {
     scene.INTERRUPT_STATE: layouts.INTERRUPT_SHADOW,
     scene.NEXT_RIP: MASK64,
 }
-_SAVED: Final = tuple(
-    each for each in (*scene.WRITTEN, scene.HOST_DEBUG_EXCEPTIONS) if each.offset >= SAVE_AREA or each in _DEFINED
-)
+_SAVED: Final = tuple(each for each in (*scene.WRITTEN, *scene.HOST) if each.offset >= SAVE_AREA or each in _DEFINED)
 # Exit codes with an EXITINFO1, or EXITINFO2, on processors without decode assists too.
 _INFO1: Final = frozenset((Exit.IOIO, Exit.MSR, Exit.TASK_SWITCH, Exit.NPF, Exit.SMI)) | {
     each.number for each in EXIT_CODES if each.info1 == "error code"
@@ -124,10 +122,11 @@ def _event(word: int) -> int:
     """EXITINTINFO without what has no meaning."""
     if not word & layouts.EVENT_VALID:
         return 0
-    return word if word & layouts.EVENT_ERROR_CODE_VALID else word & _WITHOUT_ERROR_CODE
+    return word & (_EVENT_WITH_ERROR_CODE if word & layouts.EVENT_ERROR_CODE_VALID else _EVENT)
 
 
-_WITHOUT_ERROR_CODE: Final = 0xFFFF_FFFF
+_EVENT: Final = 0x8000_0FFF
+_EVENT_WITH_ERROR_CODE: Final = 0xFFFF_FFFF << 32 | _EVENT
 
 
 def differences(one: Mapping[str, int], other: Mapping[str, int]) -> frozenset[str]:

@@ -59,7 +59,7 @@ _DESCRIPTORS: Final = (
     *(0x00CF_F300_0000_FFFF, 0x00CF_1300_0000_FFFF, 0x0000_8900_0000_0067 | (TSS & 0xFF_FFFF) << 16 | TSS >> 24 << 56),
 )
 _GATE_64, _GATE_32 = 0x8E, 0xEE  # the latter may be called from privilege level 3
-_HANDLER_SIZE: Final = 16
+HANDLER_SIZE: Final = 16
 
 
 def memory() -> dict[int, bytes]:
@@ -92,8 +92,8 @@ def _guest_pages() -> dict[int, bytes]:
     for number, program in enumerate(PROGRAMS):
         slot = program.code + VMMCALL * (SLOT // len(VMMCALL))
         code[number * SLOT : number * SLOT + SLOT] = slot[:SLOT]
-    handler_code = (VMMCALL + bytes(_HANDLER_SIZE - len(VMMCALL))) * 256
-    handlers = [HANDLERS + vector * _HANDLER_SIZE for vector in range(256)]
+    handler_code = (VMMCALL + bytes(HANDLER_SIZE - len(VMMCALL))) * 256
+    handlers = [HANDLERS + vector * HANDLER_SIZE for vector in range(256)]
     tss_64 = struct.pack("<I3Q", 0, *[STACK + PAGE // 4] * 3)
     tss_32 = struct.pack("<3I", 0, STACK + PAGE // 4, DATA_0)
     return {
@@ -143,13 +143,14 @@ RIP, RSP, RAX, RFLAGS = (BY_NAME[name] for name in ("RIP", "RSP", "RAX", "RFLAGS
 REGISTERS: Final[Mapping[Gpr, VmcbField]] = {
     register: VmcbField(register.name, len(FIELDS) + register, BLOCK_SIZE + 8 * register, 8) for register in Gpr
 } | {Gpr.RAX: RAX, Gpr.RSP: RSP}
-HOST_DEBUG_EXCEPTIONS: Final = VmcbField(
-    "debug exceptions in the host", len(FIELDS) + len(Gpr), BLOCK_SIZE + 8 * len(Gpr), 8
+HOST: Final = tuple(
+    VmcbField(name, len(FIELDS) + len(Gpr) + number, BLOCK_SIZE + 8 * (len(Gpr) + number), 8)
+    for number, name in enumerate(("debug exceptions in the host", "host CR0", "host CR4", "host EFER"))
 )
-BY_ENCODING: Final[Mapping[int, VmcbField]] = {
-    each.encoding: each for each in (*FIELDS, *REGISTERS.values(), HOST_DEBUG_EXCEPTIONS)
-}
+"""What the harness adds: how the host was found, where it is not as it should be."""
+BY_ENCODING: Final[Mapping[int, VmcbField]] = {each.encoding: each for each in (*FIELDS, *REGISTERS.values(), *HOST)}
 ENCODINGS: Final = max(BY_ENCODING) + 1
+
 # What #VMEXIT writes, what is about earlier VMRUNs, and what no profile here has.
 _NOT_WRITTEN: Final = frozenset(
     BY_NAME[name]
@@ -159,9 +160,7 @@ _NOT_WRITTEN: Final = frozenset(
         *("AVIC PHYSICAL_TABLE pointer", "GDTR selector", "GDTR attributes", "IDTR selector", "IDTR attributes"),
     )
 )
-WRITTEN: Final = tuple(
-    each for each in BY_ENCODING.values() if each not in _NOT_WRITTEN and each is not HOST_DEBUG_EXCEPTIONS
-)
+WRITTEN: Final = tuple(each for each in BY_ENCODING.values() if each not in _NOT_WRITTEN and each not in HOST)
 # Which translations of the guest before this one would be used is nobody's business.
 CHANGED: Final = tuple(each for each in WRITTEN if each is not BY_NAME["TLB_CONTROL"])
 
@@ -232,7 +231,7 @@ _COMMON: Final[Mapping[str, int]] = {
     "IDTR base": IDT_64,
     "LDTR attributes": 0x82,
     "TR selector": TSS_SELECTOR,
-    "TR attributes": 0x8B,
+    "TR attributes": 0x89,  # not busy, as QEMU uses no other
     "TR limit": 0x67,
     "TR base": TSS,
     "EFER": _LONG,
@@ -256,7 +255,6 @@ _PROTECTED: Final[Mapping[str, int]] = {
     **_segments({"": DATA_0, "CS": CODE_32}, {"": 0xC93, "CS": 0xC9B}),
     "EFER": _LEGACY,
     "IDTR base": IDT_32,
-    "TR attributes": 0x89,  # a busy TSS is one that QEMU takes no stack pointers from
     "TR base": TSS_32,
 }
 _PAE_PAGING: Final = {**_PROTECTED, "CR3": PAE_POINTERS}

@@ -9,9 +9,9 @@ from typing import Final
 from attrs import define
 
 from vmcs.vmcb import layouts
-from vmcs.vmcb.fields import BY_NAME, Vmcb, VmcbField
+from vmcs.vmcb.fields import BY_NAME, SAVE_AREA, Vmcb, VmcbField
 from vmcs.vmcb.intercepts import LAST_INTERCEPT, Exit
-from vmcs.vmcb.model import VmrunContext
+from vmcs.vmcb.model import Rule, VmrunContext
 from vmcs.vmcb.rules import RULES
 from vtx.fuzz.drawing import Generator, State
 from vtx.fuzz.vmruns import scene
@@ -68,28 +68,32 @@ _SPECIAL: Final[Mapping[VmcbField, tuple[int, ...]]] = {
 }
 _ALL_EXCEPTIONS: Final = 0xFFFF_FFFF
 _EXCEPTIONS: Final = scene.INTERCEPTS[Exit.EXCEPTION_0 >> 5]
+_CS_BASE: Final = BY_NAME["CS base"]
+_PLACES: Final = (
+    *(_CS_BASE, BY_NAME["CS attributes"], BY_NAME["SS base"], BY_NAME["SS attributes"], BY_NAME["IDTR base"]),
+    *(scene.RSP, scene.CR0),
+)
 _CODE_SIZE: Final = scene.CODE_PAGES * scene.PAGE
 
 
 @define(eq=False)
 class VmrunGenerator(Generator[VmcbField]):
-    """VMCBs for a processor of ``profile``; ``survives`` tells after which the one it is compared with goes on."""
+    """VMCBs for a processor of ``profile``."""
 
     profile: Profile
     context: VmrunContext
-    survives: Callable[[Vmcb], bool]
 
     names = tuple(base.name for base in scene.BASES)
     by_encoding = scene.BY_ENCODING
     rules = RULES
 
     @classmethod
-    def of(cls, profile: Profile, seed: int, survives: Callable[[Vmcb], bool] = lambda block: True) -> VmrunGenerator:
+    def of(cls, profile: Profile, seed: int) -> VmrunGenerator:
         """A generator at its beginning; ValueError if a base is not valid on this processor."""
         bases = tuple(scene.fields_of(base) for base in scene.BASES)
         block = Vmcb([0] * scene.ENCODINGS)
         context = context_of(profile, msrs_of(profile)[IA32_EFER], block, host_paging=True)
-        generator = cls(seed, bases, scene.memory(), random.Random(seed), scene.CHANGED, profile, context, survives)
+        generator = cls(seed, bases, scene.memory(), random.Random(seed), scene.CHANGED, profile, context)
         generator.check_bases()
         return generator
 
@@ -101,8 +105,8 @@ class VmrunGenerator(Generator[VmcbField]):
     def methods(self) -> Sequence[Callable[[], None]]:
         """See `Generator.methods`."""
         return (
-            *(self.nothing, self.nothing, self.flip_one, self.change_one, self.change_one, self.change_some),
-            *(self.toggle_intercepts, self.break_rule, self.round_then_flip),
+            *(self.nothing, self.flip_one, self.change_one, self.change_some, self.toggle_intercepts),
+            *(self.break_rule, self.break_rule, self.break_rule, self.round_then_flip),
         )
 
     def values(self, each: VmcbField) -> Sequence[int]:
@@ -138,6 +142,12 @@ class VmrunGenerator(Generator[VmcbField]):
     def _toggle(self, number: int) -> None:
         self.structure[scene.INTERCEPTS[number >> 5]] ^= 1 << (number & 31)
 
+    def make_applicable(self, rule: Rule) -> None:
+        """Switch on what the rule's condition reads, where that is in the control area."""
+        for each, mask in rule.when.reads:
+            if each.offset < SAVE_AREA and not rule.applies(self.context):
+                self.structure[each] |= mask
+
     def nothing(self) -> None:
         """The program alone."""
 
@@ -157,15 +167,21 @@ class VmrunGenerator(Generator[VmcbField]):
         for each, mask in scene.ALWAYS_INTERCEPTED.items():
             if block[each] & mask != mask:
                 return False
-        return _stays(block) and _does_no_harm(block) and self.survives(block)
+        if not _is_paged(block) and not self._stays(state.base):
+            return False
+        return _does_no_harm(block)
+
+    def _stays(self, base: int) -> bool:
+        """Whether a guest that can reach all memory stays where it belongs: it has code and stack of its base."""
+        block, fields = self.structure, self.bases[base]
+        linear = block[_CS_BASE] + block[scene.RIP] & MASK64
+        unchanged = all(block[each] == fields[each] for each in _PLACES)
+        return unchanged and scene.CODE <= linear < scene.CODE + _CODE_SIZE
 
 
-def _stays(block: Vmcb) -> bool:
-    """Whether the guest's code is its own: without any paging, all memory is there."""
-    if block[scene.CR0] & Cr0.PG or block[scene.NESTED_CONTROL] & layouts.NP_ENABLE:
-        return True
-    linear = block[BY_NAME["CS base"]] + block[scene.RIP] & MASK64
-    return scene.CODE <= linear < scene.CODE + _CODE_SIZE
+def _is_paged(block: Vmcb) -> bool:
+    """Whether page tables, the guest's or its hypervisor's, are between the guest and memory."""
+    return bool(block[scene.CR0] & Cr0.PG or block[scene.NESTED_CONTROL] & layouts.NP_ENABLE)
 
 
 def _does_no_harm(block: Vmcb) -> bool:

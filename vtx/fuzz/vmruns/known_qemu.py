@@ -1,0 +1,278 @@
+"""Where this model and QEMU 7.2, without KVM, are known to differ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from vmcs.refs import apm
+from vmcs.vmcb import layouts
+from vmcs.vmcb.intercepts import Exit
+from vtx.fuzz.classes import Known
+from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
+from vtx.fuzz.vmruns.known_common import (
+    CHECKS,
+    DEBUG_REGISTERS,
+    HIGH_HALVES,
+    INJECTION,
+    LAYOUT,
+    MAPS_NOT_IN_USE,
+    MSR_WIDTHS,
+    NO_MEMORY,
+    NO_REPETITION,
+    RESERVED_CR0,
+    RESERVED_FLAGS,
+    RF,
+    RFLAGS,
+    SVM,
+    TABLE_LIMITS,
+    UNOBSERVED_ATTRIBUTES,
+    VMLOAD,
+    VMRUN,
+    WITHIN_TABLE_LIMITS,
+    flags_in_memory,
+)
+from vtx.x86.outcome import Vector
+from vtx.x86.state import Cr0, Cr4, Efer, Rflags
+
+_INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
+_EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
+_VECTORS: Final = apm("Exceptions and Interrupts", "Vectors")
+_ADDRESS_SIZES: Final = 0x380
+_DR6_WRITABLE, _DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
+_DR7_RESERVED, _DR7_ONES = 0xD800, 0x400
+_PRESENT, _RESERVED = 1, 8
+_LMA: Final = int(Efer.LMA)
+_AVAILABLE_TSS: Final = 9
+
+
+def _ignores_shadow(case: Case) -> bool:
+    """The guest began in an interrupt shadow, with a virtual interrupt that is due after it."""
+    shadow = case["interrupt state"] & layouts.INTERRUPT_SHADOW
+    return bool(shadow and case["virtual interrupt control"] & layouts.V_IRQ and case["RFLAGS"] & Rflags.IF)
+
+
+def _privilege_level(case: Case) -> int:
+    """The guest's privilege level, which CPL has unless the mode decides."""
+    if case.real:
+        return 0
+    return 3 if case.virtual_8086 else case["CPL"] & 3
+
+
+def _idt_error_code(case: Case) -> Collection[str]:
+    """An error code that names a gate: QEMU forgets that the event was external, and takes every gate for 16 bytes."""
+
+    def alike(ours: int, theirs: int) -> bool:
+        gate = ours & 0xFFFF
+        return bool(gate & 2) and theirs & ~0xFFFF == ours & ~0xFFFF and theirs & 0xFFFF in (gate & ~1, _double(gate))
+
+    return case.where((*case.memory, "EXITINFO1"), alike)
+
+
+def _double(gate: int) -> int:
+    return 2 * (gate & ~7) | 2
+
+
+def _without_exit(case: Case) -> bool:
+    """QEMU has no check for the intercept of what the guest is about to execute."""
+    missing = {
+        "RDTSCP": Exit.RDTSCP,
+        "INVD": Exit.INVD,
+        "INT3": Exit.EXCEPTION_0 + Vector.BP,
+        "INTO": Exit.EXCEPTION_0 + Vector.OF,
+        "LMSW": Exit.CR0_SEL_WRITE,
+    }
+    return any(case.runs(name) and case.ours.code == code for name, code in missing.items())
+
+
+def _privilege_first(case: Case) -> bool:
+    """An instruction that is undefined where the guest is, at a privilege level that may not execute it either."""
+    return case.exception(Vector.UD)[0] and case.exception(Vector.GP)[1] and _privilege_level(case) > 0
+
+
+def _long_mode_active(case: Case) -> bool:
+    """EFER.LMA was not what EFER.LME and CR0.PG make it."""
+    return bool(case["EFER"] & Efer.LMA) != case.long_mode
+
+
+def _event_type(case: Case) -> int:
+    return case["EVENTINJ"] >> layouts.EVENT_TYPE_SHIFT & 7
+
+
+def _is_injected(case: Case) -> bool:
+    return bool(case["EVENTINJ"] & layouts.EVENT_VALID)
+
+
+def _error_code(case: Case) -> bool:
+    """An event that is injected with an error code that its vector does not have, or without one that it has."""
+    if not _is_injected(case):
+        return False
+    valid = bool(case["EVENTINJ"] & layouts.EVENT_ERROR_CODE_VALID)
+    has_one = case["EVENTINJ"] & 0xFF in _WITH_ERROR_CODE and _event_type(case) == layouts.InjectedType.EXCEPTION
+    return valid != has_one
+
+
+def _page_directory_pointers(case: Case) -> bool:
+    """PAE paging without nested paging, and CR3 leads to what are no page-directory pointers."""
+    pae = case["CR0"] & Cr0.PG and case["CR4"] & Cr4.PAE and not case["EFER"] & Efer.LME
+    return case.invalid == (True, False) and not case.rules and bool(pae)
+
+
+def _faults(case: Case) -> bool:
+    """Whether the model had an exception of an access to memory."""
+    return any(case.exception(vector)[0] for vector in (Vector.SS, Vector.GP, Vector.PF))
+
+
+def _not_canonical(case: Case) -> bool:
+    """An address beyond 48 bits faults, in long mode, before it is translated."""
+    return case.long_mode and (case.exception(Vector.SS)[0] or case.exception(Vector.GP)[0])
+
+
+def _segment_checks(case: Case) -> bool:
+    """Attributes or limit of a segment make us raise an exception, which QEMU does not look for."""
+    faults = case.exception(Vector.GP)[0] or case.exception(Vector.SS)[0] or case.ours.code == Exit.SHUTDOWN
+    return (faults and not case.in_64_bit_mode and case.ours.code != case.theirs.code) or case.runs("LGDT", "LIDT")
+
+
+_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21, 29, 30))
+
+OF_QEMU: Final[tuple[Known[Case], ...]] = (
+    overlooks("nested-paging-fields", CHECKS, "vmrun.g-pat", "vmrun.n-cr3-reserved"),
+    overlooks("event-vectors", INJECTION, "vmrun.event-vector"),
+    Known("resume-flag", "vtx", RFLAGS, flags_in_memory(RF)),
+    in_fields(
+        "io-address-size",
+        "vtx",
+        _INTERCEPTS,
+        ("EXITINFO1",),
+        lambda ours, theirs: ours & ~_ADDRESS_SIZES == theirs,
+        lambda case: case.exits == (Exit.IOIO, Exit.IOIO),
+    ),
+    MSR_WIDTHS,
+    TABLE_LIMITS,
+    HIGH_HALVES,
+    RESERVED_FLAGS,
+    RESERVED_CR0,
+    UNOBSERVED_ATTRIBUTES,
+    in_fields(
+        "debug-register-ones",
+        "vtx",
+        DEBUG_REGISTERS,
+        ("DR6", "DR7", "RCX"),
+        lambda ours, theirs: (
+            ours in (theirs & _DR6_WRITABLE | _DR6_ONES, theirs & ~_DR7_RESERVED & 0xFFFF_FFFF | _DR7_ONES)
+        ),
+    ),
+    in_fields("efer-lma", "vtx", VMRUN, ("EFER",), lambda ours, theirs: ours ^ theirs == _LMA),
+    in_fields(
+        "host-cr0",
+        "vtx",
+        apm(SVM, "#VMEXIT"),
+        ("host CR0",),
+        lambda ours, theirs: bool(theirs),
+        lambda case: bool(case["EFER"] & Efer.LME and not case["CR0"] & Cr0.PG),
+    ),
+    all_of_it("interrupt-shadow", "vtx", VMRUN, _ignores_shadow),
+    in_fields(
+        "interrupt-shadow",
+        "vtx",
+        VMRUN,
+        ("interrupt state",),
+        lambda ours, theirs: (ours, theirs) == (1, 0),
+        lambda case: bool(case["interrupt state"] & layouts.INTERRUPT_SHADOW),
+    ),
+    Known("idt-error-code", "vtx", _VECTORS, _idt_error_code),
+    in_fields(
+        "int3-type",
+        "vtx",
+        apm(SVM, "State Saved on Exit"),
+        ("EXITINTINFO",),
+        lambda ours, theirs: (ours >> layouts.EVENT_TYPE_SHIFT & 7, theirs >> layouts.EVENT_TYPE_SHIFT & 7) == (3, 4),
+        lambda case: case.runs("INT3", "INTO"),
+    ),
+    all_of_it("missing-intercepts", "vtx", _INTERCEPTS, _without_exit),
+    all_of_it("int1", "vtx", _INTERCEPTS, lambda case: case.runs("INT1")),
+    all_of_it(
+        "vmload-always-exits",
+        "vtx",
+        VMLOAD,
+        lambda case: case.runs("VMLOAD", "VMSAVE") and case.theirs.code in (Exit.VMLOAD, Exit.VMSAVE),
+    ),
+    all_of_it("undefined-before-privilege", "vtx", apm("Exceptions and Interrupts", "Priorities"), _privilege_first),
+    in_fields(
+        "null-ldt",
+        "vtx",
+        LAYOUT,
+        ("LDTR attributes",),
+        lambda ours, theirs: not ours & 0x80,
+        lambda case: case.runs("LLDT"),
+    ),
+    all_of_it("vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)),
+    all_of_it("efer-lma", "vtx", VMRUN, _long_mode_active),
+    all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and not case.intercepts(Exit.RDPMC)),
+    all_of_it(
+        "sysenter-in-long-mode",
+        "vtx",
+        apm("System Instruction Reference", "SYSENTER"),
+        lambda case: case.runs("SYSENTER") and case.long_mode,
+    ),
+    all_of_it("event-error-code", "vtx", INJECTION, _error_code),
+    all_of_it("page-directory-pointers", "vtx", CHECKS, _page_directory_pointers),
+    overlooks("cr4-features", CHECKS, "vmrun.cr4-reserved"),
+    NO_REPETITION,
+    MAPS_NOT_IN_USE,
+    in_fields(
+        "virtual-interrupt-delivery",
+        "vtx",
+        apm(SVM, "Injecting Virtual (INTR) Interrupts"),
+        ("EXITINTINFO", "virtual interrupt control"),
+        lambda ours, theirs: ours != theirs,
+        lambda case: bool(case["virtual interrupt control"] & layouts.V_IRQ),
+    ),
+    all_of_it(
+        "virtual-vector",
+        "vtx",
+        LAYOUT,
+        lambda case: bool(
+            case["virtual interrupt control"] & layouts.V_IRQ and case["virtual interrupt control"] >> 40
+        ),
+    ),
+    all_of_it("monitor-access", "vtx", _INTERCEPTS, lambda case: case.runs("MONITOR") and _faults(case)),
+    all_of_it("canonical", "vtx", _VECTORS, _not_canonical),
+    all_of_it(
+        "tss-type",
+        "vtx",
+        VMRUN,
+        lambda case: case.theirs.kind != "exit" and case["TR attributes"] & 0x1F != _AVAILABLE_TSS,
+    ),
+    all_of_it(
+        "skinit",
+        "both",
+        apm("System Instruction Reference", "SKINIT"),
+        lambda case: case.runs("SKINIT"),
+    ),
+    all_of_it(
+        "double-fault",
+        "vtx",
+        _EXCEPTIONS,
+        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DF and case.theirs.code != case.ours.code,
+    ),
+    in_fields(
+        "reserved-is-present",
+        "vtx",
+        apm("Page Translation and Protection", "Page-Protection Checks"),
+        ("EXITINFO1",),
+        lambda ours, theirs: ours ^ theirs == _PRESENT and bool(ours & _RESERVED),
+        lambda case: case.ours.code in (Exit.NPF, Exit.EXCEPTION_0 + Vector.PF),
+    ),
+    all_of_it("null-tss", "vtx", apm("System Instruction Reference", "LTR"), lambda case: case.runs("LTR")),
+    all_of_it(
+        "privilege-level",
+        "vtx",
+        VMRUN,
+        lambda case: case["SS attributes"] >> 5 & 3 != _privilege_level(case),
+    ),
+    WITHIN_TABLE_LIMITS,
+    all_of_it("segment-checks", "vtx", apm("Segmented Virtual Memory", "Limit Checks"), _segment_checks),
+    NO_MEMORY,
+)
