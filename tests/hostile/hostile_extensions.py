@@ -301,6 +301,26 @@ def _vmcb(source: random.Random, guest: CpuState, nested_root: int) -> Vmcb:
     return vmcb
 
 
+def _with_avic(memory: PhysicalMemory, image: bytes) -> bytes:
+    """Now and then, the control block with AVIC: tables with something wrong in them, a page in the guest's way."""
+    source = random.Random(image)
+    if source.random() > 0.3:
+        return image
+    vmcb = Vmcb.from_image(image)
+    vmcb[BY_NAME["virtual interrupt control"]] |= source.choice((1 << 31, 1 << 31, 3 << 30)) | 1 << 24
+    vmcb[BY_NAME["nested paging and encryption control"]] |= 1
+    vmcb[BY_NAME["AVIC APIC_BAR"]] = source.choice(at.ADDRESSES) & ~0xFFF
+    vmcb[BY_NAME["AVIC APIC_BACKING_PAGE pointer"]] = source.choice((at.VIRTUAL_APIC, at.VIRTUAL_APIC, at.NOWHERE))
+    vmcb[BY_NAME["AVIC PHYSICAL_TABLE pointer"]] = at.LISTS | source.choice((0, 1, 3, 0xFF, 0x1FF))
+    vmcb[BY_NAME["AVIC LOGICAL_TABLE pointer"]] = at.LISTS + source.choice((0, 0x1000))
+    for number in range(4):
+        page = source.choice((at.VIRTUAL_APIC, at.VIRTUAL_APIC, at.DATA, at.NOWHERE, 1 << 51))
+        memory.write_u64(at.LISTS + 8 * number, page | source.getrandbits(2) << 62 | source.randrange(3))
+    if source.random() < 0.5:
+        memory.write(at.VIRTUAL_APIC, source.randbytes(0x400))
+    return vmcb.to_image()
+
+
 def install_svm(machine: Machine, source: random.Random, guest: CpuState | None) -> None:
     """Enable SVM: with a host about to run ``guest``, or as it is."""
     cpu, memory = machine.cpu, machine.memory
@@ -310,7 +330,7 @@ def install_svm(machine: Machine, source: random.Random, guest: CpuState | None)
     cpu.state.efer |= 0x1000
     cpu.msrs.write(VM_HSAVE_PA, at.OTHER_VMCS + 0x1000)
     root = _second_level(memory, source, ept=False)
-    image = _vmcb(source, guest or cpu.state, root).to_image()
+    image = _with_avic(memory, _vmcb(source, guest or cpu.state, root).to_image())
     memory.write(at.VMCS_REGION, image)
     memory.write(at.OTHER_VMCS, image)
     if source.random() < 0.4:
