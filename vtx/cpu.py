@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vtx.vmx import Vmx
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
-_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "kernel_gs_base", "debugctl", "last_branch", "smbase"})
+_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "pkru", "kernel_gs_base", "debugctl", "last_branch", "smbase"})
 
 
 class Cpu(LogicalProcessor):

@@ -100,7 +100,6 @@ class MmuMachine(RuleBasedStateMachine):
         for index, config in enumerate(configs):
             self.overlays[index] = lambda memory, config=config: ExtendedPageTables(config, memory)
         self.states = {vpid: self.new_state() for vpid in (0, 1, 2)}
-        self.pkru = dict.fromkeys(self.states, 0)
         self.regime = REGIMES[0]
         self.mmu.vm_transition(self.state, self.second_levels[None], 0, flush=True)
 
@@ -244,7 +243,6 @@ class MmuMachine(RuleBasedStateMachine):
     def enter(self, regime):
         self.regime = regime
         vpid, ept = regime
-        self.mmu.pkru = self.pkru[vpid]
         self.mmu.vm_transition(self.state, self.second_levels[ept], vpid, flush=vpid == 0)
 
     @rule(regime=st.sampled_from(REGIMES))
@@ -266,8 +264,7 @@ class MmuMachine(RuleBasedStateMachine):
 
     @rule(value=st.integers(0, 15))
     def write_pkru(self, value):
-        self.pkru[self.regime[0]] = value
-        self.mmu.pkru = value
+        self.state.pkru = value
         self.mmu.update(self.state)
 
     @rule()

@@ -43,7 +43,7 @@ class Context:
         self._image = image = memoryview(self._buffer).cast("B")
         self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
         self._hidden = self._hidden_flags = 0
-        self._traps_popf = False
+        self._traps_popf = self._extended = False
         self.kind = 16
         """Kind of the code being run (see `vtx.engine.code_kind`)."""
         self._kind_flags = 0
@@ -87,11 +87,6 @@ class Context:
         """The linear address of a fetch: outside 64-bit mode the library adds CS base and EIP without wrapping."""
         _, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
         return address if hidden & layout.CODE64 else address & MASK32
-
-    def beyond_4_gib(self) -> int:
-        """How much higher the library's address of the next instruction is than the linear one: 0 or 4 GiB."""
-        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
-        return 0 if hidden & layout.CODE64 else int(rip + base & ~MASK32)
 
     def room(self) -> int:
         """Bytes from the next instruction to the end of the code segment, outside 64-bit mode; negative beyond it."""
@@ -146,6 +141,7 @@ class Context:
     def load(self, state: CpuState, *, reload: bool, step: bool) -> None:
         """Put ``state`` into the processor; all of it if ``reload``. A ``step`` has the trap flag set."""
         if reload:
+            self._extended = False
             self._load_system(state)
         if reload or (state.rflags ^ self._kind_flags) & _AC:
             self.kind, self._kind_flags = kind_of(state), state.rflags
@@ -193,9 +189,11 @@ class Context:
             self._image[layout.FPU : layout.FPU_END] = state.fpu
 
     def enable_extended_state(self, state: CpuState) -> None:
-        """Let the XSAVE family execute, until the next `load` with ``reload``."""
+        """Let the XSAVE family execute, with PKRU among its state, until the next `load` with ``reload``."""
+        self._extended = True
         _QWORD.pack_into(self._image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
         _QWORD.pack_into(self._image, layout.XCR0, state.xcr0)
+        _DWORD.pack_into(self._image, layout.PKRU, state.pkru)
         self.restore()
 
     def take(self, state: CpuState) -> tuple[int, int]:
@@ -212,6 +210,8 @@ class Context:
         Returns what `take_shadow` does.
         """
         self.take(state)
+        if self._extended:
+            (state.pkru,) = _DWORD.unpack_from(self._image, layout.PKRU)
         if hide_trap_flag:
             state.rflags &= ~_TF
         return self.take_shadow(state)

@@ -32,6 +32,7 @@ XMM0: Final = STATE + 824
 KERNEL_GS_BASE: Final = STATE + 4864
 CONTROLS: Final = (CR0, CR0 + 16, CR0 + 32, EFER, KERNEL_GS_BASE)  # CR0, CR2, CR4 and those
 XCR0: Final = STATE + 4904
+PKRU: Final = STATE + 5304
 ERROR_CODE: Final = STATE + 5384
 DR0: Final = STATE + 5400
 DR6: Final = DR0 + 48

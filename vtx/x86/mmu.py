@@ -114,7 +114,7 @@ def _invalidates_all(old: PagingContext, new: PagingContext) -> bool:
 class Mmu:
     """Address translation for one logical processor; starts in the reset state (paging disabled, no second level).
 
-    ``pkru`` and ``pkrs`` hold PKRU and IA32_PKRS; who changes them calls `update`. ``reserved_page`` is the physical
+    ``pkrs`` holds IA32_PKRS; who changes it calls `update`. ``reserved_page`` is the physical
     address of a page that every access by linear address is refused, with `ReservedPageAccess`; None without one. Who
     changes it sees to it that the engine's TLB is flushed, as a VM entry or VM exit does.
     """
@@ -140,7 +140,6 @@ class Mmu:
         self.asid = 0
         self.reserved_page: PhysicalAddress | None = None
         self._redirected: PhysicalAddress | None = None
-        self.pkru = 0
         self.pkrs = 0
         self._registers: tuple[int, ...] = ()
         self._seen_second_level: SecondLevel = self.second_level
@@ -151,7 +150,7 @@ class Mmu:
     # Following the registers.
 
     def update(self, state: CpuState) -> None:
-        """Follow the control and PDPTE registers, ``pkru``, ``pkrs``, ``second_level`` and ``asid`` as they now are.
+        """Follow the control and PDPTE registers, PKRU, ``pkrs``, ``second_level`` and ``asid`` as they now are.
 
         Invalidates nothing in the TLB: that is a property of the operation that changed them, not of their values.
         """
@@ -161,7 +160,7 @@ class Mmu:
             state.cr4 & CR4_PAGING,
             state.efer & EFER_PAGING,
             *state.pdptrs,
-            self.pkru,
+            state.pkru,
             self.pkrs,
             self.asid,
         )

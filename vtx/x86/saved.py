@@ -26,7 +26,6 @@ class SavedMmu:
     """What the MMU knows beyond the control registers and the second level."""
 
     asid: int
-    pkru: int
     pkrs: int
     reserved_page: PhysicalAddress | None
     tlb: SavedTlb
@@ -68,7 +67,7 @@ def save_processor(processor: LogicalProcessor) -> SavedProcessor:
     return SavedProcessor(
         state=_assign(CpuState(), processor.state),
         msrs=processor.msrs.snapshot(),
-        mmu=SavedMmu(mmu.asid, mmu.pkru, mmu.pkrs, mmu.reserved_page, mmu.tlb.save()),
+        mmu=SavedMmu(mmu.asid, mmu.pkrs, mmu.reserved_page, mmu.tlb.save()),
         engine=SavedEngine(engine.elapsed(), engine.instructions(), engine.fpu()),
         random_state=processor.random_state,
         halt=processor.halt,
@@ -101,7 +100,7 @@ def restore_processor(processor: LogicalProcessor, saved: SavedProcessor) -> Non
     processor._extra_ticks = saved.extra_ticks
     processor.transitions_seen = saved.transitions_seen
     processor.reload, processor.step_next, processor._approached = True, False, None
-    mmu.asid, mmu.pkru, mmu.pkrs = saved.mmu.asid, saved.mmu.pkru, saved.mmu.pkrs
+    mmu.asid, mmu.pkrs = saved.mmu.asid, saved.mmu.pkrs
     mmu.reserved_page = saved.mmu.reserved_page
     mmu.update(processor.state)
     mmu.tlb.restore(saved.mmu.tlb)

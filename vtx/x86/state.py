@@ -291,6 +291,7 @@ class CpuState:
     debugctl: int = 0  # IA32_DEBUGCTL
     last_branch: LastBranch = field(factory=LastBranch)
     xcr0: int = 1
+    pkru: int = 0
     pdptrs: list[int] = field(factory=lambda: [0, 0, 0, 0])
     kernel_gs_base: int = 0
     fpu: bytes = b""

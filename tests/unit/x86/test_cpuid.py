@@ -37,10 +37,10 @@ def leaf(number, subleaf=0, dynamic=POWER_UP, profile=SKYLAKE):
         (SKYLAKE, 4, 3, 2, 0x0000_8FFF),
         (SKYLAKE, 6, 0, 0, 0x0000_0004),
         (SKYLAKE, 7, 0, 1, 0x0194_2683),
-        (SKYLAKE, 7, 0, 2, 0x0000_0004),
-        (SKYLAKE, 0xD, 0, 0, 3),
+        (SKYLAKE, 7, 0, 2, 0x0000_000C),
+        (SKYLAKE, 0xD, 0, 0, 0x203),
         (SKYLAKE, 0xD, 0, 1, 576),
-        (SKYLAKE, 0xD, 0, 2, 576),
+        (SKYLAKE, 0xD, 0, 2, 2696),
         (SKYLAKE, 0x8000_0000, 0, 0, 0x8000_0008),
         (SKYLAKE, 0x8000_0001, 0, 2, 0x0000_0101),
         (SKYLAKE, 0x8000_0001, 0, 3, 0x2C10_0800),
@@ -80,9 +80,9 @@ def test_leaf_out_of_range_answers_as_the_highest_basic_leaf(number, subleaf):
         (1, 2, 1 << 12 | 1 << 28 | 1 << 29 | 1 << 31 | 1 << 6),  # FMA, AVX, F16C, hypervisor, SMX
         (1, 3, 1 << 21 | 1 << 30),  # debug store
         (7, 1, 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 11 | 1 << 14 | 1 << 16 | 1 << 25 | 1 << 29),
-        (7, 2, 1 << 3 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 22),  # PKU, OSPKE, WAITPKG, CET_SS, RDPID
+        (7, 2, 1 << 4 | 1 << 5 | 1 << 7 | 1 << 22),  # OSPKE, WAITPKG, CET_SS, RDPID
         (7, 3, 1 << 20 | 1 << 26 | 1 << 29),
-        (0xD, 0, ~3),
+        (0xD, 0, ~0x203),  # x87, SSE, PKRU
         (0xA, 0, ~0),
     ],
 )
@@ -154,8 +154,10 @@ def test_save_area_grows_to_the_end_of_the_last_component():
     assert save_area_size(1 << 9 | 0b11) == 2696
 
 
-def test_extended_state_subleaves_of_absent_components_are_zero():
-    assert all(leaf(0xD, n) == (0, 0, 0, 0) for n in range(1, 64))
+def test_extended_state_subleaves():
+    """PKRU is 8 bytes at 2688; of components that are absent, or in the legacy region, the sub-leaves are zero."""
+    assert leaf(0xD, 9) == (8, 2688, 0, 0)
+    assert all(leaf(0xD, n) == (0, 0, 0, 0) for n in range(1, 64) if n != 9)
 
 
 def test_leaf_7_has_one_subleaf():
@@ -175,9 +177,9 @@ def test_no_two_features_share_a_bit():
 
 
 # CR4 bits by position: VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT UMIP . VMXE . . FSGSBASE PCIDE OSXSAVE .
-# SMEP SMAP.
+# SMEP SMAP PKE.
 def test_reserved_cr4_bits():
-    assert reserved_cr4_bits(SKYLAKE) == 0xFFFF_FFFF_FFFF_FFFF ^ 0x0037_2FFF
+    assert reserved_cr4_bits(SKYLAKE) == 0xFFFF_FFFF_FFFF_FFFF ^ 0x0077_2FFF
     assert reserved_cr4_bits(NEHALEM) == 0xFFFF_FFFF_FFFF_FFFF ^ 0x0000_27FF
 
 

@@ -122,8 +122,8 @@ class TestMoveToCr3AndCr4:
 
     @pytest.mark.parametrize(
         ("bits", "clear"),
-        [(1 << 15, 0), (1 << 14, 0), (1 << 22, 0), (1 << 23, 0), (1 << 31, 0), (1 << 32, 0), (LA57, 0), (0, PAE)],
-        ids=["bit-15", "SMXE", "PKE", "CET", "bit-31", "bit-32", "LA57", "clear-PAE"],
+        [(1 << 15, 0), (1 << 14, 0), (1 << 24, 0), (1 << 23, 0), (1 << 31, 0), (1 << 32, 0), (LA57, 0), (0, PAE)],
+        ids=["bit-15", "SMXE", "PKS", "CET", "bit-31", "bit-32", "LA57", "clear-PAE"],
     )
     def test_cr4_rejects(self, bits: int, clear: int) -> None:
         assert fault("0f22e0", rax=0x620 & ~clear | bits) == GP0

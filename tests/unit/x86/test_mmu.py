@@ -214,7 +214,7 @@ def test_protection_keys_act_without_any_invalidation():
     rig.map(0, 0x9000 | P | RW | US | A | D | 3 << 59)
     assert rig.fill(0) == Grant(9, READ | WRITE | EXECUTE)
     rig.flushes.clear()
-    rig.mmu.pkru = 2 << 6
+    rig.state.pkru = 2 << 6
     rig.mmu.update(rig.state)
     assert rig.flushes == [None]
     assert rig.fill(0) == Grant(9, READ | EXECUTE)

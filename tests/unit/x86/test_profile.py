@@ -47,7 +47,7 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x486, 0x8000_0021),
         (SKYLAKE, 0x487, 0xFFFF_FFFF),
         (SKYLAKE, 0x488, 0x2000),
-        (SKYLAKE, 0x489, 0x0037_2FFF),
+        (SKYLAKE, 0x489, 0x0077_2FFF),
         (SKYLAKE, 0x48A, 0x32),
         (SKYLAKE, 0x48B, 0x0207_7FFF_0000_0000),
         (SKYLAKE, 0x48C, 0x0000_0F01_0633_4141),
@@ -156,7 +156,7 @@ MISTAKES = [
         '"INVEPT!",',
         "x.toml: vmx.ept_vpid[6]: expected the name of a bit of IA32_VMX_EPT_VPID_CAP, not 'INVEPT!'",
     ),
-    ('cr4_fixed_to_1 = ["VMXE"]', 'cr4_fixed_to_1 = ["PKE"]', "not 'PKE'"),
+    ('cr4_fixed_to_1 = ["VMXE"]', 'cr4_fixed_to_1 = ["PKS"]', "not 'PKS'"),
     (
         '"CR3-target values" = 4',
         '"CR3-target values" = 512',
@@ -174,11 +174,11 @@ MISTAKES = [
         "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an index of its own, not 0xce of MSR_FIRST",
     ),
     (
-        '["x87", "SSE"]',
         '["x87", "SSE", "PKRU"]',
+        '["x87", "SSE"]',
         "x.toml: cpuid.xsave_components: expected PKRU if and only if cpuid.features has PKU",
     ),
-    ('["x87", "SSE"]', '["SSE"]', "x.toml: cpuid.xsave_components: expected x87 among the components"),
+    ('["x87", "SSE", "PKRU"]', '["SSE", "PKRU"]', "x.toml: cpuid.xsave_components: expected x87 among the components"),
     ("index = 0xCE, ", "", "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an integer from 0x0 to 0xffffffff, but"),
 ]
 

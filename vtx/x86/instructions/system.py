@@ -233,6 +233,7 @@ def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
     if loads and cpu.state.gpr[Gpr.RAX] & cpu.state.xcr0 & _SSE_STATE:
         check_mxcsr(cpu, linear + MXCSR_OFFSET)
     cpu.native(instruction, osxsave=True)
+    cpu.mmu.update(cpu.state)  # XRSTOR may have loaded PKRU
 
 
 def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind: Plain) -> None:

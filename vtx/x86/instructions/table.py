@@ -18,6 +18,7 @@ from vtx.x86.instructions import (
     msr,
     msr_list,
     port_io,
+    protection_keys,
     segment_loads,
     sse_control,
     supervisor_state,
@@ -35,7 +36,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
-        *(port_io, missing, wait, msr_list, supervisor_state, sse_control),
+        *(port_io, missing, wait, msr_list, supervisor_state, sse_control, protection_keys),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -57,6 +58,7 @@ _QUIET: Final = frozenset(
         *(Mnemonic.RDRAND, Mnemonic.RDSEED, Mnemonic.RDPID, Mnemonic.INVD, Mnemonic.WBINVD, Mnemonic.WBNOINVD),
         *(Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ, Mnemonic.INVLPG, Mnemonic.INVPCID),
         *(Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW),
+        *(Mnemonic.RDPKRU, Mnemonic.WRPKRU),
         *(Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.MOVBE, Mnemonic.ADCX, Mnemonic.ADOX),
         *(Mnemonic.VMREAD, Mnemonic.VMWRITE, Mnemonic.VMPTRST, Mnemonic.INVEPT, Mnemonic.INVVPID),
     )
