@@ -95,6 +95,11 @@ class Svm:
         return holds_interrupts(self.operation)
 
     @property
+    def interrupts_ignore_if(self) -> bool:
+        """See `Virtualization.interrupts_ignore_if`."""
+        return self.operation.guest_mode and self.operation.masks_interrupts
+
+    @property
     def holds_nmis(self) -> bool:
         """See `Virtualization.holds_nmis`."""
         svm = self.operation

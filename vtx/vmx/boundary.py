@@ -97,6 +97,11 @@ def _nmi_is_blocked(view: ControlView, state: CpuState) -> bool:
     return state.shadow is not Shadow.NONE or (state.nmi_blocked and not view.pin & _VIRTUAL_NMIS)
 
 
+def interrupts_ignore_if(operation: VmxOperation) -> bool:
+    """Whether an interrupt causes a VM exit, or is looked for in the posted ones, whatever RFLAGS.IF says."""
+    return operation.non_root and operation.view is not None and bool(operation.view.pin & _EXTERNAL_INTERRUPT_EXITING)
+
+
 def wants_boundary(operation: VmxOperation) -> bool:
     """Whether the very next boundaries matter one by one."""
     if operation.trap_flag or operation.pending_trap or operation.below_threshold is not None:

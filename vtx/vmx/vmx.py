@@ -32,7 +32,7 @@ from vtx.vmx import (
     sub_page,
     virtualization_exception,
 )
-from vtx.vmx.boundary import boundary_event, wants_boundary, wants_interrupt_window
+from vtx.vmx.boundary import boundary_event, interrupts_ignore_if, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.ept import EptMisconfiguration
 from vtx.vmx.execution import execute_directly, execute_instruction, shortcut
@@ -112,6 +112,11 @@ class Vmx:
     def non_root(self) -> bool:
         """VMX non-root operation: a guest is running."""
         return self.operation.non_root
+
+    @property
+    def interrupts_ignore_if(self) -> bool:
+        """See `Virtualization.interrupts_ignore_if`."""
+        return interrupts_ignore_if(self.operation)
 
     @property
     def transitions(self) -> int:

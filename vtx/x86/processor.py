@@ -159,13 +159,17 @@ class LogicalProcessor(ProcessorCore):
         extension = self.virtualization
         non_root = extension is not None and extension.non_root
         timer = extension.next_deadline() if extension is not None else None
-        if (self._nmi and (non_root or not state.nmi_blocked)) or (timer is not None and timer <= self.now()):
+        nmi = self._nmi and (non_root or not (state.nmi_blocked or self._holds_nmis()))
+        if nmi or (timer is not None and timer <= self.now()):
             return True
         if state.activity is Activity.MWAIT and self._wait_is_over():
             return True
         return state.activity in _WAKEABLE and bool(
             state.pending_debug & _DELIVERABLE_DEBUG
-            or ((state.rflags & _IF or non_root) and self.platform.interrupt_pending())
+            or (
+                (state.rflags & _IF or (extension is not None and extension.interrupts_ignore_if))
+                and self._interrupt_due()
+            )
             or (extension is not None and non_root and extension.wants_boundary())
         )
 
@@ -317,6 +321,7 @@ class LogicalProcessor(ProcessorCore):
         if self.count > 1:
             self._gives_way = True  # time passes while others run
             if self.awake:
+                self.note_event()
                 self._sleep(IDLE_TICKS)
             return
         deadline = self._next_deadline(until)

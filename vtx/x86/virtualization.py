@@ -155,6 +155,11 @@ class Virtualization(Protocol):
         ...
 
     @property
+    def interrupts_ignore_if(self) -> bool:
+        """Whether physical interrupts that are not held back are taken whatever RFLAGS.IF says."""
+        ...
+
+    @property
     def holds_nmis(self) -> bool:
         """The same for physical NMIs."""
         ...

@@ -127,6 +127,21 @@ def test_interrupt_of_the_8259s__wakes_any_processor_that_listens():
     assert list(machine.scheduler.turns.signalled) == [1]
 
 
+@pytest.mark.parametrize(
+    ("gif", "interrupt_flag", "awake"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_halted_processor__is_awake_only_for_what_it_would_take(gif, interrupt_flag, awake):
+    machine = machine_with(2, EXIT_0, profile="everything-amd")
+    cpu = machine.cpus[1]
+    cpu.state.activity, cpu.state.rflags, cpu.state.gif = Activity.HLT, 0x202 if interrupt_flag else 2, gif
+    cpu.socket.apic.set_virtual_wire_mode()
+    cpu.socket.apic.send(0x41, cpu.socket.apic.apic_id)
+    assert cpu.platform.interrupt_pending()
+    assert cpu.awake == awake
+    cpu._nmi = True
+    assert cpu.awake == gif
+
+
 def test_halting__leaves_the_clock_where_it_is():
     """A processor that halts while others run is not carried along to the end of its turn."""
     count_long = bytes.fromhex("b9ffff0000 49 75fd")  # MOV ECX, 0FFFFH; DEC ECX; JNZ

@@ -108,6 +108,7 @@ def test_physical_interrupt(intercept: bool, masking: bool, host_if: bool, guest
     machine.state.rflags |= 0x200 if host_if else 0
     machine.run()
     machine.processor.interrupt = 0x31
+    assert machine.svm.interrupts_ignore_if is masking
     assert machine.svm.boundary() is (outcome is not None)
     assert machine.svm.holds_interrupts is ((masking and not host_if) or outcome == "exit")
     if outcome == "exit":

@@ -168,6 +168,7 @@ class TestExternalInterrupt:
         processor, vmx, vmcs = launch(*controls)
         processor.state.rflags = 2 | rflags
         processor.interrupt = 0x41
+        assert vmx.interrupts_ignore_if
         assert reason_at_boundary(vmx) == Reason.EXTERNAL_INTERRUPT
         assert vmcs[f.VM_EXIT_INTERRUPTION_INFORMATION] == (VALID | 0x41 if acknowledge else 0)
         assert (processor.interrupt is None) == acknowledge
@@ -176,6 +177,7 @@ class TestExternalInterrupt:
         processor, vmx, _ = launch()
         processor.interrupt = 0x41
         processor.state.rflags |= IF
+        assert not vmx.interrupts_ignore_if
         assert not vmx.boundary()
         assert processor.interrupt == 0x41
 
