@@ -88,6 +88,11 @@ class Context:
         _, hidden, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
         return address if hidden & layout.CODE64 else address & MASK32
 
+    def beyond_4_gib(self) -> int:
+        """How much higher the library's address of the next instruction is than the linear one: 0 or 4 GiB."""
+        rip, hidden, base = layout.PLACE.unpack_from(self._image, layout.RIP)
+        return 0 if hidden & layout.CODE64 else int(rip + base & ~MASK32)
+
     def room(self) -> int:
         """Bytes from the next instruction to the end of the code segment, outside 64-bit mode; negative beyond it."""
         rip, _, _ = layout.PLACE.unpack_from(self._image, layout.RIP)
