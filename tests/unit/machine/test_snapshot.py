@@ -322,7 +322,10 @@ def test_svm_guest_continues_alike(instructions: int) -> None:
 
 
 def test_every_field_of_svm_is_accounted_for() -> None:
-    built_in, derived = {"processor", "features", "observer"}, {"last_failure", "nested", "checked", "avic", "block", "host"}
+    built_in, derived = (
+        {"processor", "features", "observer"},
+        {"last_failure", "nested", "checked", "avic", "block", "host"},
+    )
     beside = {"host_cr4", "host_efer", "structures", "virtual_interrupt"}
     saved = {each.name for each in fields(SavedSvm)} - beside
     assert {each.name for each in fields(SvmOperation)} == saved | built_in | derived
