@@ -8,6 +8,7 @@ Spec: APM Vol. 2, "Nested Paging", "Nested Table Walk", "Nested versus Guest Pag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from attrs import frozen
@@ -16,7 +17,14 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, GuestPhysicalAddress, Li
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.page_rights import USER, Privilege
 from vtx.x86.paging import PageFault, PageFaultError, PagingContext, PagingMode, Translation, WalkStep, walk
-from vtx.x86.second_level import AccessKind, IdentitySecondLevel, SecondLevelFault, SecondLevelPage
+from vtx.x86.second_level import (
+    AccessKind,
+    Evidence,
+    IdentitySecondLevel,
+    SecondLevelFault,
+    SecondLevelPage,
+    UsedEntry,
+)
 from vtx.x86.state import CpuState, Cr0, Cr4, Efer
 from vtx.x86.walk_memory import WalkMemory
 
@@ -61,6 +69,7 @@ class NestedPaging:
     cache nested translations too, and hypervisors that change them flush before the next VMRUN.
     """
 
+    names_evidence = True
     walks_pdptes = True
 
     def __init__(
@@ -139,6 +148,23 @@ class NestedPaging:
             page = self.structures[address >> PAGE_SHIFT] = result.physical
         return PhysicalAddress(page | address & PAGE_OFFSET_MASK)
 
+    def evidence(self, used: Sequence[UsedEntry], page: GuestPhysicalAddress) -> Evidence | None:
+        """See `SecondLevel`. The nested walks have to be remembered, and where the entries are to rest on them."""
+        read: list[tuple[int, int]] = []
+        beneath: dict[tuple[int, int], None] = {}
+        for entry in used:
+            number = entry.address >> PAGE_SHIFT
+            nested, located = self._walks.remembered(number), self.structures.get(number)
+            if nested is None or nested[0].physical != located:
+                return None
+            read.append((located | entry.address & PAGE_OFFSET_MASK, entry.value))
+            beneath.update(dict.fromkeys(nested[1]))
+        nested = self._walks.remembered(page >> PAGE_SHIFT)
+        if nested is None:
+            return None
+        beneath.update(dict.fromkeys(nested[1]))
+        return Evidence(read, tuple(beneath))
+
     def translate(
         self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
     ) -> SecondLevelPage | SecondLevelFault:
@@ -178,7 +204,7 @@ class NestedPaging:
         found = walk(context, LinearAddress(address), kind, privilege, self.memory, NO_SECOND_LEVEL, steps)
         if isinstance(found, Translation):
             if steps is not None:
-                self._walks.remember(page, found, steps)
+                self._walks.remember(page, found, NO_SECOND_LEVEL.evidence(steps, found.guest_physical))
             return found
         assert isinstance(found, PageFault)
         if kind is not AccessKind.EXECUTE or not self._gmet:

@@ -6,7 +6,7 @@ Spec: SDM Vol. 3, "The Extended Page Table Mechanism (EPT)".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from attrs import evolve, field, frozen
@@ -15,7 +15,15 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, GuestPhysicalAddress, Li
 from vtx.vmx.sub_page_tables import SubPageEvent, SubPageTables
 from vtx.x86.page_rights import EXECUTE_DISABLE, USER, WRITABLE
 from vtx.x86.paging import NEVER, Level, PagedMemory
-from vtx.x86.second_level import AccessKind, ReservedPageAccess, SecondLevelFault, SecondLevelPage, SubPageWrite
+from vtx.x86.second_level import (
+    AccessKind,
+    Evidence,
+    ReservedPageAccess,
+    SecondLevelFault,
+    SecondLevelPage,
+    SubPageWrite,
+    UsedEntry,
+)
 
 # EPT paging-structure entries (SDM Vol. 3, "EPT Translation Mechanism", the tables of entry formats).
 READ: Final = 1 << 0
@@ -167,6 +175,7 @@ class ExtendedPageTables:
     pages ``writable_sub_pages`` are taken for decided and allowed.
     """
 
+    names_evidence = False
     walks_pdptes = False
 
     def __init__(
@@ -218,6 +227,10 @@ class ExtendedPageTables:
         if result.physical & ~PAGE_OFFSET_MASK == self.apic_access_page:
             return ReservedPageAccess(address, None, AccessKind.WRITE if update else AccessKind.READ)
         return PhysicalAddress(result.physical)
+
+    def evidence(self, used: Sequence[UsedEntry], page: GuestPhysicalAddress) -> Evidence | None:
+        """See `SecondLevel`: walks under EPT are not remembered."""
+        return None
 
     def translate(
         self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int

@@ -169,7 +169,7 @@ class Mmu:
             return
         self._registers, self._seen_second_level = registers, second_level
         self.context = context = self._context_of(registers)
-        self._walks.select(registers, remembers=type(second_level) is IdentitySecondLevel)
+        self._walks.select((*registers, second_level.tag), remembers=second_level.names_evidence)
         self._permissions = context.permissions
         self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
         self.tlb.select(TlbTag(self.asid, self.second_level.tag, self._pcid(context)))
@@ -366,7 +366,7 @@ class Mmu:
             result = walk_with_hlat(self.hlat, self.context, linear, kind, privilege, self.memory, self.second_level)
         if isinstance(result, Translation):
             if steps is not None:
-                self._walks.remember(page, result, steps)
+                self._walks.remember(page, result, self.second_level.evidence(steps, result.guest_physical))
             self.tlb.insert(page, result)
             return result
         self.tlb.invalidate_page(page)

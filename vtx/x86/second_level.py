@@ -10,7 +10,7 @@ Spec: SDM Vol. 3, "The Extended Page Table Mechanism (EPT)"; APM Vol. 2, "Nested
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from attrs import field, frozen
@@ -77,11 +77,39 @@ class SecondLevelPage:
     size: int
 
 
+@frozen
+class Evidence:
+    """What a translation rests on: entries ``read``, by physical address, and those ``beneath``, by offset in RAM.
+
+    The latter are the entries of the second level. Each comes with its value.
+    """
+
+    read: Sequence[tuple[int, int]]
+    beneath: Sequence[tuple[int, int]] = ()
+
+
+class UsedEntry(Protocol):
+    """A paging-structure entry that a walk has used, by guest-physical address."""
+
+    @property
+    def address(self) -> GuestPhysicalAddress:
+        """Where it is."""
+        ...
+
+    @property
+    def value(self) -> int:
+        """Its value."""
+        ...
+
+
 class SecondLevel(Protocol):
     """Translates guest-physical addresses. ``tag`` identifies the translation in TLB tags; None means there is none.
 
     Bits 51:12 of a tag are the physical address of the root; the other bits distinguish configurations.
     """
+
+    names_evidence: bool
+    """Whether it is worth asking for `evidence`."""
 
     walks_pdptes: bool
     """Whether walks under PAE paging read the PDPTEs from memory, instead of registers that MOV to CR3 loads."""
@@ -100,6 +128,10 @@ class SecondLevel(Protocol):
         """
         ...
 
+    def evidence(self, used: Sequence[UsedEntry], page: GuestPhysicalAddress) -> Evidence | None:
+        """What a translation to ``page`` rests on that has just ``used`` these entries; None if that is not known."""
+        ...
+
     def translate(
         self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
     ) -> SecondLevelPage | SecondLevelFault:
@@ -113,6 +145,7 @@ class SecondLevel(Protocol):
 class IdentitySecondLevel:
     """No second level: guest-physical addresses are physical addresses."""
 
+    names_evidence = True
     walks_pdptes = False
 
     @property
@@ -128,6 +161,10 @@ class IdentitySecondLevel:
     ) -> PhysicalAddress | SecondLevelFault:
         """The address itself."""
         return PhysicalAddress(address)
+
+    def evidence(self, used: Sequence[UsedEntry], page: GuestPhysicalAddress) -> Evidence | None:
+        """The entries alone."""
+        return Evidence([(entry.address, entry.value) for entry in used])
 
     def translate(
         self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int

@@ -4,8 +4,8 @@ A walk is a function of the paging context and of the entries it reads. When tra
 entry changed, as at every VM entry and VM exit without VPID and at many a MOV to CR3, comparing the entries gives the
 same translation again for a fraction of the work of the walk. Nothing is assumed: each entry is read again.
 
-Only walks through RAM without a second level are remembered, and only those that set no flag, because then reading is
-all they do.
+Only walks through RAM are remembered, and only those that set no flag, because then reading is all they do. Under a
+second level, the entries count that its translations rest on, too; not every second level can name them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Final
 
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.paging import Translation, WalkStep
+from vtx.x86.paging import Translation
+from vtx.x86.second_level import Evidence
 
 _MOST_PAGES: Final = 1 << 12
 _MOST_CONTEXTS: Final = 64
@@ -29,12 +30,12 @@ class WalkMemory:
 
     def __init__(self, memory: PhysicalMemory) -> None:
         self._memory = memory
-        self._contexts: dict[tuple[int, ...], dict[int, Remembered | None]] = {}
+        self._contexts: dict[tuple[int | None, ...], dict[int, Remembered | None]] = {}
         self._pages: dict[int, Remembered | None] = {}
         self._remembers = False
 
-    def select(self, context: tuple[int, ...], *, remembers: bool) -> None:
-        """Recall and remember walks of ``context``, the registers they depend on, from now on; or none."""
+    def select(self, context: tuple[int | None, ...], *, remembers: bool) -> None:
+        """Recall and remember walks of ``context``, the registers and second level they depend on; or none."""
         self._remembers = remembers
         pages = self._contexts.get(context) if remembers else _NONE
         if pages is None:
@@ -67,12 +68,18 @@ class WalkMemory:
         self._pages[page] = None
         return False
 
-    def remember(self, page: int, translation: Translation, steps: list[WalkStep]) -> None:
-        """A walk for ``page`` read ``steps`` and gave ``translation``."""
+    def remember(self, page: int, translation: Translation, evidence: Evidence | None) -> None:
+        """A walk for ``page`` gave ``translation``, by ``evidence``; None if that is not all known."""
+        if evidence is None:
+            return
         entries = []
-        for step in steps:
-            offset = self._memory.ram_offset(step.address)
-            if offset is None or offset & 7 or self._memory.read_at(offset) != step.value:
+        for address, value in evidence.read:
+            offset = self._memory.ram_offset(address)
+            if offset is None or offset & 7 or self._memory.read_at(offset) != value:
                 return  # no RAM, an entry of 4 bytes, or a flag was set
-            entries.append((offset, step.value))
-        self._pages[page] = translation, tuple(entries)
+            entries.append((offset, value))
+        self._pages[page] = translation, (*entries, *evidence.beneath)
+
+    def remembered(self, page: int) -> Remembered | None:
+        """What has been remembered for ``page``, whether or not it still holds."""
+        return self._pages.get(page)
