@@ -41,6 +41,9 @@ from vtx.x86.state import MASK64, Rflags, Shadow
 from vtx.x86.virtualization import Processor, RefusedInstruction, SmmSuspension
 
 _PAUSE: Final = Simple(Plain.PAUSE)
+_OF_REGISTERS: Final = frozenset((MoveFromControlRegister, MoveToControlRegister, ReadMsr, WriteMsr))
+"""Operations that may be on virtual registers of the local APIC."""
+
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
@@ -144,11 +147,12 @@ class Svm:
     def intercept(self, operation: Operation, instruction: Instruction) -> bool:
         """See `Virtualization.intercept`."""
         svm = self.operation
-        if operation == _PAUSE:
+        kind = type(operation)
+        if kind is Simple and operation == _PAUSE:
             return self._pause(instruction)
         record = exit_of(svm, operation, instruction)
         if record is None:
-            return self._virtualize_register(operation, instruction)
+            return kind in _OF_REGISTERS and self._virtualize_register(operation, instruction)
         perform_exit(svm, record)
         return True
 
