@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from attrs import frozen
-from iced_x86 import Code, Decoder, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
+from iced_x86 import Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from vtx.engine.code_kind import LIKE_8086, width
@@ -112,13 +112,22 @@ class Block:
         instructions, stop = [], None
         for instruction in Decoder(width(kind), code, ip=linear):
             if instruction.code == Code.INVALID:
-                break  # what follows is not decoded as Unicorn decodes it
+                # What follows is not decoded as Unicorn decodes it.
+                if _is_locked_in_vain(code[instruction.ip - linear :], kind):
+                    stop = Stop(instruction.ip, traps=True)
+                break
             if _must_not_run(instruction, kind):
                 stop = Stop(instruction.ip, traps=True)
                 break
             instructions.append(instruction)
         guards, cut = guards_of(instructions, kind, guarded)
         return cls(stop if cut is None else Stop(cut, traps=False), guards)
+
+
+def _is_locked_in_vain(code: bytes, kind: int) -> bool:
+    """Whether an instruction is invalid only because of its LOCK prefix, which Unicorn mostly ignores."""
+    instruction = Decoder(width(kind), code, DecoderOptions.NO_INVALID_CHECK).decode()
+    return instruction.code != Code.INVALID and instruction.has_lock_prefix
 
 
 class CodeView:

@@ -10,6 +10,7 @@ from typing import Final
 from vmcs.vmcb.intercepts import Exit
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.svm import avic_access
+from vtx.svm.intercepts import next_rip
 from vtx.svm.nested_paging import NestedPageFault
 from vtx.svm.operation import SvmOperation
 from vtx.svm.record import Vmexit, event_word
@@ -36,6 +37,8 @@ def exception_exit(operation: SvmOperation, event: Event, fault: Fault | None) -
     if event.kind is EventKind.SOFTWARE_EXCEPTION:
         width = MASK64 if state.in_64_bit_mode else MASK32
         record.next_rip = (state.rip + event.instruction_length) & width
+    elif event.vector == Vector.BR and not event.injected:
+        record.next_rip = _after_bound(operation)
     elif event.vector == Vector.PF:
         record.info2 = (fault.address if fault else event.address) or 0
         if not record.info1 & _FETCH:
@@ -44,6 +47,12 @@ def exception_exit(operation: SvmOperation, event: Event, fault: Fault | None) -
         # DR6 and DR7 are what a handler would see; CR2 of a page fault is not.
         recognize(state, Event.from_fault(fault) if fault else event, block_nmi=False)
     return record
+
+
+def _after_bound(operation: SvmOperation) -> int:
+    """RIP of the instruction after the BOUND at RIP, whose exception is one of those that nRIP is saved for."""
+    instruction = operation.processor.fetch()
+    return 0 if instruction is None else next_rip(operation, instruction)
 
 
 def delivery_exit(operation: SvmOperation, delivering: Event, fault: Fault | None) -> Vmexit | None:

@@ -57,6 +57,14 @@ def test_software_exceptions_have_a_next_rip() -> None:
     assert (machine.stored("EXITCODE"), machine.stored("nRIP")) == (0x43, GUEST_RIP + 1)
 
 
+def test_bound_has_a_next_rip() -> None:
+    machine = running(0x45)
+    machine.memory.write(GUEST_RIP, bytes.fromhex("8b07"))  # as long as the BOUND that 64-bit mode lacks
+    fault = Fault(Vector.BR)
+    assert machine.svm.intercept_event(Event.from_fault(fault), fault)
+    assert (machine.stored("EXITCODE"), machine.stored("nRIP")) == (0x45, GUEST_RIP + 2)
+
+
 @pytest.mark.parametrize("kind", [EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, EventKind.SOFTWARE_INTERRUPT, EventKind.NMI])
 def test_events_that_are_no_exceptions(kind: EventKind) -> None:
     machine = running(0x41, 0x42)
