@@ -179,6 +179,7 @@ def _start_guest(operation: VmxOperation, active: ActiveVmcs, view: ControlView)
     if view.apic_access_page is not None:
         processor.mmu.reserved_page = PhysicalAddress(view.apic_access_page)
     processor.mmu.hlat = view.hlat
+    processor.monitor = None
     # Without VPIDs, entry invalidates what root operation cached, and guest and host share identifier 0.
     processor.mmu.vm_transition(processor.state, active.second_level, view.vpid, flush=not view.vpid)
     processor.changed_system_state()

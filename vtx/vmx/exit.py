@@ -103,6 +103,7 @@ def leave_non_root(operation: VmxOperation) -> None:
     operation.virtual_apic = operation.below_threshold = None
     operation.processor.mmu.reserved_page = None
     operation.processor.mmu.hlat = None
+    operation.processor.monitor = None
 
 
 def _record(vmcs: Vmcs, record: VmExit) -> None:

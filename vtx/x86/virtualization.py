@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vtx.x86.delivery import Event
     from vtx.x86.memory import PhysicalMemory
     from vtx.x86.mmu import Mmu
+    from vtx.x86.monitor import Monitor
     from vtx.x86.msrs import MsrFile
     from vtx.x86.operations import Operation
     from vtx.x86.outcome import Fault
@@ -37,6 +38,8 @@ class Processor(Protocol):
     mmu: Mmu
     msrs: MsrFile
     profile: Profile
+    monitor: Monitor | None
+    """What MONITOR has armed."""
 
     def tsc(self) -> int:
         """The time-stamp counter without any guest offset, exact to the current instruction."""

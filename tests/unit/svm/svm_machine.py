@@ -8,6 +8,7 @@ from vtx.x86.decode import Instruction, decode
 from vtx.x86.event import Event
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
+from vtx.x86.monitor import Monitor
 from vtx.x86.msrs import MsrFile, bind_registers
 from vtx.x86.outcome import Fault, InstructionAborted
 from vtx.x86.profile import Profile, load_profile
@@ -44,6 +45,7 @@ class FakeProcessor:
         self.mmu = Mmu(self.memory, self.profile.physical_address_width, amd=True)
         self.msrs = MsrFile(self.profile)
         bind_registers(self.msrs, lambda: self.state, lambda: None)
+        self.monitor: Monitor | None = None
         self.ticks = 0
         self.interrupt: int | None = None
         self.nmi = False

@@ -12,6 +12,7 @@ from vmcs.fields import Field
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import EntryFailed, VmEntered, VmExited, VmxAborted
 from vtx.vmx.record import NMI_WORD, VmExit
+from vtx.x86.monitor import Monitor
 from vtx.x86.outcome import InstructionAborted
 from vtx.x86.state import Activity, Segment, Shadow
 
@@ -56,6 +57,17 @@ def test_saves_registers() -> None:
         0x5000,
         0x6000,
     ]
+
+
+def test_address_range_monitoring__ends_with_entries_and_exits() -> None:
+    processor, vmx = make_vmx()
+    prepare(vmx)
+    processor.monitor = Monitor(0x1000, bytes(64))
+    assert vmx.vmlaunch() == VmEntered()
+    assert processor.monitor is None
+    processor.monitor = Monitor(0x1000, bytes(64))
+    vmx.vmcall()
+    assert processor.monitor is None
 
 
 def test_loads_the_host() -> None:

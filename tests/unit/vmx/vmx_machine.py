@@ -14,6 +14,7 @@ from vtx.x86.decode import Instruction, decode
 from vtx.x86.event import Event
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
+from vtx.x86.monitor import Monitor
 from vtx.x86.msrs import MsrFile, bind_registers
 from vtx.x86.profile import Profile, load_profile
 from vtx.x86.second_level import AccessKind
@@ -45,6 +46,7 @@ class FakeProcessor:
         self.mmu = Mmu(self.memory, self.profile.physical_address_width)
         self.msrs = MsrFile(self.profile)
         bind_registers(self.msrs, lambda: self.state, lambda: None)
+        self.monitor: Monitor | None = None
         self.ticks = 0
         self.interrupt: int | None = None
         self.nmi = False
