@@ -10,8 +10,22 @@ import pytest
 from tiny_guests import EXIT_EAX, PRIVATE, RunVtx, code, exit_with, multiboot
 
 from vtx.bench.hypervisor import elf64
+from vtx.machine import Machine
+from vtx.x86.state import DescriptorTable, Segment
 
 AT_2_MIB = 0x20_0000
+
+
+def machine_with(program: bytes) -> Machine:
+    """``program`` at 1000H is about to run in flat 32-bit protected mode, with a stack below 7000H."""
+    machine = Machine(memory=1 << 20)
+    machine.memory.write(0x1000, program)
+    state = machine.cpu.state
+    state.cr0 = 0x11
+    state.segments = [Segment(0x10, 0, 0xFFFF_FFFF, 0xC093) for _ in range(6)]
+    state.segments[1] = Segment(8, 0, 0xFFFF_FFFF, 0xC09B)
+    state.rip, state.gpr[4] = 0x1000, 0x7000
+    return machine
 
 
 @pytest.mark.parametrize(
@@ -72,6 +86,34 @@ ff e7                   ; jmp edi
     done = vtx("run", image)
     assert done.status == 125
     assert done.last_line == "vtx: triple fault at 0x8:0x100420: #GP(0x43) during delivery of a double fault"
+
+
+def test_code_that_a_guest_writes_over_an_invalid_opcode__executes() -> None:
+    """The instruction that stores stays translated together with the place where LOCK BT had to trap."""
+    start = code("""\
+bf 02 18 00 00          ; mov edi, 0x1802
+ba f0 0f a3 c9          ; mov edx, 0xc9a30ff0
+b9 02 00 00 00          ; mov ecx, 2
+e9 ec 07 00 00          ; jmp 0x1800
+""")
+    handler = code("""\
+49                      ; dec ecx
+7f 07                   ; jg again
+78 0d                   ; js bad
+ba 90 90 90 90          ; mov edx, 0x90909090
+c7 04 24 00 18 00 00    ; again: mov dword ptr [esp], 0x1800
+cf                      ; iretd
+b8 01 00 00 00          ; bad: mov eax, 1
+""")
+    machine = machine_with(start)
+    memory, state = machine.memory, machine.cpu.state
+    memory.write(0x1800, bytes.fromhex("8917f4f4f4f4") + exit_with(0))  # MOV [EDI], EDX
+    memory.write(0x3000, handler + EXIT_EAX)
+    memory.write_u64(0x4008, 0x00CF_9B00_0000_FFFF)
+    memory.write_u64(0x5000 + 8 * 6, 0x0000_8E00_0008_3000)
+    state.gdtr, state.idtr = DescriptorTable(0x4000, 0x1F), DescriptorTable(0x5000, 0x7F)
+    machine.cpu.load_control_state()
+    assert machine.run(max_instructions=1000).exit_value == 0
 
 
 def test_json__has_the_reason_too(vtx: RunVtx, image: Path) -> None:

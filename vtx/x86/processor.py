@@ -468,7 +468,11 @@ class LogicalProcessor(ProcessorCore):
             instruction = place.instruction = self.fetch()
         except InstructionAborted:
             return None
-        place.answers = instruction is not None and is_answered(instruction)
+        place.answers = (
+            instruction is not None
+            and is_answered(instruction)
+            and (not place.known or instruction.mnemonic in HANDLERS)  # else the engine has stopped for nothing
+        )
         if instruction is not None and place.answers:
             place.quiet = is_quiet(instruction)
             if self.virtualization is not None:
