@@ -289,6 +289,26 @@ class TestInterrupts:
         assert other.handled(0x55) == 1
 
 
+def test_system_management_mode__has_no_virtual_apic() -> None:
+    guest = Guest(load(ID) + NOP * 4 + load(SVR) + VMMCALL)
+    guest.set_register(ID, 3 << 24)
+    guest.set_register(SVR, 0x1FF)
+    guest.enter()
+    cpu, memory = guest.cpu(), guest.memory
+    memory.write(0x3_8000, b"\x0f\xaa")  # RSM
+    guest.machine.run(max_instructions=2)
+    assert cpu.state.gpr[0] == 3 << 24
+    cpu.smi()
+    while cpu.state.smm is None:
+        cpu.run_once()
+    assert (cpu.svm.operation.avic, cpu.mmu.reserved_page) == (None, None)
+    guest.machine.cpu.limit_instructions(None)
+    while cpu.state.smm is not None:
+        cpu.run_once()
+    assert guest.run() == Exit.VMMCALL
+    assert guest.stored("RAX") == 0x1FF
+
+
 class TestX2apic:
     """x2AVIC: registers as MSRs."""
 
