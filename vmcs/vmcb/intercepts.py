@@ -78,6 +78,8 @@ class Exit(enum.IntEnum):
     INVPCID = 0xA2
     MCOMMIT = 0xA3
     TLBSYNC = 0xA4
+    BUS_LOCK = 0xA5
+    IDLE_HLT = 0xA6
     NPF = 0x400
     AVIC_INCOMPLETE_IPI = 0x401
     AVIC_NOACCEL = 0x402
@@ -119,11 +121,12 @@ _PLAIN_INSTRUCTIONS: Final = (
     *(Exit.INVD, Exit.PAUSE, Exit.HLT, Exit.VMRUN, Exit.VMMCALL, Exit.VMLOAD, Exit.VMSAVE, Exit.STGI, Exit.CLGI),
     *(Exit.SKINIT, Exit.RDTSCP, Exit.ICEBP, Exit.WBINVD, Exit.MONITOR, Exit.MWAIT_CONDITIONAL, Exit.XSETBV),
     *(Exit.RDPRU, Exit.INVPCID, Exit.MCOMMIT, Exit.TLBSYNC, Exit.INVLPGB, Exit.INVLPGB_ILLEGAL),
+    Exit.IDLE_HLT,
 )
 
 
 def _title(code: Exit) -> str:
-    return code.name if code is not Exit.MWAIT_CONDITIONAL else "MWAIT (armed)"
+    return {Exit.MWAIT_CONDITIONAL: "MWAIT (armed)", Exit.IDLE_HLT: "HLT (idle)"}.get(code, code.name)
 
 
 def _exception(vector: int, name: str) -> ExitCode:
@@ -158,6 +161,7 @@ _TABLE: Final = (
     ExitCode(Exit.EFER_WRITE_TRAP, "EFER written", "EFER"),
     *(ExitCode(Exit.CR0_WRITE_TRAP + n, f"CR{n} written", f"CR{n}") for n in range(16)),
     *(ExitCode(code, _title(code), saves_next_rip=True) for code in _PLAIN_INSTRUCTIONS),
+    ExitCode(Exit.BUS_LOCK, "bus lock"),
     ExitCode(Exit.NPF, "nested page fault", "error code of the nested walk", "guest-physical address"),
     ExitCode(Exit.AVIC_INCOMPLETE_IPI, "AVIC incomplete IPI", "ICR", "why"),
     ExitCode(Exit.AVIC_NOACCEL, "AVIC access not accelerated", "offset of the register", "vector"),

@@ -98,7 +98,12 @@ def _decoded(operation: SvmOperation, information: int) -> int:
 
 def _simple(operation: SvmOperation, what: op.Simple, instruction: Instruction) -> Vmexit | None:
     code = _PLAIN.get(what.kind)
-    return None if code is None else of_instruction(operation, code, instruction)
+    if code is None:
+        return None
+    record = of_instruction(operation, code, instruction)
+    if record is None and code is Exit.HLT and operation.features.idle_hlt and not operation.virtual_event_pending:
+        return of_instruction(operation, Exit.IDLE_HLT, instruction)
+    return record
 
 
 def _mwait(operation: SvmOperation, what: op.MonitorWait, instruction: Instruction) -> Vmexit | None:

@@ -45,6 +45,7 @@ class Features:
     skinit: bool
     avic: bool
     x2avic: bool
+    idle_hlt: bool
 
     @classmethod
     def of(cls, profile: Profile) -> Features:
@@ -65,6 +66,7 @@ class Features:
             skinit=profile.has("SKINIT"),
             avic=profile.has("AVIC"),
             x2avic=profile.has("x2AVIC"),
+            idle_hlt=profile.has("IdleHltIntercept"),
         )
 
 
@@ -170,6 +172,14 @@ class SvmOperation:
     def uses_x2avic(self) -> bool:
         """It is in x2APIC mode."""
         return self.uses_avic and self.features.x2avic and bool(self.virtual & layouts.X2AVIC_ENABLE)
+
+    @property
+    def virtual_event_pending(self) -> bool:
+        """A virtual interrupt or virtual NMI waits for the running guest, whatever keeps it from being taken."""
+        virtual = self.virtual
+        if virtual & layouts.V_NMI and self.uses_virtual_nmi:
+            return True
+        return self.avic.pending if self.avic is not None else bool(virtual & layouts.V_IRQ)
 
     @property
     def nested_paging(self) -> bool:

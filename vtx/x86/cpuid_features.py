@@ -183,6 +183,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
             17: "GMET",
             18: "x2AVIC",
             25: "VNMI",
+            30: "IdleHltIntercept",
         },
     ),
 )

@@ -278,6 +278,13 @@ class TestInterrupts:
         assert guest.run() == Exit.VMMCALL
         assert guest.handled(0x55) == 1
 
+    @pytest.mark.parametrize("requested", [False, True])
+    def test_idle_hlt__looks_at_the_backing_page(self, requested: bool) -> None:
+        guest = self.guest(HLT, *((0x55,) if requested else ()), intercepts=(Exit.IDLE_HLT,))
+        guest.enter()
+        guest.cpu().run_once()
+        assert guest.cpu().svm.non_root is requested
+
     def test_goes_on_after_a_snapshot(self) -> None:
         guest = self.guest(NOP + STI + NOP + NOP, 0x55)
         guest.enter()

@@ -241,6 +241,36 @@ def test_without_decode_assists_and_next_rip() -> None:
     assert (machine.stored("EXITINFO1"), machine.stored("nRIP")) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("control", "extra", "code"),
+    [
+        (0, (), 0xA6),
+        (1 << 8 | 1 << 24, (), None),  # V_IRQ, which RFLAGS.IF holds back
+        (1 << 8, (), None),
+        (1 << 11 | 1 << 26, (0x61,), None),  # a virtual NMI
+        (1 << 11, (), 0xA6),
+        (0, (0x78,), 0x78),
+        (1 << 8, (0x78,), 0x78),
+    ],
+)
+def test_idle_hlt(control: int, extra: tuple[int, ...], code: int | None) -> None:
+    machine = Machine()
+    for number in (0xA6, *extra):
+        machine.intercept(number)
+    machine.fields["virtual interrupt control"] = control
+    machine.run()
+    assert machine.svm.intercept(Simple(Plain.HLT), instruction(b"\xf4")) is (code is not None)
+    if code is not None:
+        assert (machine.stored("EXITCODE"), machine.stored("nRIP")) == (code, GUEST_RIP + 1)
+
+
+def test_idle_hlt_of_a_processor_without_it() -> None:
+    machine = Machine("zen-server")
+    machine.intercept(0xA6)
+    machine.run()
+    assert not machine.svm.intercept(Simple(Plain.HLT), instruction(b"\xf4"))
+
+
 class TestPauseFilter:
     """APM Vol. 2, "Pause Intercept Filtering"."""
 
