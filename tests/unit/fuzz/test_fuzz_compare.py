@@ -158,6 +158,7 @@ def known(changed: State, ours: Result, theirs: Result) -> str | None:
 
 
 RIP = 1 << 62 | scene.CODE
+MSR_AREA = {f.VM_EXIT_MSR_STORE_ADDRESS: (1 << 40) - 0x1000}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,14 @@ RIP = 1 << 62 | scene.CODE
         (state(changes={f.GUEST_RIP: RIP, f.GUEST_RFLAGS: 0}), INVALID_GUEST, GP, None),
         (state(changes={f.GUEST_CS_SELECTOR: 1}), INT3, INVALID_GUEST, "cs-privilege-level"),
         (state(changes={f.GUEST_DS_SELECTOR: 1}), INT3, INVALID_GUEST, None),
-        (state("real mode", {f.GUEST_RIP: 0x1_0000}), INT3, GP, "code-segment-limit"),
+        (state("real mode", {f.GUEST_RIP: 0x1_0000}), INT3, GP, None),
+        (
+            state(changes=MSR_AREA | {f.VM_EXIT_MSR_STORE_COUNT: 1 << 28}),
+            Result("valid", 7),
+            NO_ANSWER,
+            "msr-area-size",
+        ),
+        (state(changes=MSR_AREA | {f.VM_EXIT_MSR_STORE_COUNT: 1 << 27}), Result("valid", 7), NO_ANSWER, None),
         (state("real mode"), INT3, GP, None),
         (state("64-bit, timer", {f.GUEST_INTERRUPTIBILITY_STATE: 2}), Result("exit", 52), INT3, "timer-in-shadow"),
         (state("64-bit, timer"), Result("exit", 52), INT3, None),
