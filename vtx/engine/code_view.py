@@ -67,6 +67,8 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
         return True
     if _is_segment_load(instruction, kind):
         return True
+    if instruction.mnemonic == Mnemonic.INT and kind & LIKE_8086:
+        return True  # Unicorn checks RFLAGS.IOPL by itself
     return not kind & LIKE_8086 and instruction.code in _FAR
 
 

@@ -279,6 +279,17 @@ def linear_address(state: CpuState, instruction: Instruction, size: int, *, writ
     return (offset + segment.base) & MASK32
 
 
+def unchecked_linear_address(state: CpuState, instruction: Instruction) -> int:
+    """Linear address of the memory operand, whether or not it may be accessed."""
+    operand = instruction.memory
+    assert operand is not None
+    offset = effective_address(state, instruction, operand)
+    base = state.segments[operand.segment].base
+    if state.in_64_bit_mode:
+        return (offset + base) & MASK64 if operand.segment >= SegmentRegister.FS else offset
+    return (offset + base) & MASK32
+
+
 def segment_allows(state: CpuState, segment: Segment, offset: int, size: int, *, write: bool) -> bool:
     """Whether ``segment`` may be used to access ``size`` bytes at ``offset``; not for 64-bit mode."""
     rights, limit = segment.access_rights, segment.limit

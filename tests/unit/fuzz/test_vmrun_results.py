@@ -81,3 +81,13 @@ def test_an_instruction_of_the_guest_ends_its_interrupt_shadow() -> None:
     (stays, *ended) = run(*(state(program=name, changes=shadow) for name in ("nothing", "SLDT", "CLI")))
     assert scene.INTERRUPT_STATE.offset not in dict(stays.changed)
     assert [dict(result.changed)[scene.INTERRUPT_STATE.offset] for result in ended] == [0, 0]
+
+
+def test_intercepts_that_come_before_faults() -> None:
+    swint = {scene.INTERCEPTS[3]: 1 << 31 | 0x1920_0000}
+    results = run(
+        state("real mode", "INSB", {BY_NAME["ES limit"]: 0}),
+        state("compatibility mode", "INSW or INSD", {BY_NAME["ES attributes"]: 0xC91}),
+        state("virtual-8086 mode", "INT 30H", swint),  # at an I/O privilege level of 0
+    )
+    assert [result.name for result in results] == ["I/O instruction", "I/O instruction", "software interrupt"]

@@ -1,5 +1,7 @@
 """IN, OUT, INS, OUTS (SDM Vol. 2, the instructions' pages; SDM Vol. 1, "Protected-Mode I/O").
 
+I/O permission is checked before an instruction is intercepted, its memory operand after.
+
 A repeated string instruction is one iteration per call: interrupts and VM exits find it between iterations.
 """
 
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
-from vtx.x86.decode import Instruction
+from vtx.x86.decode import Instruction, unchecked_linear_address
 from vtx.x86.instructions.common import operand_address, read_linear, write_linear
 from vtx.x86.io_permission import check_io_permission
 from vtx.x86.operations import PortIo
@@ -74,9 +76,10 @@ def port_string(cpu: LogicalProcessor, instruction: Instruction) -> None:
         cpu.retire(instruction)
         return
     check_io_permission(state, cpu.mmu, port, size)
-    linear = operand_address(cpu, instruction, size, write=is_in)
+    linear = unchecked_linear_address(state, instruction)
     if cpu.intercepts(PortIo(port, size, is_in, True, instruction.rep, False, linear), instruction):
         return
+    operand_address(cpu, instruction, size, write=is_in)
     if is_in:
         user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
         cpu.mmu.check(linear, size, AccessKind.WRITE, user=user, ac=ac)
