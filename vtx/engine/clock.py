@@ -27,6 +27,7 @@ _BLOCK_SLOTS: Final = 4096
 _PAGE_SLOTS: Final = 1024
 _RFLAGS_IF: Final = 0x200
 _NO_BLOCK: Final = (1 << 64) - 1
+_MOST_GUARDED: Final = 256  # the library looks through all of them each time it translates or calls one
 
 # Where the words of the shared structure are that are used most, in `BlockClock.words`: four times as fast as by name.
 ELAPSED, LIMIT, ADDRESS, SIZE, INSTRUCTIONS, INSTRUCTION_LIMIT, SINGLE, NATIVE, WATCH_IF, STOPPED, KIND = range(11)
@@ -118,6 +119,7 @@ class BlockClock:
         self.shared.registers[:] = native.REG_GUARDED
         self.compiled = allow_compiled and _blockclock is not None
         self._flags, self._value = ctypes.c_uint64(), ctypes.c_uint64()
+        self._guarded_instructions: set[int] = set()
         if self.compiled:
             if _blockclock.structure_size() != ctypes.sizeof(_Shared):
                 raise native.EngineUnusable("the compiled block clock does not match this version; reinstall vtx")
@@ -172,13 +174,22 @@ class BlockClock:
         """Outside 64-bit mode the library adds CS base and EIP without wrapping."""
         return address if width(self.shared.kind) == 64 else address & MASK32
 
-    def guard_instruction(self, address: int) -> None:
-        """Check the operands of the instruction at ``address``, as the library sees it, right before it executes."""
+    def guard_instruction(self, address: int) -> bool:
+        """Check the operands of the instruction at ``address``, as the library sees it, right before it executes.
+
+        False if there are too many such instructions already.
+        """
+        if address in self._guarded_instructions:
+            return True
+        if len(self._guarded_instructions) == _MOST_GUARDED:
+            return False
+        self._guarded_instructions.add(address)
         if self.compiled:
             callback, data = _blockclock.instruction_callback_address(), ctypes.addressof(self.shared)
             native.add_hook(self._handle, native.HOOK_CODE, callback, data=data, at=address)
         else:
             native.add_hook(self._handle, native.HOOK_CODE, self._instruction_callback, at=address)
+        return True
 
     def _on_instruction(self, handle: int, address: int, size: int, data: int) -> None:
         if self.shared.native or self.shared.stopped:

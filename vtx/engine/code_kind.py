@@ -25,6 +25,9 @@ CHECKS_ALIGNMENT: Final = 1 << 3
 SHORT_SEGMENTS: Final = 1 << 7
 """There are segments of less than 64 KiB."""
 
+UNMASKED_SIMD: Final = 1 << 14
+"""MXCSR unmasks an exception."""
+
 _WIDTH: Final = 16 | 32 | 64
 _LIMITED_SHIFT: Final = 8
 _64_KIB: Final = 1 << 16
@@ -45,7 +48,7 @@ def is_limited(kind: int, segment: int) -> bool:
 
 
 def kind_of(state: CpuState) -> int:
-    """The kind of the code at CS:RIP."""
+    """The kind of the code at CS:RIP, but for `UNMASKED_SIMD`."""
     alignment = CHECKS_ALIGNMENT if checks_alignment(state) else 0
     if state.in_64_bit_mode:
         return 64 | alignment

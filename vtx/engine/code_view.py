@@ -14,10 +14,11 @@ from attrs import frozen
 from iced_x86 import Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
-from vtx.engine.code_kind import LIKE_8086, width
+from vtx.engine.code_kind import LIKE_8086, UNMASKED_SIMD, width
 from vtx.engine.guards import Guard, GuardTable, guards_of
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
 from vtx.x86.execution import OperandTrap, Place
+from vtx.x86.instructions.simd import ARITHMETIC
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.near_branches import is_near_branch
 from vtx.x86.state import MASK32, MASK64, Rflags
@@ -39,13 +40,14 @@ _MOST_REMEMBERED: Final = 1 << 16
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
 # asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
 # of null selectors, and nothing tells their interrupt shadow from that of STI. UMONITOR and its like pass for MFENCE.
-# Loads of MXCSR take reserved bits.
+# Loads of MXCSR take reserved bits, stores of it lack the exceptions.
 _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
         *(Mnemonic.SYSRET, Mnemonic.SYSRETQ, Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ),
         *(Mnemonic.UMONITOR, Mnemonic.UMWAIT, Mnemonic.TPAUSE),
         *(Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
+        *(Mnemonic.STMXCSR, Mnemonic.FXSAVE, Mnemonic.FXSAVE64),
     )
 )
 
@@ -65,10 +67,12 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
     """Whether Unicorn would do something else than the processor, which has no AVX or anything encoded like it."""
     if instruction.encoding != EncodingKind.LEGACY or instruction.mnemonic in _DIFFERENT:
         return True
-    if _is_segment_load(instruction, kind):
-        return True
     if instruction.mnemonic == Mnemonic.INT and kind & LIKE_8086:
         return True  # Unicorn checks RFLAGS.IOPL by itself
+    if _is_segment_load(instruction, kind):
+        return True
+    if kind & UNMASKED_SIMD and instruction.mnemonic in ARITHMETIC:
+        return not instruction.is_string_instruction
     return not kind & LIKE_8086 and instruction.code in _FAR
 
 

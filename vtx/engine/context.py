@@ -13,7 +13,7 @@ from typing import Any, Final
 from attrs import evolve
 
 from vtx.engine import layout, native, x87_sse
-from vtx.engine.code_kind import kind_of
+from vtx.engine.code_kind import UNMASKED_SIMD, kind_of
 from vtx.engine.transfer import register_transfer
 from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
 
@@ -46,7 +46,7 @@ class Context:
         self._traps_popf = self._extended = False
         self.kind = 16
         """Kind of the code being run (see `vtx.engine.code_kind`)."""
-        self._kind_flags = 0
+        self._kind_flags = self._unmasked = 0
         self.save()
         self.set_legacy_area(x87_sse.POWER_UP)
         self.power_up_fpu = self.fpu()
@@ -124,6 +124,19 @@ class Context:
     def set_fpu(self, fpu: bytes) -> None:
         """Replace the x87/SSE state; it reaches the processor with the next `load`."""
         self._image[layout.FPU : layout.FPU_END] = fpu
+        self.follow_mxcsr()
+
+    def settle_mxcsr(self) -> None:
+        """Put the SIMD floating-point exceptions met so far into MXCSR."""
+        x87_sse.settle(self._image)
+
+    def follow_mxcsr(self) -> None:
+        """MXCSR may have been loaded; `load` must be told to reload."""
+        self._unmasked = UNMASKED_SIMD if x87_sse.follow_mxcsr(self._image) else 0
+
+    def simd_exceptions(self) -> int:
+        """The SIMD floating-point exceptions met since MXCSR was settled."""
+        return x87_sse.simd_exceptions(self._image)
 
     def legacy_area(self) -> bytes:
         """The x87/SSE state as FXSAVE64 stores it."""
@@ -140,6 +153,7 @@ class Context:
         ):
             self._library.uc_reg_write(self._handle, register, ctypes.byref(value))
         self.save()
+        self.follow_mxcsr()
 
     # From and to the architectural state.
 
@@ -149,7 +163,7 @@ class Context:
             self._extended = False
             self._load_system(state)
         if reload or (state.rflags ^ self._kind_flags) & _AC:
-            self.kind, self._kind_flags = kind_of(state), state.rflags
+            self.kind, self._kind_flags = kind_of(state) | self._unmasked, state.rflags
         # The engine's own POPF must neither clear the trap flag of a step nor begin to check alignment unnoticed.
         traps_popf = step or state.popf_intercepted or bool(state.cr0 & _AM)
         if traps_popf != self._traps_popf:
@@ -191,7 +205,7 @@ class Context:
         )
         self._hidden_flags = layout.hidden_flags(state)
         if state.fpu:
-            self._image[layout.FPU : layout.FPU_END] = state.fpu
+            self.set_fpu(state.fpu)
 
     def enable_extended_state(self, state: CpuState) -> None:
         """Let the XSAVE family execute, with PKRU among its state, until the next `load` with ``reload``."""

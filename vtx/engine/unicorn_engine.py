@@ -83,7 +83,6 @@ _MOST_NOTED: Final = 1 << 16
 _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
 _AGAIN: Final = Fault(Vector.PF, 0)  # a refusal of what the client allows: it will try again
-_MOST_GUARDED: Final = 256  # the library looks through all of them each time it translates or calls one
 
 
 class UnicornEngine:
@@ -138,7 +137,6 @@ class UnicornEngine:
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
         self._probed: int | None = None
-        self._guarded_instructions: set[int] = set()
         self._noted: dict[int, tuple[int, bool]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
@@ -381,11 +379,8 @@ class UnicornEngine:
     def _guard_instruction(self, stopped: StoppedBefore) -> bool:
         """Guard an instruction by itself; whether it can be done."""
         address = stopped.instruction
-        if address not in self._guarded_instructions:
-            if len(self._guarded_instructions) == _MOST_GUARDED:
-                return False
-            self._guarded_instructions.add(address)
-            self.clock.guard_instruction(address + self._context.beyond_4_gib())
+        if not self.clock.guard_instruction(address + self._context.beyond_4_gib()):
+            return False
         self._code.guarded(stopped.block, address)
         self._retranslate_at(stopped.block, address - stopped.block + 1)
         return True
@@ -413,9 +408,10 @@ class UnicornEngine:
         self, state: CpuState, plan: Plan, reload: bool, *, osxsave: bool = False, native: bool = False
     ) -> EngineEvent | StoppedBefore:
         self._trap = self._refused = self._aborted = None
-        self._answered, self._state = False, state
-        step = plan.step
+        self._answered, self._state, step = False, state, plan.step
         arranged_tf = step and not state.rflags & _TF
+        if native:
+            self._context.settle_mxcsr()
         self._prepare(state, plan, reload=reload, native=native)
         if osxsave:
             self._context.enable_extended_state(state)
@@ -432,6 +428,8 @@ class UnicornEngine:
         before, shadow = state.gpr[1], state.shadow
         if self._context.store(state, hide_trap_flag=arranged_tf):
             state.shadow = Shadow.STI
+        if native:
+            self._context.follow_mxcsr()
         if arranged_tf and isinstance(event, ExceptionTrap) and event.vector == Vector.DB:
             event = Stepped()
             if self._context.kind & SHORT_CODE and state.rip > state.cs.limit:
@@ -546,6 +544,10 @@ class UnicornEngine:
     def legacy_area(self) -> bytes:
         """The x87/SSE state as FXSAVE64 stores it, as the last run left it."""
         return self._context.legacy_area()
+
+    def simd_exceptions(self) -> int:
+        """The SIMD floating-point exceptions met in the last run, which was native."""
+        return self._context.simd_exceptions()
 
     def set_legacy_area(self, area: bytes) -> None:
         """Replace the x87/SSE state by that of ``area``."""

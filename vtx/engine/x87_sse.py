@@ -20,6 +20,14 @@ _TAGS: Final = layout.FPU + 12  # a byte for each physical register, 1 for an em
 _REGISTERS: Final = layout.FPU + 24  # 16 bytes for each physical register, of which 10 are used
 _OPCODE: Final = layout.FPU + 152
 _POINTERS: Final = layout.FPU + 160  # of the last instruction, and of its operand
+_X87_STATUS: Final = layout.FPU + 176  # of the library's arithmetic: exceptions, rounding, and so on
+_SSE_STATUS: Final = layout.FPU + 208
+_FLAGS, _FLUSH_TO_ZERO = 2, 4  # bytes of either
+_COMMON_FLAGS: Final = 0b111101  # which are where MXCSR has them
+_FLUSHED: Final = 1 << 7
+_UNDERFLOW_AND_PRECISION: Final = 1 << 4 | 1 << 5
+_ALL_MASKED: Final = 0x1F80
+_FLUSH_WITH_UNDERFLOW_MASKED: Final = 1 << 15 | 1 << 11
 _MXCSR: Final = layout.FPU + 216
 _XMM_STRIDE: Final = 64
 
@@ -38,8 +46,34 @@ def _unpack(image: memoryview, form: str, offset: int) -> int:
     return int(value)
 
 
+def simd_exceptions(image: memoryview) -> int:
+    """The SIMD floating-point exceptions met since the last `settle`; the library has no flag for denormal operands."""
+    flags = image[_SSE_STATUS + _FLAGS]
+    return flags & _COMMON_FLAGS | (_UNDERFLOW_AND_PRECISION if flags & _FLUSHED else 0)
+
+
+def settle(image: memoryview) -> None:
+    """Put the exceptions met into MXCSR, where the library never does."""
+    met = simd_exceptions(image)
+    image[_SSE_STATUS + _FLAGS] = 0
+    if met:
+        struct.pack_into("<I", image, _MXCSR, _unpack(image, "<I", _MXCSR) | met)
+
+
+def follow_mxcsr(image: memoryview) -> bool:
+    """MXCSR may have changed: whether it unmasks an exception.
+
+    Of flush-to-zero, the library takes the x87 arithmetic for what it is about.
+    """
+    mxcsr = _unpack(image, "<I", _MXCSR)
+    image[_X87_STATUS + _FLUSH_TO_ZERO] = 0
+    image[_SSE_STATUS + _FLUSH_TO_ZERO] = mxcsr & _FLUSH_WITH_UNDERFLOW_MASKED == _FLUSH_WITH_UNDERFLOW_MASKED
+    return mxcsr & _ALL_MASKED != _ALL_MASKED
+
+
 def legacy_area(image: memoryview) -> bytes:
     """The registers in a context's ``image`` as FXSAVE64 stores them, `LEGACY_AREA` bytes."""
+    settle(image)
     top = _unpack(image, "<I", _TOP) & 7
     status = _unpack(image, "<H", _STATUS) & ~_TOP_MASK | top << _TOP_SHIFT
     tags = sum(1 << number for number in range(8) if not image[_TAGS + number])
@@ -69,6 +103,7 @@ def set_legacy_area(image: memoryview, area: bytes) -> tuple[int, int]:
     """Put the registers of ``area`` into ``image``; control word and MXCSR, which are for the library to set."""
     control, status, tags, opcode, instruction, operand, mxcsr, _ = _HEAD.unpack_from(area)
     top = status >> _TOP_SHIFT & 7
+    image[_SSE_STATUS + _FLAGS] = 0
     struct.pack_into("<IH", image, _TOP, top, status & ~_TOP_MASK)
     image[_TAGS : _TAGS + 8] = bytes(not tags >> number & 1 for number in range(8))
     struct.pack_into("<H", image, _OPCODE, opcode)

@@ -178,6 +178,10 @@ class ExecutionEngine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release what it holds of the host's memory; it cannot be used afterwards."""
+        ...
+
     def elapsed(self) -> int:
         """Bytes of code executed since creation; within a callback, including the current block as a whole."""
         ...
@@ -192,6 +196,10 @@ class ExecutionEngine(Protocol):
 
     def legacy_area(self) -> bytes:
         """Between runs: the x87/SSE state in the layout of FXSAVE64, 416 bytes."""
+        ...
+
+    def simd_exceptions(self) -> int:
+        """After a run that was ``native``: the SIMD floating-point exceptions met in it, as MXCSR has them."""
         ...
 
     def set_legacy_area(self, area: bytes) -> None:

@@ -1,4 +1,4 @@
-"""LDMXCSR and FXRSTOR: the engine would take any value for MXCSR.
+"""LDMXCSR, STMXCSR, FXRSTOR and FXSAVE: the engine would take any value for MXCSR, and keeps its exceptions elsewhere.
 
 Spec: SDM Vol. 2, "LDMXCSR—Load MXCSR Register", "FXRSTOR—Restore x87 FPU, MMX, XMM, and MXCSR State"; Vol. 1, "MXCSR
 Control and Status Register".
@@ -40,24 +40,54 @@ def check_mxcsr(cpu: LogicalProcessor, linear: int) -> None:
         raise gp(0)
 
 
-def ldmxcsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """LDMXCSR."""
+def require_sse(cpu: LogicalProcessor) -> None:
+    """#UD or #NM unless SSE instructions may be executed."""
     if cpu.state.cr0 & _EM or not cpu.state.cr4 & _OSFXSR:
         raise ud()
     require_not_task_switched(cpu)
+
+
+def stmxcsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """STMXCSR."""
+    require_sse(cpu)
+    operand_address(cpu, instruction, 4, write=True)
+    cpu.native(instruction)
+
+
+def ldmxcsr(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """LDMXCSR."""
+    require_sse(cpu)
     check_mxcsr(cpu, operand_address(cpu, instruction, 4))
+    cpu.native(instruction)
+
+
+def _area(cpu: LogicalProcessor, instruction: Instruction, *, write: bool) -> int:
+    require_not_task_switched(cpu, _TS | _EM)
+    linear = operand_address(cpu, instruction, _AREA_SIZE, write=write)
+    if linear % _AREA_ALIGNMENT:
+        raise gp(0)
+    return linear
+
+
+def fxsave(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """FXSAVE."""
+    _area(cpu, instruction, write=True)
     cpu.native(instruction)
 
 
 def fxrstor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """FXRSTOR, which takes MXCSR only if CR4.OSFXSR is set."""
-    require_not_task_switched(cpu, _TS | _EM)
-    linear = operand_address(cpu, instruction, _AREA_SIZE)
-    if linear % _AREA_ALIGNMENT:
-        raise gp(0)
+    linear = _area(cpu, instruction, write=False)
     if cpu.state.cr4 & _OSFXSR:
         check_mxcsr(cpu, linear + MXCSR_OFFSET)
     cpu.native(instruction)
 
 
-HANDLERS: Final = {Mnemonic.LDMXCSR: ldmxcsr, Mnemonic.FXRSTOR: fxrstor, Mnemonic.FXRSTOR64: fxrstor}
+HANDLERS: Final = {
+    Mnemonic.LDMXCSR: ldmxcsr,
+    Mnemonic.STMXCSR: stmxcsr,
+    Mnemonic.FXSAVE: fxsave,
+    Mnemonic.FXSAVE64: fxsave,
+    Mnemonic.FXRSTOR: fxrstor,
+    Mnemonic.FXRSTOR64: fxrstor,
+}

@@ -20,6 +20,7 @@ from vtx.x86.instructions import (
     port_io,
     protection_keys,
     segment_loads,
+    simd,
     sse_control,
     supervisor_state,
     system,
@@ -36,7 +37,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
-        *(port_io, missing, wait, msr_list, supervisor_state, sse_control, protection_keys),
+        *(port_io, missing, wait, msr_list, supervisor_state, sse_control, simd, protection_keys),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -70,7 +71,9 @@ _ENGINE_NEEDED: Final = frozenset(
     (
         *(Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64),
         *(Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVES, Mnemonic.XSAVES64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64),
-        *(Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
+        *(Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF),
+        *sse_control.HANDLERS,
+        *simd.HANDLERS,
     )
 )
 
