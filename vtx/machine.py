@@ -182,6 +182,20 @@ class Machine:
         load(image, self.memory, options, self.cpu.state)
         self.cpu.load_control_state()
 
+    def close(self) -> None:
+        """Release what the processors' engines hold of the host's memory; the machine cannot be run afterwards.
+
+        A machine that nobody has is closed as well. ``with Machine() as machine:`` closes it at the end.
+        """
+        for cpu in self.cpus:
+            cpu.engine.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def snapshot(self) -> Snapshot:
         """The whole machine as it is, between two runs: for `restore`, here or in a machine built alike.
 

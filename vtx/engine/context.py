@@ -37,8 +37,7 @@ class Context:
     def __init__(self, handle: ctypes.c_void_p, vmcb_frame: int, *, allow_compiled: bool) -> None:
         self._handle = handle
         self._library: Any = native.library
-        self._context = ctypes.c_void_p()
-        native.check(self._library.uc_context_alloc(handle, ctypes.byref(self._context)), "a context")
+        self._context, self._release = native.allocate_context(self, handle)
         self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
         self._image = image = memoryview(self._buffer).cast("B")
         self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
@@ -57,7 +56,7 @@ class Context:
     def close(self) -> None:
         """Release the library's memory."""
         self._image.release()
-        self._library.uc_context_free(self._context)
+        self._release()
 
     def save(self) -> None:
         """Take the state out of the processor."""

@@ -7,6 +7,8 @@ the engine uses the binding only to find and load the library.
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import unicorn
@@ -118,6 +120,28 @@ def check(status: int, doing: str) -> None:
     if status != ERR_OK:
         message = library.uc_strerror(status).decode("ascii", "replace")
         raise EngineUnusable(f"Unicorn failed at {doing}: {message}")
+
+
+def open_processor(owner: object) -> tuple[ctypes.c_void_p, Callable[[], object]]:
+    """A processor of the library for ``owner``, and what closes it: called by ``owner``, or when nobody has it."""
+    handle = ctypes.c_void_p()
+    check(library.uc_open(ARCH_X86, MODE_64, ctypes.byref(handle)), "opening a processor")
+    return handle, _when_gone(owner, library.uc_close, handle)
+
+
+def allocate_context(owner: object, handle: ctypes.c_void_p) -> tuple[ctypes.c_void_p, Callable[[], object]]:
+    """Memory for a processor's state, and what releases it, likewise."""
+    context = ctypes.c_void_p()
+    check(library.uc_context_alloc(handle, ctypes.byref(context)), "a context")
+    return context, _when_gone(owner, library.uc_context_free, context)
+
+
+def _when_gone(
+    owner: object, release: Callable[[ctypes.c_void_p], object], what: ctypes.c_void_p
+) -> Callable[[], object]:
+    finalizer = weakref.finalize(owner, release, what)
+    finalizer.atexit = False  # the end of the process releases everything faster
+    return finalizer
 
 
 def control(handle: ctypes.c_void_p, code: int, *arguments: int) -> None:

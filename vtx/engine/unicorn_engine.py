@@ -105,10 +105,7 @@ class UnicornEngine:
         self._library = native.library
         self._client = client
         self._memory = memory
-        self._handle = ctypes.c_void_p()
-        native.check(
-            native.library.uc_open(native.ARCH_X86, native.MODE_64, ctypes.byref(self._handle)), "opening a processor"
-        )
+        self._handle, self._close = native.open_processor(self)
         native.control(self._handle, native.CTL_CPU_MODEL, native.CPU_MODEL)
         native.control(self._handle, native.CTL_TLB_TYPE, native.TLB_VIRTUAL)
         native.control(self._handle, native.CTL_USE_EXITS, 1)
@@ -143,11 +140,9 @@ class UnicornEngine:
         self._state: CpuState
 
     def close(self) -> None:
-        """Release the library's resources; the engine cannot be used afterwards."""
-        if self._handle:
-            self._context.close()
-            self._library.uc_close(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Release the library's resources, as happens when nobody has the engine; it cannot be used afterwards."""
+        self._context.close()
+        self._close()
 
     # Construction.
 
