@@ -91,3 +91,8 @@ def test_intercepts_that_come_before_faults() -> None:
         state("virtual-8086 mode", "INT 30H", swint),  # at an I/O privilege level of 0
     )
     assert [result.name for result in results] == ["I/O instruction", "I/O instruction", "software interrupt"]
+
+
+def test_int_n_that_virtual_8086_mode_forbids_is_not_being_delivered() -> None:
+    (result,) = run(state("virtual-8086 mode", "INT 30H", {scene.INTERCEPTS[2]: 0xFFFF_FFFF}))
+    assert (result.name, result.info1, result.interrupted) == ("exception #GP", 0, 0)

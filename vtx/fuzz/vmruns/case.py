@@ -138,11 +138,11 @@ def in_fields(
     return Known(identity, verdict, ref, lambda case: case.where(names, alike) if applies(case) else ())
 
 
-def overlooks(identity: str, ref: Reference, *rules: str, verdict: str = "vtx") -> Known[Case]:
-    """A class of VMCBs that we refuse for one of ``rules`` alone, which the other does not check."""
+def overlooks(identity: str, ref: Reference, every: Collection[str], *rules: str, verdict: str = "vtx") -> Known[Case]:
+    """A class of VMCBs that we refuse for one of ``rules``, which the other does not check; ``every`` are all such."""
 
     def explains(case: Case) -> Collection[str]:
-        overlooked = case.invalid == (True, False) and case.rules and set(case.rules) <= set(rules)
+        overlooked = case.invalid == (True, False) and set(rules) & set(case.rules) and set(case.rules) <= set(every)
         return case.differing if overlooked else ()
 
     return Known(identity, verdict, ref, explains, rules)

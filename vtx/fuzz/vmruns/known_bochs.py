@@ -12,28 +12,53 @@ from vtx.fuzz.classes import Known
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
 from vtx.fuzz.vmruns.known_common import (
     CHECKS,
+    DEBUG_REGISTER_ONES,
+    DR6_ONES,
+    DR6_WRITABLE,
+    EVENT_VECTOR,
+    FAST_FXSAVE,
     HIGH_HALVES,
     INJECTION,
+    LAYOUT,
+    LMSW,
     MAPS_NOT_IN_USE,
     MSR_WIDTHS,
     NO_MEMORY,
     NO_REPETITION,
+    PROGRAM_READS_RESERVED_CR0,
+    REAL_MODE_ERROR_CODE,
     RESERVED_CR0,
     RESERVED_FLAGS,
     RF,
+    RFLAGS,
+    RFLAGS_DEFINED,
+    SEGMENTS,
+    SKINIT,
     SVM,
+    SYSENTER,
     TABLE_LIMITS,
     UNOBSERVED_ATTRIBUTES,
+    VM_IN_LONG_MODE,
+    VM_IN_REAL_MODE,
     VMLOAD,
     VMRUN,
     WITHIN_TABLE_LIMITS,
+    WRITE_TRAPS,
 )
 from vtx.x86.outcome import Vector
-from vtx.x86.state import Rflags
+from vtx.x86.state import Cr4, Rflags
 
 _EXIT: Final = apm(SVM, "#VMEXIT")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
-_BS: Final = 1 << 14
+_INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
+_PAGE_FAULT: Final = Exit.EXCEPTION_0 + Vector.PF
+_CR3, _PROTECTED_MODE = "vmrun.cr3-reserved", "vmrun.long-mode-pe"
+_MAPS: Final = ("vmrun.iopm-address", "vmrun.msrpm-address")
+_OVERLOOKED: Final = frozenset((_CR3, _PROTECTED_MODE, EVENT_VECTOR, *_MAPS))
+_NP_BYTE: Final = 0xFF
+_L_AND_D: Final = 3 << 9
+_KIND, _WRITABLE_DATA = 0xA, 0x2
+_BT, _BS, _GD = 1 << 15, 1 << 14, 1 << 13
 
 
 def _virtual_interrupt(case: Case) -> bool:
@@ -51,6 +76,24 @@ def _injected_type(case: Case) -> int | None:
     return word >> layouts.EVENT_TYPE_SHIFT & 7 if word & layouts.EVENT_VALID else None
 
 
+def _software_interrupt_in_virtual_8086(case: Case) -> bool:
+    """A software interrupt is injected where INT n would need an I/O privilege level of 3."""
+    return case.virtual_8086 and _injected_type(case) == layouts.InjectedType.SOFTWARE_INTERRUPT
+
+
+def _short_error_code(case: Case) -> Collection[str]:
+    """An injected error code of more than 16 bits."""
+    if not case["EVENTINJ"] & layouts.EVENT_ERROR_CODE_VALID or not case["EVENTINJ"] >> 48:
+        return ()
+    return case.where(case.memory, lambda ours, theirs: (ours ^ theirs) & 0xFFFF == 0)
+
+
+def _other_nested_control(case: Case) -> bool:
+    """A bit of the byte with NP_ENABLE that is not NP_ENABLE."""
+    control = case["nested paging and encryption control"] & _NP_BYTE
+    return bool(control) and not control & layouts.NP_ENABLE
+
+
 def _pushed_rip(case: Case) -> Collection[str]:
     """The return address of a software interrupt that is injected: nRIP here, RIP there."""
     if _injected_type(case) not in (layouts.InjectedType.SOFTWARE_INTERRUPT, layouts.InjectedType.EXCEPTION):
@@ -58,9 +101,62 @@ def _pushed_rip(case: Case) -> Collection[str]:
     return case.where(case.memory, lambda ours, theirs: True)
 
 
+_DATA_SEGMENTS: Final = ("ES", "CS", "SS", "DS", "FS", "GS")
+_LDT, _TSS = (2,), (1, 3, 9, 11)
+_FETCH: Final = 1 << 4
+
+
+def _as_system_segment(case: Case, name: str) -> bool:
+    """Whether the attributes are those of another kind of segment, present: Bochs keeps garbage in such a register."""
+    attributes = case[f"{name} attributes"]
+    if not attributes & 0x80:
+        return False
+    if name in _DATA_SEGMENTS:
+        return not attributes & 0x10
+    return attributes & 0x1F not in (_LDT if name == "LDTR" else _TSS)
+
+
+def _garbage(case: Case) -> Collection[str]:
+    """Limits, bases and attributes of registers with another kind of segment."""
+    return [
+        f"{name} {part}"
+        for name in SEGMENTS
+        if _as_system_segment(case, name)
+        for part in ("attributes", "limit", "base")
+    ]
+
+
+def _unusable(case: Case) -> Collection[str]:
+    """Base and limit of registers that no longer hold a segment."""
+    return [
+        f"{name} {part}"
+        for name in SEGMENTS
+        if not case.one.get(f"{name} attributes", 0) & 0x80
+        for part in ("limit", "base")
+    ]
+
+
 OF_BOCHS: Final[tuple[Known[Case], ...]] = (
-    overlooks("cr3-reserved", CHECKS, "vmrun.cr3-reserved"),
+    overlooks("cr3-reserved", CHECKS, _OVERLOOKED, _CR3),
+    overlooks("paged-real-mode", CHECKS, _OVERLOOKED, _PROTECTED_MODE),
+    overlooks("event-vectors", INJECTION, _OVERLOOKED, EVENT_VECTOR),
+    overlooks("end-of-maps", CHECKS, _OVERLOOKED, *_MAPS),
+    WRITE_TRAPS,
     in_fields("cr2", "vtx", VMRUN, ("CR2",), lambda ours, theirs: True),
+    all_of_it("cr2", "vtx", VMRUN, lambda case: case.runs("MOV EAX, CR2", "a change of bit 0 in CR2")),
+    DEBUG_REGISTER_ONES,
+    Known("another-kind-of-segment", "vtx", CHECKS, _garbage),
+    Known("unusable-segments", "both", CHECKS, _unusable),
+    all_of_it("cpl-bits", "vtx", LAYOUT, lambda case: case["CPL"] > 3),
+    all_of_it("rsm-intercept", "vtx", _INTERCEPTS, lambda case: case.runs("RSM") and case.ours.code == Exit.RSM),
+    in_fields(
+        "fetch-without-nx",
+        "vtx",
+        apm(SVM, "Nested versus Guest Page Faults, Fault Ordering"),
+        ("EXITINFO1",),
+        lambda ours, theirs: theirs ^ ours == _FETCH and bool(theirs & _FETCH),
+        lambda case: case.exits in ((Exit.NPF, Exit.NPF), (_PAGE_FAULT, _PAGE_FAULT)),
+    ),
     in_fields("next-rip", "vtx", _EXIT, ("nRIP",), lambda ours, theirs: not ours, _without_next_rip),
     TABLE_LIMITS,
     HIGH_HALVES,
@@ -82,20 +178,80 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         "vtx",
         _EXCEPTIONS,
         ("DR6",),
-        lambda ours, theirs: ours ^ theirs == _BS,
-        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DB,
+        lambda ours, theirs: not (ours ^ (theirs & DR6_WRITABLE | DR6_ONES)) & ~(_BS | _BT),
     ),
-    in_fields("resume-flag-of-a-double-fault", "vtx", _EXIT, ("RFLAGS",), lambda ours, theirs: ours ^ theirs == RF),
+    in_fields(
+        "resume-flag",
+        "vtx",
+        RFLAGS,
+        ("RFLAGS",),
+        lambda ours, theirs: (ours ^ theirs) & RFLAGS_DEFINED == RF,
+    ),
+    in_fields(
+        "shadow-of-a-fault",
+        "vtx",
+        _EXIT,
+        ("interrupt state",),
+        lambda ours, theirs: (ours, theirs) == (1, 0),
+        lambda case: Exit.EXCEPTION_0 <= case.ours.code < Exit.EXCEPTION_0 + 32,
+    ),
+    Known("error-code-width", "vtx", INJECTION, _short_error_code),
+    in_fields(
+        "interrupted-software-event",
+        "vtx",
+        apm(SVM, "State Saved on Exit"),
+        ("EXITINTINFO",),
+        lambda ours, theirs: ours != theirs,
+        lambda case: case.runs("INT"),
+    ),
+    all_of_it(
+        "general-detect",
+        "both",
+        apm("Software Debug and Performance Resources", "Debug Registers"),
+        lambda case: case.runs("MOV DR", "MOV ECX, DR") and bool(case["DR7"] & _GD),
+    ),
+    all_of_it("monitor-intercept", "vtx", _INTERCEPTS, lambda case: case.ours.code == Exit.MONITOR),
+    all_of_it("nested-paging-byte", "vtx", LAYOUT, _other_nested_control),
+    all_of_it(
+        "stack-segment",
+        "both",
+        CHECKS,
+        lambda case: not case.in_64_bit_mode and case["SS attributes"] & _KIND != _WRITABLE_DATA,
+    ),
     all_of_it("virtual-interrupt", "vtx", apm(SVM, "Injecting Virtual (INTR) Interrupts"), _virtual_interrupt),
     all_of_it("vmload-moves-the-block", "vtx", VMLOAD, lambda case: case.runs("VMLOAD", "VMSAVE")),
+    SYSENTER,
+    VM_IN_LONG_MODE,
+    VM_IN_REAL_MODE,
+    REAL_MODE_ERROR_CODE,
     all_of_it(
-        "sysenter-in-long-mode",
+        "implicit-access",
         "vtx",
-        apm("System Instruction Reference", "SYSENTER"),
-        lambda case: case.runs("SYSENTER") and case.long_mode,
+        apm("Page Translation and Protection", "Page-Protection Checks"),
+        lambda case: bool(case["CR4"] & Cr4.SMAP and case["RFLAGS"] & Rflags.AC),
     ),
+    in_fields(
+        "real-mode-order", "both", None, ("EXITINFO1", "EXITINFO2"), lambda ours, theirs: True, lambda case: case.real
+    ),
+    SKINIT,
     NO_REPETITION,
     MAPS_NOT_IN_USE,
+    LMSW,
+    FAST_FXSAVE,
+    PROGRAM_READS_RESERVED_CR0,
+    all_of_it(
+        "l-and-d",
+        "vtx",
+        CHECKS,
+        lambda case: case.invalid == (False, True) and case["CS attributes"] & _L_AND_D == _L_AND_D,
+    ),
+    all_of_it("injected-in-virtual-8086-mode", "both", INJECTION, _software_interrupt_in_virtual_8086),
     WITHIN_TABLE_LIMITS,
     NO_MEMORY,
+    all_of_it(
+        "another-kind-of-segment",
+        "vtx",
+        CHECKS,
+        lambda case: any(_as_system_segment(case, name) for name in SEGMENTS),
+    ),
 )

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Final
 
 from vmcs.refs import apm
+from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vtx.fuzz.classes import Known
 from vtx.fuzz.on_vtx import MEMORY
 from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields
-from vtx.x86.state import MASK32, Gpr
+from vtx.x86.outcome import Vector
+from vtx.x86.state import MASK32, Cr0, Gpr, Rflags
 
 SVM: Final = "Secure Virtual Machine"
 LAYOUT: Final = apm(SVM, "Layout of VMCB")
@@ -20,13 +22,12 @@ VMRUN: Final = apm(SVM, "VMRUN Instruction")
 INJECTION: Final = apm(SVM, "Event Injection")
 VMLOAD: Final = apm(SVM, "VMSAVE and VMLOAD Instructions")
 RFLAGS: Final = apm("System Resources", "RFLAGS Register")
-DEBUG_REGISTERS: Final = apm("Software Debug and Performance Resources", "Debug Registers")
 
 _LIMIT: Final = 0xFFFF
-_RFLAGS_DEFINED: Final = 0x3F_7FD5
+RFLAGS_DEFINED: Final = 0x3F_7FD5
 _RFLAGS_ONES: Final = 2
 RF: Final = 1 << 16
-_RFLAGS_RESERVED: Final = MASK32 & ~_RFLAGS_DEFINED
+_RFLAGS_RESERVED: Final = MASK32 & ~RFLAGS_DEFINED
 _CR0_DEFINED: Final = 0xE005_003F
 _ET: Final = 0x10
 _REGISTERS: Final = tuple(scene.REGISTERS[each].name for each in Gpr)
@@ -37,7 +38,8 @@ ATTRIBUTES: Final = tuple(f"{name} attributes" for name in SEGMENTS)
 
 def in_halves(difference: int, bits: int) -> bool:
     """Whether two words that differ in ``difference`` do so only in ``bits`` of what is at some 16-bit boundary."""
-    return any(difference and not difference & ~(bits << shift) for shift in (0, 16, 32, 48))
+    patterns = (*(bits << shift for shift in (0, 16, 32, 48)), bits | bits << 32)
+    return bool(difference) and any(not difference & ~pattern for pattern in patterns)
 
 
 def flags_in_memory(bits: int) -> Callable[[Case], frozenset[str]]:
@@ -48,7 +50,7 @@ def flags_in_memory(bits: int) -> Callable[[Case], frozenset[str]]:
 def _reserved_flags(case: Case) -> frozenset[str]:
     if not case["RFLAGS"] & MASK32 & _RFLAGS_RESERVED and case["RFLAGS"] & _RFLAGS_ONES:
         return frozenset()
-    saved = case.where(("RFLAGS",), lambda ours, theirs: ours == theirs & _RFLAGS_DEFINED | _RFLAGS_ONES)
+    saved = case.where(("RFLAGS",), lambda ours, theirs: ours == theirs & RFLAGS_DEFINED | _RFLAGS_ONES)
     return saved | flags_in_memory(_RFLAGS_RESERVED | RF)(case)
 
 
@@ -64,23 +66,32 @@ TABLE_LIMITS: Final = in_fields(
     lambda ours, theirs: ours == theirs & _LIMIT,
 )
 WITHIN_TABLE_LIMITS: Final = all_of_it("table-limits", "vtx", LAYOUT, _beyond_16_bits)
-HIGH_HALVES: Final = in_fields(
-    "high-halves",
-    "both",
-    apm("System Resources", "CR0 Register"),
-    (*_REGISTERS, "RIP"),
-    lambda ours, theirs: ours & MASK32 == theirs & MASK32,
-    lambda case: not case.in_64_bit_mode,
-)
+
+
+def _high_halves(case: Case) -> frozenset[str]:
+    if case.in_64_bit_mode:
+        return frozenset()
+    pushed = case.memory if case["RIP"] > MASK32 else ()
+    return case.where((*_REGISTERS, "RIP", *pushed), lambda ours, theirs: ours & MASK32 == theirs & MASK32)
+
+
+HIGH_HALVES: Final[Known[Case]] = Known("high-halves", "both", apm("System Resources", "CR0 Register"), _high_halves)
 MSR_WIDTHS: Final = in_fields(
     "msr-widths", "both", VMLOAD, _MSRS, lambda ours, theirs: ours & MASK32 == theirs & MASK32
 )
 RESERVED_FLAGS: Final[Known[Case]] = Known("reserved-flags", "vtx", RFLAGS, _reserved_flags)
+_READS_CR0: Final = ("MOV EAX, CR0", "a change of", "SMSW", "LMSW", "CLTS")
+PROGRAM_READS_RESERVED_CR0: Final = all_of_it(
+    "reserved-cr0",
+    "both",
+    apm("System Resources", "CR0 Register"),
+    lambda case: case.runs(*_READS_CR0) and bool(case["CR0"] & MASK32 & ~_CR0_DEFINED),
+)
 RESERVED_CR0: Final = in_fields(
     "reserved-cr0",
     "both",
     apm("System Resources", "CR0 Register"),
-    ("CR0",),
+    ("CR0", "RAX"),  # the latter is what programs read it into
     lambda ours, theirs: ours == theirs & _CR0_DEFINED | _ET,
 )
 
@@ -97,7 +108,8 @@ _OBSERVED: Final = {
 
 
 def _unobserved(case: Case) -> frozenset[str]:
-    return frozenset().union(
+    of_real_mode = frozenset(("CS attributes",) if case.real else ())
+    return of_real_mode.union(
         *(
             case.where(
                 (f"{name} attributes",),
@@ -139,10 +151,82 @@ _PAGES: Final = 1 << 28  # of the 40 bits that all of them have
 MAPS_NOT_IN_USE: Final = all_of_it("maps-not-in-use", "both", CHECKS, _map_not_in_use)
 
 
-def _outside_memory(case: Case) -> bool:
-    """A table begins where there is no memory."""
-    nested = case["nested paging and encryption control"] & 1
-    return case["CR3"] >= MEMORY or (bool(nested) and case["N_CR3"] >= MEMORY)
+def _foreign_tables(case: Case) -> bool:
+    """A page table, or a permission map that is asked, lies where there is no memory, or where something else is."""
+    nested = case["nested paging and encryption control"] & layouts.NP_ENABLE
+    tables = ([case["CR3"]] if case["CR0"] & Cr0.PG else []) + ([case["N_CR3"]] if nested else [])
+    maps = {Exit.IOIO: "IOPM_BASE_PA", Exit.MSR: "MSRPM_BASE_PA"}
+    asked = (case[name] for code, name in maps.items() if code in case.exits)
+    return any(_page(each) not in scene.TABLES for each in tables) or any(each >= MEMORY for each in asked)
 
 
-NO_MEMORY: Final = all_of_it("no-memory-there", "both", None, _outside_memory)
+def _page(address: int) -> int:
+    return address & (1 << 40) - scene.PAGE
+
+
+NO_MEMORY: Final = all_of_it("no-table-there", "both", None, _foreign_tables)
+REAL_MODE_ERROR_CODE: Final = in_fields(
+    "real-mode-error-code",
+    "both",
+    apm(SVM, "Exception Intercepts"),
+    ("EXITINFO1",),
+    lambda ours, theirs: ours == 0,
+    lambda case: case.real and case.ours.code == Exit.EXCEPTION_0 + Vector.GP,
+)
+SKINIT: Final = all_of_it(
+    "skinit",
+    "both",
+    apm("System Instruction Reference", "SKINIT"),
+    lambda case: case.runs("SKINIT") or case.theirs.code == Exit.SKINIT,
+)
+VM_IN_REAL_MODE: Final = all_of_it(
+    "vm-in-real-mode", "both", RFLAGS, lambda case: case.real and bool(case["RFLAGS"] & Rflags.VM)
+)
+VM_IN_LONG_MODE: Final = all_of_it(
+    "vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)
+)
+DR6_WRITABLE, DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
+_DR7_RESERVED, _DR7_ONES = 0xD800, 0x400
+DEBUG_REGISTER_ONES: Final = in_fields(
+    "debug-register-ones",
+    "vtx",
+    apm("Software Debug and Performance Resources", "Debug Registers"),
+    ("DR6", "DR7", "RCX"),  # the last is what programs read them into
+    lambda ours, theirs: ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~_DR7_RESERVED & MASK32 | _DR7_ONES),
+)
+EVENT_VECTOR: Final = "vmrun.event-vector"
+LMSW: Final = all_of_it(
+    "lmsw",
+    "vtx",
+    apm(SVM, "Instruction Intercepts"),
+    lambda case: case.runs("LMSW") and case.ours.code == Exit.CR0_SEL_WRITE,
+)
+_FFXSR: Final = 1 << 14
+
+
+def _fast_fxsave(case: Case) -> bool:
+    """EFER.FFXSR is the only bit that is reserved here."""
+    only = case.rules == ("vmrun.efer-reserved",) and case["EFER"] & ~_EFER_DEFINED == _FFXSR
+    return case.invalid == (True, False) and only
+
+
+_EFER_DEFINED: Final = 0x1D01
+FAST_FXSAVE: Final = all_of_it("efer-ffxsr", "both", CHECKS, _fast_fxsave)
+MONITOR_HINTS: Final = all_of_it(
+    "monitor-hints",
+    "vtx",
+    apm(SVM, "Instruction Intercepts"),
+    lambda case: case.runs("MONITOR") and bool(case.fields[scene.REGISTERS[Gpr.RCX]] & MASK32),
+)
+WRITE_TRAPS: Final = all_of_it(
+    "write-traps",
+    "both",
+    apm(SVM, "Instruction Intercepts"),
+    lambda case: Exit.EFER_WRITE_TRAP <= case.ours.code < Exit.CR0_WRITE_TRAP + 16,
+)
+SYSENTER: Final = all_of_it(
+    "sysenter-in-long-mode",
+    "vtx",
+    apm("System Instruction Reference", "SYSENTER"),
+    lambda case: case.runs("SYSENTER") and case.long_mode,
+)

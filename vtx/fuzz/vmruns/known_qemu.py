@@ -12,36 +12,50 @@ from vtx.fuzz.classes import Known
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
 from vtx.fuzz.vmruns.known_common import (
     CHECKS,
-    DEBUG_REGISTERS,
+    DEBUG_REGISTER_ONES,
+    EVENT_VECTOR,
+    FAST_FXSAVE,
     HIGH_HALVES,
     INJECTION,
     LAYOUT,
+    LMSW,
     MAPS_NOT_IN_USE,
+    MONITOR_HINTS,
     MSR_WIDTHS,
     NO_MEMORY,
     NO_REPETITION,
+    PROGRAM_READS_RESERVED_CR0,
+    REAL_MODE_ERROR_CODE,
     RESERVED_CR0,
     RESERVED_FLAGS,
     RF,
     RFLAGS,
+    SKINIT,
     SVM,
+    SYSENTER,
     TABLE_LIMITS,
     UNOBSERVED_ATTRIBUTES,
+    VM_IN_LONG_MODE,
+    VM_IN_REAL_MODE,
     VMLOAD,
     VMRUN,
     WITHIN_TABLE_LIMITS,
+    WRITE_TRAPS,
     flags_in_memory,
 )
+from vtx.x86.linear import is_canonical
 from vtx.x86.outcome import Vector
-from vtx.x86.state import Cr0, Cr4, Efer, Rflags
+from vtx.x86.state import MASK32, Cr0, Cr4, Efer, Rflags
 
 _INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
 _VECTORS: Final = apm("Exceptions and Interrupts", "Vectors")
+_NESTED_PAGING, _CR4 = ("vmrun.g-pat", "vmrun.n-cr3-reserved"), "vmrun.cr4-reserved"
+_OVERLOOKED: Final = frozenset((*_NESTED_PAGING, _CR4, EVENT_VECTOR))
 _ADDRESS_SIZES: Final = 0x380
-_DR6_WRITABLE, _DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
-_DR7_RESERVED, _DR7_ONES = 0xD800, 0x400
-_PRESENT, _RESERVED = 1, 8
+_PRESENT, _WRITE, _RESERVED = 1, 2, 8
+_GD: Final = 1 << 13
+_LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
 _AVAILABLE_TSS: Final = 9
 
@@ -60,12 +74,15 @@ def _privilege_level(case: Case) -> int:
 
 
 def _idt_error_code(case: Case) -> Collection[str]:
-    """An error code that names a gate: QEMU forgets that the event was external, and takes every gate for 16 bytes."""
+    """The error code of a fault in event delivery: QEMU forgets that it was, and takes every gate for 16 bytes."""
 
     def alike(ours: int, theirs: int) -> bool:
-        gate = ours & 0xFFFF
-        return bool(gate & 2) and theirs & ~0xFFFF == ours & ~0xFFFF and theirs & 0xFFFF in (gate & ~1, _double(gate))
+        code = ours & 0xFFFF
+        same_event = bool(code & 2) and theirs & 0xFFFF == _double(code)
+        return theirs & ~0xFFFF == ours & ~0xFFFF and (same_event or (bool(code & 1) and theirs & 0xFFFF == code & ~1))
 
+    if case.ours.code == Exit.NPF or case.ours.code == Exit.EXCEPTION_0 + Vector.PF:
+        return ()
     return case.where((*case.memory, "EXITINFO1"), alike)
 
 
@@ -78,9 +95,9 @@ def _without_exit(case: Case) -> bool:
     missing = {
         "RDTSCP": Exit.RDTSCP,
         "INVD": Exit.INVD,
+        "INT ": Exit.SWINT,
         "INT3": Exit.EXCEPTION_0 + Vector.BP,
         "INTO": Exit.EXCEPTION_0 + Vector.OF,
-        "LMSW": Exit.CR0_SEL_WRITE,
     }
     return any(case.runs(name) and case.ours.code == code for name, code in missing.items())
 
@@ -114,31 +131,48 @@ def _error_code(case: Case) -> bool:
 
 def _page_directory_pointers(case: Case) -> bool:
     """PAE paging without nested paging, and CR3 leads to what are no page-directory pointers."""
-    pae = case["CR0"] & Cr0.PG and case["CR4"] & Cr4.PAE and not case["EFER"] & Efer.LME
-    return case.invalid == (True, False) and not case.rules and bool(pae)
+    return case.invalid == (True, False) and not case.rules and _pae(case)
+
+
+def _pae(case: Case) -> bool:
+    """Whether the guest uses PAE paging."""
+    return bool(case["CR0"] & Cr0.PG and case["CR4"] & Cr4.PAE and not case["EFER"] & Efer.LME)
+
+
+def _lock_prefix(case: Case) -> bool:
+    """We had an invalid opcode, and QEMU went on."""
+    return case.exception(Vector.UD) == (True, False) and case.program is None
+
+
+def _other_intercept(case: Case) -> bool:
+    """An instruction that QEMU takes for another one when it looks at intercepts."""
+    others = {"RDTSCP": Exit.RDTSC, "INT3": Exit.SWINT, "INTO": Exit.SWINT}
+    return any(case.runs(name) and case.theirs.code == code for name, code in others.items())
 
 
 def _faults(case: Case) -> bool:
-    """Whether the model had an exception of an access to memory."""
-    return any(case.exception(vector)[0] for vector in (Vector.SS, Vector.GP, Vector.PF))
+    """Whether the model had a fault of an access to memory."""
+    return case.ours.code == Exit.NPF or any(case.exception(each)[0] for each in (Vector.SS, Vector.GP, Vector.PF))
 
 
 def _not_canonical(case: Case) -> bool:
     """An address beyond 48 bits faults, in long mode, before it is translated."""
-    return case.long_mode and (case.exception(Vector.SS)[0] or case.exception(Vector.GP)[0])
+    faults = case.exception(Vector.SS)[0] or case.exception(Vector.GP)[0]
+    return case.long_mode and (faults or not is_canonical(case["RSP"], _LINEAR_WIDTH))
 
 
 def _segment_checks(case: Case) -> bool:
     """Attributes or limit of a segment make us raise an exception, which QEMU does not look for."""
-    faults = case.exception(Vector.GP)[0] or case.exception(Vector.SS)[0] or case.ours.code == Exit.SHUTDOWN
-    return (faults and not case.in_64_bit_mode and case.ours.code != case.theirs.code) or case.runs("LGDT", "LIDT")
+    faults = any(case.exception(vector) == (True, False) for vector in (Vector.GP, Vector.SS, Vector.DF))
+    return (faults or case.ours.code == Exit.SHUTDOWN) and not case.in_64_bit_mode
 
 
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21, 29, 30))
 
 OF_QEMU: Final[tuple[Known[Case], ...]] = (
-    overlooks("nested-paging-fields", CHECKS, "vmrun.g-pat", "vmrun.n-cr3-reserved"),
-    overlooks("event-vectors", INJECTION, "vmrun.event-vector"),
+    overlooks("nested-paging-fields", CHECKS, _OVERLOOKED, *_NESTED_PAGING),
+    overlooks("event-vectors", INJECTION, _OVERLOOKED, EVENT_VECTOR),
+    WRITE_TRAPS,
     Known("resume-flag", "vtx", RFLAGS, flags_in_memory(RF)),
     in_fields(
         "io-address-size",
@@ -154,15 +188,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     RESERVED_FLAGS,
     RESERVED_CR0,
     UNOBSERVED_ATTRIBUTES,
-    in_fields(
-        "debug-register-ones",
-        "vtx",
-        DEBUG_REGISTERS,
-        ("DR6", "DR7", "RCX"),
-        lambda ours, theirs: (
-            ours in (theirs & _DR6_WRITABLE | _DR6_ONES, theirs & ~_DR7_RESERVED & 0xFFFF_FFFF | _DR7_ONES)
-        ),
-    ),
+    DEBUG_REGISTER_ONES,
     in_fields("efer-lma", "vtx", VMRUN, ("EFER",), lambda ours, theirs: ours ^ theirs == _LMA),
     in_fields(
         "host-cr0",
@@ -171,6 +197,12 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         ("host CR0",),
         lambda ours, theirs: bool(theirs),
         lambda case: bool(case["EFER"] & Efer.LME and not case["CR0"] & Cr0.PG),
+    ),
+    all_of_it(
+        "host-cr0",
+        "vtx",
+        apm(SVM, "#VMEXIT"),
+        lambda case: case.theirs.kind != "exit" and bool(case["EFER"] & Efer.LME and not case["CR0"] & Cr0.PG),
     ),
     all_of_it("interrupt-shadow", "vtx", VMRUN, _ignores_shadow),
     in_fields(
@@ -207,20 +239,67 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: not ours & 0x80,
         lambda case: case.runs("LLDT"),
     ),
-    all_of_it("vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)),
+    VM_IN_LONG_MODE,
+    VM_IN_REAL_MODE,
+    REAL_MODE_ERROR_CODE,
     all_of_it("efer-lma", "vtx", VMRUN, _long_mode_active),
     all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and not case.intercepts(Exit.RDPMC)),
-    all_of_it(
-        "sysenter-in-long-mode",
-        "vtx",
-        apm("System Instruction Reference", "SYSENTER"),
-        lambda case: case.runs("SYSENTER") and case.long_mode,
-    ),
+    SYSENTER,
     all_of_it("event-error-code", "vtx", INJECTION, _error_code),
     all_of_it("page-directory-pointers", "vtx", CHECKS, _page_directory_pointers),
-    overlooks("cr4-features", CHECKS, "vmrun.cr4-reserved"),
+    overlooks("cr4-features", CHECKS, _OVERLOOKED, _CR4),
     NO_REPETITION,
     MAPS_NOT_IN_USE,
+    LMSW,
+    FAST_FXSAVE,
+    MONITOR_HINTS,
+    PROGRAM_READS_RESERVED_CR0,
+    all_of_it(
+        "single-step", "vtx", RFLAGS, lambda case: case.runs("STI", "PAUSE") and bool(case["RFLAGS"] & Rflags.TF)
+    ),
+    all_of_it(
+        "map-low-bits",
+        "vtx",
+        CHECKS,
+        lambda case: bool((case["IOPM_BASE_PA"] | case["MSRPM_BASE_PA"]) & 0xFFF),
+    ),
+    all_of_it(
+        "address-before-intercept",
+        "vtx",
+        _INTERCEPTS,
+        lambda case: case.runs("VMRUN", "VMLOAD", "VMSAVE") and case.exception(Vector.GP) == (False, True),
+    ),
+    all_of_it("other-intercepts", "vtx", _INTERCEPTS, _other_intercept),
+    in_fields(
+        "legacy-linear-addresses",
+        "vtx",
+        apm("Segmented Virtual Memory", "Segment-Protection Overview"),
+        ("EXITINFO2", "CR2"),
+        lambda ours, theirs: ours == theirs & MASK32,
+        lambda case: not case.long_mode,
+    ),
+    all_of_it(
+        "general-detect",
+        "vtx",
+        apm("Software Debug and Performance Resources", "Debug Registers"),
+        lambda case: bool(case["DR7"] & _GD),
+    ),
+    in_fields(
+        "read-modify-write",
+        "vtx",
+        apm("Page Translation and Protection", "Page-Protection Checks"),
+        ("EXITINFO1",),
+        lambda ours, theirs: ours ^ theirs == _WRITE and bool(ours & _WRITE),
+        lambda case: case.ours.code in (Exit.NPF, Exit.EXCEPTION_0 + Vector.PF),
+    ),
+    in_fields(
+        "page-directory-pointers",
+        "vtx",
+        CHECKS,
+        ("EXITINFO1",),
+        lambda ours, theirs: bool(ours & _RESERVED) and not theirs & _RESERVED,
+        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.PF and _pae(case),
+    ),
     in_fields(
         "virtual-interrupt-delivery",
         "vtx",
@@ -245,12 +324,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         VMRUN,
         lambda case: case.theirs.kind != "exit" and case["TR attributes"] & 0x1F != _AVAILABLE_TSS,
     ),
-    all_of_it(
-        "skinit",
-        "both",
-        apm("System Instruction Reference", "SKINIT"),
-        lambda case: case.runs("SKINIT"),
-    ),
+    SKINIT,
     all_of_it(
         "double-fault",
         "vtx",

@@ -20,6 +20,9 @@ VMMCALL: Final = bytes.fromhex("0f01d9")
 # Offsets from the code of what programs access, in pages of `vtx.fuzz.vmruns.scene`.
 _STACK, _DATA, _READ_ONLY, _NOT_THERE, _NOT_NESTED = (page << 12 for page in range(8, 13))
 
+# A control block, at an address that needs no translation.
+BLOCK: Final = 0x0282_D000
+
 # Ports where nothing answers, or where an answer is of no consequence, and MSRs that a guest may have.
 SAFE_PORTS: Final = (0x80, 0x81, 0x82, 0x83, *range(0x1230, 0x1240), 0xFFFC, 0xFFFD, 0xFFFE, 0xFFFF)
 SAFE_MSRS: Final = (
@@ -158,9 +161,9 @@ def _simple() -> tuple[Program, ...]:
         Program("MWAIT", "0f01c9", (Exit.MWAIT,)),
         Program("XSETBV", "0f01d1", (Exit.XSETBV,), {Gpr.RAX: 1}),
         Program("RDPRU", "0f01fd", (Exit.RDPRU,)),
-        Program("VMRUN", "0f01d8", (Exit.VMRUN,)),
-        Program("VMLOAD", "0f01da", (Exit.VMLOAD,)),
-        Program("VMSAVE", "0f01db", (Exit.VMSAVE,)),
+        Program("VMRUN", "0f01d8", (Exit.VMRUN,), {Gpr.RAX: BLOCK}),
+        Program("VMLOAD", "0f01da", (Exit.VMLOAD,), {Gpr.RAX: BLOCK}),
+        Program("VMSAVE", "0f01db", (Exit.VMSAVE,), {Gpr.RAX: BLOCK}),
         Program("STGI", "0f01dc", (Exit.STGI,)),
         Program("CLGI", "0f01dd", (Exit.CLGI,)),
         Program("SKINIT", "0f01de", (Exit.SKINIT,)),

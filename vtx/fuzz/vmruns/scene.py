@@ -16,7 +16,7 @@ from attrs import frozen
 from vmcs.vmcb import layouts
 from vmcs.vmcb.fields import BY_NAME, FIELDS, VmcbField
 from vmcs.vmcb.intercepts import Exit
-from vtx.fuzz.vmruns.programs import PROGRAMS, SAFE_MSRS, SAFE_PORTS, SLOT, VMMCALL
+from vtx.fuzz.vmruns.programs import BLOCK, PROGRAMS, SAFE_MSRS, SAFE_PORTS, SLOT, VMMCALL
 from vtx.x86.state import Cr0, Cr4, Efer, Gpr
 
 START: Final = 0x0280_0000
@@ -38,7 +38,8 @@ TSS_32: Final = TSS + PAGE // 2
 # What its hypervisor has.
 NESTED_TABLES: Final = _page(32)  # one page a level, from PML4 to page table
 NESTED_LOW_TABLE: Final = _page(36)
-IOPM, MSRPM, ANOTHER_BLOCK = _page(40), _page(43), _page(45)
+IOPM, MSRPM, ANOTHER_BLOCK = _page(40), _page(43), BLOCK
+TABLES: Final = frozenset(_page(number) for number in (*range(9), *range(32, 37)))
 WATCHED: Final = frozenset((STACK, DATA))
 
 _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY = 1, 2, 4, 0x20, 0x40
@@ -100,6 +101,7 @@ def _guest_pages() -> dict[int, bytes]:
         **{CODE + offset: bytes(code[offset : offset + PAGE]) for offset in range(0, CODE_PAGES * PAGE, PAGE)},
         HANDLERS: handler_code,
         LOW + HANDLERS - CODE: handler_code,  # real mode knows no other place for them
+        0: (VMMCALL * PAGE)[:PAGE],  # where many ways lead
         IDT_64: b"".join(
             struct.pack("<HHBBHII", each & 0xFFFF, CODE_64, 0, _GATE_64, each >> 16 & 0xFFFF, 0, 0) for each in handlers
         ),

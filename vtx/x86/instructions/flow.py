@@ -24,18 +24,22 @@ from vtx.x86.msr_table import (
     IA32_SYSENTER_ESP,
 )
 from vtx.x86.operations import SIMPLE, Plain, SoftwareInterrupt
-from vtx.x86.outcome import Vector
-from vtx.x86.state import Rflags
+from vtx.x86.outcome import Vector, gp
+from vtx.x86.state import Cr4, Rflags
 from vtx.x86.syscall import SyscallMsrs, SysenterMsrs, syscall, sysenter, sysexit, sysret
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
+_IOPL: Final = int(Rflags.IOPL)
+
 
 def interrupt(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """INT n."""
-    vector = instruction.immediate & 0xFF
+    """INT n. The fault of one that virtual-8086 mode forbids is the instruction's, not of the interrupt's delivery."""
+    vector, state = instruction.immediate & 0xFF, cpu.state
     if not intercepts_flow(cpu, SoftwareInterrupt(vector), instruction):
+        if state.virtual_8086 and not state.cr4 & Cr4.VME and state.rflags & _IOPL != _IOPL:
+            raise gp(0)
         cpu.raise_software(Event(vector, EventKind.SOFTWARE_INTERRUPT, instruction_length=instruction.length))
 
 
