@@ -11,7 +11,7 @@ import struct
 import pytest
 from processor_bench import CODE, DATA, ProcessorBench, long_mode
 
-from vtx.x86.outcome import NotModelled, Vector
+from vtx.x86.outcome import Vector
 
 IE, DE, ZE, OE, UE, PE = (1 << bit for bit in range(6))
 MASKED = 0x1F80
@@ -138,10 +138,57 @@ def test_strings_compared__are_no_arithmetic() -> None:
     assert bench.state.rip > CODE
 
 
-def test_denormal_exception_unmasked__is_said_not_to_be_modelled() -> None:
-    bench = bench_with("f30f58c1", ONE, TWO, MASKED & ~(DE << 7))
-    with pytest.raises(NotModelled, match="denormal exception of SSE instructions, unmasked"):
-        bench.event()
+DENORMAL, DENORMAL_64 = 0x0040_0000, 1 << 50
+DENORMALS = {
+    "source": ("f30f58c1", ONE, DENORMAL, DE),
+    "destination": ("f30f58c1", DENORMAL, ONE, DE),
+    "negative": ("f30f58c1", ONE, DENORMAL | 1 << 31, DE),
+    "other elements of a scalar": ("f30f58c1", ONE | DENORMAL << 32, ONE | DENORMAL << 64, 0),
+    "last element": ("0f58c1", 0, DENORMAL << 96, DE),
+    "second element of two": ("660f58c1", 0, DENORMAL_64 << 64, DE),
+    "low halves are no numbers": ("660f58c1", DENORMAL, THREE_64, DE),
+    "beside a quiet NaN": ("f30f58c1", QNAN, DENORMAL, 0),
+    "beside a signalling NaN": ("f30f58c1", DENORMAL, SNAN, IE),
+    "divided by zero": ("f30f5ec1", DENORMAL, 0, ZE),
+    "root": ("f30f51c1", DENORMAL, ONE, 0),
+    "root of it": ("f30f51c1", ONE, DENORMAL, DE),
+    "root of a negative one": ("f30f51c1", ONE, DENORMAL | 1 << 31, IE),
+    "compared": ("0f2ec1", DENORMAL, ONE, DE),
+    "widened": ("f30f5ac1", 0, DENORMAL, DE),
+    "widened two": ("0f5ac1", 0, DENORMAL << 32, DE),
+    "not widened": ("0f5ac1", 0, DENORMAL << 64, 0),
+    "to an integer": ("f30f2dc1", 0, DENORMAL, 0),
+    "rounded": ("660f3a0ac100", 0, DENORMAL, 0),
+    "in memory": ("0f58042500900000", 0, 0, DE),
+}
+
+
+@pytest.mark.parametrize(("code", "xmm0", "xmm1", "met"), DENORMALS.values(), ids=DENORMALS)
+def test_denormal_operand(code: str, xmm0: int, xmm1: int, met: int) -> None:
+    """With the exception unmasked it is raised; with another one unmasked the flag is set."""
+    for unmasked in (DE, OE):
+        mxcsr = MASKED & ~(unmasked << 7)
+        bench = bench_with(code, xmm0, xmm1, mxcsr)
+        bench.memory.write_u64(0x9000, DENORMAL << 32)
+        if met & unmasked:
+            assert (bench.event().vector, bench.state.rip) == (Vector.XM, CODE)
+            assert (xmm0_of(bench), mxcsr_of(bench)) == (xmm0, mxcsr | met)
+        else:
+            bench.run()
+            assert mxcsr_of(bench) & 0x0F == met
+            assert bench.memory.read_u32(DATA) == mxcsr_of(bench)
+
+
+def test_denormals_are_zeros__hides_denormal_operands() -> None:
+    bench = bench_with("f30f58c1", ONE, DENORMAL, MASKED & ~(DE << 7) | DENORMALS_ARE_ZEROS)
+    bench.run()
+    assert xmm0_of(bench) == ONE
+
+
+def test_memory_operand__must_be_aligned_all_the_same() -> None:
+    bench = bench_with("0f58042501900000", 0, 0, MASKED & ~(OE << 7))
+    event = bench.event()
+    assert (event.vector, event.error_code, bench.state.rip) == (Vector.GP, 0, CODE)
 
 
 @pytest.mark.parametrize(
