@@ -33,3 +33,19 @@ def test_result(theirs: str, status: int, capsys: pytest.CaptureFixture[str], mo
     assert main(["fuzz", "entries", "--count", "1"]) == status
     out = capsys.readouterr().out
     assert ("VMfailValid(7)" in out) is bool(status)
+
+
+def test_list_of_vmruns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "vmruns", "--oracle", "bochs", "--list", "--count", "30"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30
+    assert lines[0] == "0: 64-bit: as it is"
+
+
+@pytest.mark.parametrize(("oracle", "program"), [("bochs", "bochs"), ("qemu", "qemu-system-x86_64")])
+def test_vmruns_without_the_other(
+    oracle: str, program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["fuzz", "vmruns", "--oracle", oracle, "--count", "1"]) == 2
+    assert capsys.readouterr().err == f"vtx: cannot compare: {program} is not installed\n"

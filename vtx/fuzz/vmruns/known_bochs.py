@@ -29,9 +29,7 @@ from vtx.fuzz.vmruns.known_common import (
     REAL_MODE_ERROR_CODE,
     RESERVED_CR0,
     RESERVED_FLAGS,
-    RF,
-    RFLAGS,
-    RFLAGS_DEFINED,
+    RESUME_FLAG,
     SEGMENTS,
     SKINIT,
     SVM,
@@ -157,7 +155,9 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: theirs ^ ours == _FETCH and bool(theirs & _FETCH),
         lambda case: case.exits in ((Exit.NPF, Exit.NPF), (_PAGE_FAULT, _PAGE_FAULT)),
     ),
-    in_fields("next-rip", "vtx", _EXIT, ("nRIP",), lambda ours, theirs: not ours, _without_next_rip),
+    in_fields(
+        "next-rip", "vtx", apm(SVM, "State Saved on Exit"), ("nRIP",), lambda ours, theirs: not ours, _without_next_rip
+    ),
     TABLE_LIMITS,
     HIGH_HALVES,
     MSR_WIDTHS,
@@ -180,13 +180,7 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         ("DR6",),
         lambda ours, theirs: not (ours ^ (theirs & DR6_WRITABLE | DR6_ONES)) & ~(_BS | _BT),
     ),
-    in_fields(
-        "resume-flag",
-        "vtx",
-        RFLAGS,
-        ("RFLAGS",),
-        lambda ours, theirs: (ours ^ theirs) & RFLAGS_DEFINED == RF,
-    ),
+    RESUME_FLAG,
     in_fields(
         "shadow-of-a-fault",
         "vtx",

@@ -75,9 +75,14 @@ def _high_halves(case: Case) -> frozenset[str]:
     return case.where((*_REGISTERS, "RIP", *pushed), lambda ours, theirs: ours & MASK32 == theirs & MASK32)
 
 
-HIGH_HALVES: Final[Known[Case]] = Known("high-halves", "both", apm("System Resources", "CR0 Register"), _high_halves)
+HIGH_HALVES: Final[Known[Case]] = Known(
+    "high-halves", "both", apm("General-Purpose Programming", "Registers"), _high_halves
+)
 MSR_WIDTHS: Final = in_fields(
     "msr-widths", "both", VMLOAD, _MSRS, lambda ours, theirs: ours & MASK32 == theirs & MASK32
+)
+RESUME_FLAG: Final = in_fields(
+    "resume-flag", "vtx", RFLAGS, ("RFLAGS",), lambda ours, theirs: (ours ^ theirs) & RFLAGS_DEFINED == RF
 )
 RESERVED_FLAGS: Final[Known[Case]] = Known("reserved-flags", "vtx", RFLAGS, _reserved_flags)
 _READS_CR0: Final = ("MOV EAX, CR0", "a change of", "SMSW", "LMSW", "CLTS")
@@ -157,7 +162,8 @@ def _foreign_tables(case: Case) -> bool:
     tables = ([case["CR3"]] if case["CR0"] & Cr0.PG else []) + ([case["N_CR3"]] if nested else [])
     maps = {Exit.IOIO: "IOPM_BASE_PA", Exit.MSR: "MSRPM_BASE_PA"}
     asked = (case[name] for code, name in maps.items() if code in case.exits)
-    return any(_page(each) not in scene.TABLES for each in tables) or any(each >= MEMORY for each in asked)
+    elsewhere = any(_page(each) not in scene.TABLES for each in tables) or any(each >= MEMORY for each in asked)
+    return elsewhere and not case.rules
 
 
 def _page(address: int) -> int:
@@ -221,7 +227,7 @@ MONITOR_HINTS: Final = all_of_it(
 WRITE_TRAPS: Final = all_of_it(
     "write-traps",
     "both",
-    apm(SVM, "Instruction Intercepts"),
+    apm(SVM, "Control Register Write Traps"),
     lambda case: Exit.EFER_WRITE_TRAP <= case.ours.code < Exit.CR0_WRITE_TRAP + 16,
 )
 SYSENTER: Final = all_of_it(

@@ -9,6 +9,7 @@ from vmcs.refs import apm
 from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import Exit
 from vtx.fuzz.classes import Known
+from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
 from vtx.fuzz.vmruns.known_common import (
     CHECKS,
@@ -28,6 +29,7 @@ from vtx.fuzz.vmruns.known_common import (
     REAL_MODE_ERROR_CODE,
     RESERVED_CR0,
     RESERVED_FLAGS,
+    RESUME_FLAG,
     RF,
     RFLAGS,
     SKINIT,
@@ -45,7 +47,7 @@ from vtx.fuzz.vmruns.known_common import (
 )
 from vtx.x86.linear import is_canonical
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, Cr0, Cr4, Efer, Rflags
+from vtx.x86.state import MASK32, Cr0, Cr4, Efer, Gpr, Rflags
 
 _INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
@@ -55,6 +57,7 @@ _OVERLOOKED: Final = frozenset((*_NESTED_PAGING, _CR4, EVENT_VECTOR))
 _ADDRESS_SIZES: Final = 0x380
 _PRESENT, _WRITE, _RESERVED = 1, 2, 8
 _GD: Final = 1 << 13
+_BIG: Final = 1 << 10
 _LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
 _AVAILABLE_TSS: Final = 9
@@ -163,6 +166,8 @@ def _not_canonical(case: Case) -> bool:
 
 def _segment_checks(case: Case) -> bool:
     """Attributes or limit of a segment make us raise an exception, which QEMU does not look for."""
+    if case["RIP"] & MASK32 > case["CS limit"] and not case.in_64_bit_mode:
+        return True
     faults = any(case.exception(vector) == (True, False) for vector in (Vector.GP, Vector.SS, Vector.DF))
     return (faults or case.ours.code == Exit.SHUTDOWN) and not case.in_64_bit_mode
 
@@ -170,10 +175,20 @@ def _segment_checks(case: Case) -> bool:
 _WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21, 29, 30))
 
 OF_QEMU: Final[tuple[Known[Case], ...]] = (
-    overlooks("nested-paging-fields", CHECKS, _OVERLOOKED, *_NESTED_PAGING),
+    overlooks("nested-paging-fields", apm(SVM, "Nested Paging"), _OVERLOOKED, *_NESTED_PAGING),
     overlooks("event-vectors", INJECTION, _OVERLOOKED, EVENT_VECTOR),
     WRITE_TRAPS,
     Known("resume-flag", "vtx", RFLAGS, flags_in_memory(RF)),
+    RESUME_FLAG,
+    in_fields(
+        "nmi-vector",
+        "vtx",
+        INJECTION,
+        ("EXITINTINFO",),
+        lambda ours, theirs: not (ours ^ theirs) & ~0xFF and ours & 0xFF == Vector.NMI,
+        lambda case: _event_type(case) == layouts.InjectedType.NMI,
+    ),
+    all_of_it("real-mode-stack", "vtx", _VECTORS, lambda case: case.real and bool(case["SS attributes"] & _BIG)),
     in_fields(
         "io-address-size",
         "vtx",
@@ -204,11 +219,11 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         apm(SVM, "#VMEXIT"),
         lambda case: case.theirs.kind != "exit" and bool(case["EFER"] & Efer.LME and not case["CR0"] & Cr0.PG),
     ),
-    all_of_it("interrupt-shadow", "vtx", VMRUN, _ignores_shadow),
+    all_of_it("interrupt-shadow", "vtx", LAYOUT, _ignores_shadow),
     in_fields(
         "interrupt-shadow",
         "vtx",
-        VMRUN,
+        LAYOUT,
         ("interrupt state",),
         lambda ours, theirs: (ours, theirs) == (1, 0),
         lambda case: bool(case["interrupt state"] & layouts.INTERRUPT_SHADOW),
@@ -246,7 +261,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and not case.intercepts(Exit.RDPMC)),
     SYSENTER,
     all_of_it("event-error-code", "vtx", INJECTION, _error_code),
-    all_of_it("page-directory-pointers", "vtx", CHECKS, _page_directory_pointers),
+    all_of_it("page-directory-pointers", "vtx", apm(SVM, "Legacy PAE Mode"), _page_directory_pointers),
     overlooks("cr4-features", CHECKS, _OVERLOOKED, _CR4),
     NO_REPETITION,
     MAPS_NOT_IN_USE,
@@ -260,7 +275,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     all_of_it(
         "map-low-bits",
         "vtx",
-        CHECKS,
+        LAYOUT,
         lambda case: bool((case["IOPM_BASE_PA"] | case["MSRPM_BASE_PA"]) & 0xFFF),
     ),
     all_of_it(
@@ -268,6 +283,13 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         "vtx",
         _INTERCEPTS,
         lambda case: case.runs("VMRUN", "VMLOAD", "VMSAVE") and case.exception(Vector.GP) == (False, True),
+    ),
+    all_of_it("lock-prefix", "vtx", _VECTORS, _lock_prefix),
+    all_of_it(
+        "msr-index",
+        "vtx",
+        _INTERCEPTS,
+        lambda case: case.runs("RDMSR", "WRMSR") and case.fields[scene.REGISTERS[Gpr.RCX]] > MASK32,
     ),
     all_of_it("other-intercepts", "vtx", _INTERCEPTS, _other_intercept),
     in_fields(
@@ -295,7 +317,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     in_fields(
         "page-directory-pointers",
         "vtx",
-        CHECKS,
+        apm(SVM, "Legacy PAE Mode"),
         ("EXITINFO1",),
         lambda ours, theirs: bool(ours & _RESERVED) and not theirs & _RESERVED,
         lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.PF and _pae(case),

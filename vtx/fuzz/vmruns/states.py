@@ -68,7 +68,8 @@ _SPECIAL: Final[Mapping[VmcbField, tuple[int, ...]]] = {
 }
 _ALL_EXCEPTIONS: Final = 0xFFFF_FFFF
 _EXCEPTIONS: Final = scene.INTERCEPTS[Exit.EXCEPTION_0 >> 5]
-_CS_BASE: Final = BY_NAME["CS base"]
+_CS_BASE, _CS_LIMIT = BY_NAME["CS base"], BY_NAME["CS limit"]
+_WHOLE_SEGMENT: Final = 0xFFFF
 _PLACES: Final = (
     *(_CS_BASE, BY_NAME["CS attributes"], BY_NAME["SS base"], BY_NAME["SS attributes"], BY_NAME["IDTR base"]),
     *(scene.RSP, scene.CR0),
@@ -169,7 +170,7 @@ class VmrunGenerator(Generator[VmcbField]):
                 return False
         if not _is_paged(block) and not self._stays(state.base):
             return False
-        return _does_no_harm(block)
+        return _gets_on(block) and _does_no_harm(block)
 
     def _stays(self, base: int) -> bool:
         """Whether a guest that can reach all memory stays where it belongs: it has code and stack of its base."""
@@ -182,6 +183,11 @@ class VmrunGenerator(Generator[VmcbField]):
 def _is_paged(block: Vmcb) -> bool:
     """Whether page tables, the guest's or its hypervisor's, are between the guest and memory."""
     return bool(block[scene.CR0] & Cr0.PG or block[scene.NESTED_CONTROL] & layouts.NP_ENABLE)
+
+
+def _gets_on(block: Vmcb) -> bool:
+    """Whether handlers are within CS where the guest does not load another limit: else one fault follows the other."""
+    return bool(block[scene.CR0] & Cr0.PE) or block[_CS_LIMIT] >= _WHOLE_SEGMENT
 
 
 def _does_no_harm(block: Vmcb) -> bool:

@@ -1,0 +1,88 @@
+"""The classes of known differences of VMRUNs: narrow, and documented."""
+
+from pathlib import Path
+
+import pytest
+
+from vmcs.vmcb.fields import BY_NAME
+from vtx.fuzz.classes import explanation
+from vtx.fuzz.compare import Disagreement
+from vtx.fuzz.drawing import State
+from vtx.fuzz.vmruns import scene
+from vtx.fuzz.vmruns.case import case_of
+from vtx.fuzz.vmruns.experiment import ORACLES, experiment
+from vtx.fuzz.vmruns.known import KNOWN
+from vtx.fuzz.vmruns.programs import PROGRAMS, SLOT
+from vtx.fuzz.vmruns.results import NO_ANSWER, Result
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "interpretations.md"
+NAMES = [base.name for base in scene.BASES]
+INVALID = Result("exit", (1 << 64) - 1)
+HALTED = Result("exit", 0x78)
+FLAGS_PUSHED = scene.STACK + 0x7E8
+
+
+def classes(oracle: str, fields: dict[str, int], ours: Result, theirs: Result, base: str = "64-bit") -> list[str]:
+    generator = ORACLES[oracle].generator(0)
+    names = {each.name: each for each in scene.BY_ENCODING.values()}
+    state = State(NAMES.index(base), tuple((names[name].encoding, value) for name, value in fields.items()))
+    differing = experiment(generator).differences(state, ours, theirs)
+    assert differing
+    rules = tuple(violation.rule.id for violation in generator.violations(state))
+    found = Disagreement(state, "", ours, theirs, rules, differing)
+    return [each.id for each in explanation(KNOWN[oracle], case_of(generator)(found), differing)]
+
+
+def at(program: str) -> dict[str, int]:
+    number = next(number for number, each in enumerate(PROGRAMS) if each.name == program)
+    return {"RIP": scene.CODE + number * SLOT}
+
+
+def halted(**words: int) -> Result:
+    return Result("exit", 0x78, changed=tuple((BY_NAME[name].offset, value) for name, value in words.items()))
+
+
+def pushed(flags: int) -> Result:
+    return Result("exit", 0x78, changed=((FLAGS_PUSHED, flags),))
+
+
+@pytest.mark.parametrize("oracle", KNOWN)
+def test_every_class_is_documented(oracle: str) -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert [each.id for each in KNOWN[oracle] if f"\n`{each.id}`\n: " not in document] == []
+    assert {each.verdict for each in KNOWN[oracle]} <= {"vtx", "both"}
+
+
+@pytest.mark.parametrize(
+    ("oracle", "fields", "ours", "theirs", "expected"),
+    [
+        ("qemu", {"nested paging and encryption control": 1, "G_PAT": 2}, INVALID, HALTED, ["nested-paging-fields"]),
+        ("bochs", {"nested paging and encryption control": 1, "G_PAT": 2}, INVALID, HALTED, []),
+        ("bochs", {"CR3": 1 << 45}, INVALID, HALTED, ["cr3-reserved"]),
+        # Something else is broken that nobody overlooks.
+        ("bochs", {"CR3": 1 << 45, "guest ASID": 0}, INVALID, HALTED, []),
+        ("bochs", {}, INVALID, HALTED, []),
+        ("bochs", {"CR2": 5}, HALTED, halted(CR2=7), ["cr2"]),
+        ("qemu", {"CR2": 5}, HALTED, halted(CR2=7), []),
+        ("qemu", {}, pushed(0x1_0002), pushed(2), ["resume-flag"]),
+        ("qemu", {}, pushed(0x1_0002), pushed(6), []),
+        ("qemu", {}, pushed(2), NO_ANSWER, []),
+        ("qemu", {"SFMASK": 1 << 40}, halted(SFMASK=0), HALTED, ["msr-widths"]),
+        ("qemu", {"SFMASK": 1 << 40}, halted(SFMASK=1), HALTED, []),
+        # Each class explains its part; what is left over makes the whole unexplained.
+        ("qemu", {"SFMASK": 1 << 40}, halted(SFMASK=0, RFLAGS=2), halted(RFLAGS=0x82), []),
+        (
+            "qemu",
+            {"SFMASK": 1 << 40, "RFLAGS": 0x8002},
+            halted(SFMASK=0, RFLAGS=2),
+            HALTED,
+            ["msr-widths", "reserved-flags"],
+        ),
+        ("qemu", at("INVD"), Result("exit", 0x76), Result("exit", 0x81), ["missing-intercepts"]),
+        ("bochs", at("INVD"), Result("exit", 0x76), Result("exit", 0x81), []),
+    ],
+)
+def test_known_classes_are_narrow(
+    oracle: str, fields: dict[str, int], ours: Result, theirs: Result, expected: list[str]
+) -> None:
+    assert classes(oracle, fields, ours, theirs) == expected
