@@ -107,7 +107,9 @@ def _without_exit(case: Case) -> bool:
 
 def _privilege_first(case: Case) -> bool:
     """An instruction that is undefined where the guest is, at a privilege level that may not execute it either."""
-    return case.exception(Vector.UD)[0] and case.exception(Vector.GP)[1] and _privilege_level(case) > 0
+    delivered = case.one.get("EXITINTINFO", 0) & 0xFF, case.other.get("EXITINTINFO", 0) & 0xFF
+    differ = case.exception(Vector.UD)[0] and case.exception(Vector.GP)[1]
+    return (differ or delivered == (Vector.UD, Vector.GP)) and _privilege_level(case) > 0
 
 
 def _long_mode_active(case: Case) -> bool:
@@ -251,8 +253,8 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         "vtx",
         LAYOUT,
         ("LDTR attributes",),
-        lambda ours, theirs: not ours & 0x80,
-        lambda case: case.runs("LLDT"),
+        lambda ours, theirs: not ours & 0x80 and bool(theirs & 0x80),
+        lambda case: not case.one["LDTR selector"],
     ),
     VM_IN_LONG_MODE,
     VM_IN_REAL_MODE,
@@ -339,6 +341,12 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         ),
     ),
     all_of_it("monitor-access", "vtx", _INTERCEPTS, lambda case: case.runs("MONITOR") and _faults(case)),
+    all_of_it(
+        "legacy-linear-addresses",
+        "vtx",
+        apm("Segmented Virtual Memory", "Segment-Protection Overview"),
+        lambda case: not case.long_mode and max(case["GDTR base"], case["IDTR base"]) > MASK32,
+    ),
     all_of_it("canonical", "vtx", _VECTORS, _not_canonical),
     all_of_it(
         "tss-type",
