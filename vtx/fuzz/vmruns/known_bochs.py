@@ -15,6 +15,8 @@ from vtx.fuzz.vmruns.known_common import (
     DEBUG_REGISTER_ONES,
     DR6_ONES,
     DR6_WRITABLE,
+    DR7_ONES,
+    DR7_RESERVED,
     EVENT_VECTOR,
     FAST_FXSAVE,
     HIGH_HALVES,
@@ -44,7 +46,7 @@ from vtx.fuzz.vmruns.known_common import (
     WRITE_TRAPS,
 )
 from vtx.x86.outcome import Vector
-from vtx.x86.state import Cr4, Rflags
+from vtx.x86.state import MASK32, Cr4, Rflags
 
 _EXIT: Final = apm(SVM, "#VMEXIT")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
@@ -56,6 +58,7 @@ _OVERLOOKED: Final = frozenset((_CR3, _PROTECTED_MODE, EVENT_VECTOR, *_MAPS))
 _NP_BYTE: Final = 0xFF
 _L_AND_D: Final = 3 << 9
 _KIND, _WRITABLE_DATA = 0xA, 0x2
+_FRAME: Final = 40
 _BT, _BS, _GD = 1 << 15, 1 << 14, 1 << 13
 
 
@@ -190,6 +193,30 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: Exit.EXCEPTION_0 <= case.ours.code < Exit.EXCEPTION_0 + 32,
     ),
     Known("error-code-width", "vtx", INJECTION, _short_error_code),
+    in_fields(
+        "debug-status",
+        "vtx",
+        _EXCEPTIONS,
+        ("DR7",),
+        lambda ours, theirs: ours == theirs & ~(DR7_RESERVED | _GD) & MASK32 | DR7_ONES,
+        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DB,
+    ),
+    in_fields(
+        "iret-order",
+        "both",
+        apm("Exceptions and Interrupts", "Priorities"),
+        ("EXITINFO2", "CR2"),
+        lambda ours, theirs: 0 < abs(ours - theirs) < _FRAME,
+        lambda case: case.runs("IRET"),
+    ),
+    in_fields(
+        "table-not-canonical",
+        "Bochs",
+        apm("Exceptions and Interrupts", "Vectors"),
+        ("EXITINFO1",),
+        lambda ours, theirs: theirs ^ ours == 1 and bool(theirs & 1),
+        lambda case: case.long_mode and case.ours.code == Exit.EXCEPTION_0 + Vector.GP,
+    ),
     in_fields(
         "interrupted-software-event",
         "vtx",

@@ -192,13 +192,13 @@ VM_IN_LONG_MODE: Final = all_of_it(
     "vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)
 )
 DR6_WRITABLE, DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
-_DR7_RESERVED, _DR7_ONES = 0xD800, 0x400
+DR7_RESERVED, DR7_ONES = 0xD800, 0x400
 DEBUG_REGISTER_ONES: Final = in_fields(
     "debug-register-ones",
     "vtx",
     apm("Software Debug and Performance Resources", "Debug Registers"),
     ("DR6", "DR7", "RCX"),  # the last is what programs read them into
-    lambda ours, theirs: ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~_DR7_RESERVED & MASK32 | _DR7_ONES),
+    lambda ours, theirs: ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~DR7_RESERVED & MASK32 | DR7_ONES),
 )
 EVENT_VECTOR: Final = "vmrun.event-vector"
 LMSW: Final = all_of_it(
