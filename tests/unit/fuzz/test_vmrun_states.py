@@ -9,7 +9,7 @@ from vmcs.vmcb.intercepts import Exit
 from vtx.fuzz.drawing import State
 from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.experiment import ORACLES
-from vtx.fuzz.vmruns.programs import PROGRAMS, SLOT
+from vtx.fuzz.vmruns.programs import PROGRAMS, SLOT, Program
 from vtx.fuzz.vmruns.states import VmrunGenerator, program_of
 from vtx.x86.state import Gpr
 
@@ -52,8 +52,13 @@ def test_states_are_near_valid(states: list[State]) -> None:
 
 def test_every_program_is_drawn(states: list[State]) -> None:
     made = generator()
-    programs = {program_of(state.base, made.fields(state)[scene.RIP]) for state in states}
+    programs = {program_of(state.base, made.fields(state)) for state in states}
     assert set(PROGRAMS) <= programs
+
+
+def program_at(base: str, rip: int) -> Program | None:
+    number = next(number for number, each in enumerate(scene.BASES) if each.name == base)
+    return program_of(number, scene.fields_of(scene.BASES[number]) | {scene.RIP: rip})
 
 
 def test_a_program_is_where_it_is_looked_for() -> None:
@@ -61,9 +66,11 @@ def test_a_program_is_where_it_is_looked_for() -> None:
     for number, program in enumerate(PROGRAMS):
         assert code[number * SLOT :].startswith(program.code)
         assert len(program.code) < SLOT
-        assert program_of(0, scene.CODE + number * SLOT) is program
-    assert program_of(0, scene.CODE + 1) is None
-    assert program_of(0, 0) is None
+        assert program_at("64-bit", scene.CODE + number * SLOT) is program
+    assert program_at("64-bit", scene.CODE + 1) is None
+    assert program_at("64-bit", 0) is None
+    assert program_at("64-bit", scene.CODE | 1 << 32) is None
+    assert program_at("PAE paging", scene.CODE | 1 << 32) is PROGRAMS[0]
 
 
 def test_a_guest_comes_back(states: list[State]) -> None:

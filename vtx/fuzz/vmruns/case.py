@@ -112,7 +112,7 @@ def case_of(generator: VmrunGenerator) -> Callable[[Disagreement[Result]], Case]
 
     def case(found: Disagreement[Result]) -> Case:
         fields, base = generator.fields(found.state), found.state.base
-        program = program_of(base, fields[scene.RIP])
+        program = program_of(base, fields)
         return Case(found.ours, found.theirs, found.rules, found.differing, fields, scene.BASES[base].name, program)
 
     return case

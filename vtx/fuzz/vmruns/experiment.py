@@ -58,7 +58,7 @@ def experiment(generator: VmrunGenerator) -> Experiment[Result]:
         if ours == theirs:
             return frozenset()
         inputs = generator.fields(state)
-        program = program_of(state.base, inputs[scene.RIP])
+        program = program_of(state.base, inputs)
         ignored: tuple[VmcbField, ...] = not_there
         if program is not None:
             ignored += tuple(scene.REGISTERS[each] for each in program.unpredictable)

@@ -25,6 +25,7 @@ from vtx.fuzz.vmruns.known_common import (
     LMSW,
     MAPS_NOT_IN_USE,
     MSR_WIDTHS,
+    NMI_VECTOR,
     NO_MEMORY,
     NO_REPETITION,
     PROGRAM_READS_RESERVED_CR0,
@@ -80,6 +81,12 @@ def _injected_type(case: Case) -> int | None:
 def _software_interrupt_in_virtual_8086(case: Case) -> bool:
     """A software interrupt is injected where INT n would need an I/O privilege level of 3."""
     return case.virtual_8086 and _injected_type(case) == layouts.InjectedType.SOFTWARE_INTERRUPT
+
+
+def _real_mode_order(case: Case) -> Collection[str]:
+    """What another fault of event delivery reports, and a frame that was pushed before it was found."""
+    faults = (Exit.NPF, _PAGE_FAULT, Exit.EXCEPTION_0 + Vector.GP)
+    return ("EXITINFO1", "EXITINFO2", *case.memory) if case.real and case.ours.code in faults else ()
 
 
 def _short_error_code(case: Case) -> Collection[str]:
@@ -251,9 +258,8 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         apm("Page Translation and Protection", "Page-Protection Checks"),
         lambda case: bool(case["CR4"] & Cr4.SMAP and case["RFLAGS"] & Rflags.AC),
     ),
-    in_fields(
-        "real-mode-order", "both", None, ("EXITINFO1", "EXITINFO2"), lambda ours, theirs: True, lambda case: case.real
-    ),
+    Known("real-mode-order", "both", None, _real_mode_order),
+    NMI_VECTOR,
     SKINIT,
     NO_REPETITION,
     MAPS_NOT_IN_USE,

@@ -179,6 +179,14 @@ REAL_MODE_ERROR_CODE: Final = in_fields(
     lambda ours, theirs: ours == 0,
     lambda case: case.real and case.ours.code == Exit.EXCEPTION_0 + Vector.GP,
 )
+NMI_VECTOR: Final = in_fields(
+    "nmi-vector",
+    "vtx",
+    INJECTION,
+    ("EXITINTINFO",),
+    lambda ours, theirs: not (ours ^ theirs) & ~0xFF and ours & 0xFF == Vector.NMI,
+    lambda case: case["EVENTINJ"] >> layouts.EVENT_TYPE_SHIFT & 7 == layouts.InjectedType.NMI,
+)
 SKINIT: Final = all_of_it(
     "skinit",
     "both",

@@ -23,6 +23,7 @@ from vtx.fuzz.vmruns.known_common import (
     MAPS_NOT_IN_USE,
     MONITOR_HINTS,
     MSR_WIDTHS,
+    NMI_VECTOR,
     NO_MEMORY,
     NO_REPETITION,
     PROGRAM_READS_RESERVED_CR0,
@@ -182,14 +183,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     WRITE_TRAPS,
     Known("resume-flag", "vtx", RFLAGS, flags_in_memory(RF)),
     RESUME_FLAG,
-    in_fields(
-        "nmi-vector",
-        "vtx",
-        INJECTION,
-        ("EXITINTINFO",),
-        lambda ours, theirs: not (ours ^ theirs) & ~0xFF and ours & 0xFF == Vector.NMI,
-        lambda case: _event_type(case) == layouts.InjectedType.NMI,
-    ),
+    NMI_VECTOR,
     all_of_it("real-mode-stack", "vtx", _VECTORS, lambda case: case.real and bool(case["SS attributes"] & _BIG)),
     in_fields(
         "io-address-size",

@@ -19,7 +19,7 @@ from vtx.fuzz.vmruns.programs import PROGRAMS, SAFE_MSRS, SAFE_PORTS, SLOT, Prog
 from vtx.svm.vmrun import context_of
 from vtx.x86.msr_table import IA32_EFER, msrs_of
 from vtx.x86.profile import Profile
-from vtx.x86.state import MASK64, Cr0, Gpr
+from vtx.x86.state import MASK32, MASK64, Cr0, Efer, Gpr
 
 _VALUES: Final[Mapping[int, tuple[int, ...]]] = {
     1: (0, 1, 3, 7, 0xFF),
@@ -69,6 +69,8 @@ _SPECIAL: Final[Mapping[VmcbField, tuple[int, ...]]] = {
 _ALL_EXCEPTIONS: Final = 0xFFFF_FFFF
 _EXCEPTIONS: Final = scene.INTERCEPTS[Exit.EXCEPTION_0 >> 5]
 _CS_BASE, _CS_LIMIT = BY_NAME["CS base"], BY_NAME["CS limit"]
+_CS_ATTRIBUTES: Final = BY_NAME["CS attributes"]
+_LONG: Final = 1 << 9
 _WHOLE_SEGMENT: Final = 0xFFFF
 _PLACES: Final = (
     *(_CS_BASE, BY_NAME["CS attributes"], BY_NAME["SS base"], BY_NAME["SS attributes"], BY_NAME["IDTR base"]),
@@ -207,7 +209,9 @@ def _does_no_harm(block: Vmcb) -> bool:
     )
 
 
-def program_of(base: int, rip: int) -> Program | None:
-    """The program that begins at ``rip``, if one does."""
+def program_of(base: int, fields: Mapping[VmcbField, int]) -> Program | None:
+    """The program that the guest of a state begins with, if it begins with one."""
+    long_mode = fields[scene.EFER] & Efer.LME and fields[scene.CR0] & Cr0.PG
+    rip = fields[scene.RIP] if long_mode and fields[_CS_ATTRIBUTES] & _LONG else fields[scene.RIP] & MASK32
     number, offset = divmod(rip - scene.BASES[base].origin, SLOT)
     return PROGRAMS[number] if not offset and 0 <= number < len(PROGRAMS) else None
