@@ -171,13 +171,19 @@ def _page(address: int) -> int:
 
 
 NO_MEMORY: Final = all_of_it("no-table-there", "both", None, _foreign_tables)
-REAL_MODE_ERROR_CODE: Final = in_fields(
-    "real-mode-error-code",
-    "both",
-    apm(SVM, "Exception Intercepts"),
-    ("EXITINFO1",),
-    lambda ours, theirs: ours == 0,
-    lambda case: case.real and case.ours.code == Exit.EXCEPTION_0 + Vector.GP,
+
+
+def _real_mode_error_code(case: Case) -> frozenset[str]:
+    if not case.real:
+        return frozenset()
+    valid = layouts.EVENT_ERROR_CODE_VALID
+    interrupted = case.where(("EXITINTINFO",), lambda ours, theirs: (ours ^ theirs) & ~(MASK32 << 32) == valid)
+    of_exit = case.where(("EXITINFO1",), lambda ours, theirs: ours == 0)
+    return interrupted | (of_exit if case.ours.code == Exit.EXCEPTION_0 + Vector.GP else frozenset())
+
+
+REAL_MODE_ERROR_CODE: Final[Known[Case]] = Known(
+    "real-mode-error-code", "both", apm(SVM, "Exception Intercepts"), _real_mode_error_code
 )
 NMI_VECTOR: Final = in_fields(
     "nmi-vector",

@@ -248,7 +248,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         LAYOUT,
         ("LDTR attributes",),
         lambda ours, theirs: not ours & 0x80 and bool(theirs & 0x80),
-        lambda case: not case.one["LDTR selector"],
+        lambda case: not case.one.get("LDTR selector", 0),
     ),
     VM_IN_LONG_MODE,
     VM_IN_REAL_MODE,
