@@ -60,6 +60,7 @@ _NP_BYTE: Final = 0xFF
 _L_AND_D: Final = 3 << 9
 _KIND, _WRITABLE_DATA = 0xA, 0x2
 _FRAME: Final = 40
+_PRESENT: Final = 0x80
 _BT, _BS, _GD = 1 << 15, 1 << 14, 1 << 13
 
 
@@ -239,6 +240,7 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("MOV DR", "MOV ECX, DR") and bool(case["DR7"] & _GD),
     ),
     all_of_it("monitor-intercept", "vtx", _INTERCEPTS, lambda case: case.ours.code == Exit.MONITOR),
+    all_of_it("absent-tss", "both", VMLOAD, lambda case: not case["TR attributes"] & _PRESENT),
     all_of_it("nested-paging-byte", "vtx", LAYOUT, _other_nested_control),
     all_of_it(
         "stack-segment",
