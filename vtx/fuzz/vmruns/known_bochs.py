@@ -24,6 +24,7 @@ from vtx.fuzz.vmruns.known_common import (
     LAYOUT,
     LMSW,
     MAPS_NOT_IN_USE,
+    MONITOR_HINTS,
     MSR_WIDTHS,
     NMI_VECTOR,
     NO_MEMORY,
@@ -60,7 +61,7 @@ _NP_BYTE: Final = 0xFF
 _L_AND_D: Final = 3 << 9
 _KIND, _WRITABLE_DATA = 0xA, 0x2
 _FRAME: Final = 40
-_PRESENT: Final = 0x80
+_PRESENT, _CODE = 0x80, 0x8
 _BT, _BS, _GD = 1 << 15, 1 << 14, 1 << 13
 
 
@@ -240,6 +241,13 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("MOV DR", "MOV ECX, DR") and bool(case["DR7"] & _GD),
     ),
     all_of_it("monitor-intercept", "vtx", _INTERCEPTS, lambda case: case.ours.code == Exit.MONITOR),
+    MONITOR_HINTS,
+    all_of_it(
+        "segments-of-virtual-8086-mode",
+        "vtx",
+        apm("Segmented Virtual Memory", "Segment-Protection Overview"),
+        lambda case: case.virtual_8086 and any(case[f"{name} attributes"] & _CODE for name in ("ES", "SS", "DS")),
+    ),
     all_of_it("absent-tss", "both", VMLOAD, lambda case: not case["TR attributes"] & _PRESENT),
     all_of_it("nested-paging-byte", "vtx", LAYOUT, _other_nested_control),
     all_of_it(

@@ -236,7 +236,7 @@ MONITOR_HINTS: Final = all_of_it(
     "monitor-hints",
     "vtx",
     apm(SVM, "Instruction Intercepts"),
-    lambda case: case.runs("MONITOR") and bool(case.fields[scene.REGISTERS[Gpr.RCX]] & MASK32),
+    lambda case: case.runs("MONITOR", "MWAIT") and bool(case.fields[scene.REGISTERS[Gpr.RCX]] & MASK32),
 )
 WRITE_TRAPS: Final = all_of_it(
     "write-traps",
