@@ -58,7 +58,7 @@ def _beyond_16_bits(case: Case) -> bool:
     return case["IDTR limit"] > _LIMIT or case["GDTR limit"] > _LIMIT
 
 
-TABLE_LIMITS: Final = in_fields(
+_TABLE_LIMITS: Final = in_fields(
     "table-limits",
     "vtx",
     LAYOUT,
@@ -75,24 +75,24 @@ def _high_halves(case: Case) -> frozenset[str]:
     return case.where((*_REGISTERS, "RIP", *pushed), lambda ours, theirs: ours & MASK32 == theirs & MASK32)
 
 
-HIGH_HALVES: Final[Known[Case]] = Known(
+_HIGH_HALVES: Final[Known[Case]] = Known(
     "high-halves", "both", apm("General-Purpose Programming", "Registers"), _high_halves
 )
-MSR_WIDTHS: Final = in_fields(
+_MSR_WIDTHS: Final = in_fields(
     "msr-widths", "both", VMLOAD, _MSRS, lambda ours, theirs: ours & MASK32 == theirs & MASK32
 )
 RESUME_FLAG: Final = in_fields(
     "resume-flag", "vtx", RFLAGS, ("RFLAGS",), lambda ours, theirs: (ours ^ theirs) & RFLAGS_DEFINED == RF
 )
-RESERVED_FLAGS: Final[Known[Case]] = Known("reserved-flags", "vtx", RFLAGS, _reserved_flags)
-_READS_CR0: Final = ("MOV EAX, CR0", "a change of", "SMSW", "LMSW", "CLTS")
-PROGRAM_READS_RESERVED_CR0: Final = all_of_it(
+_RESERVED_FLAGS: Final[Known[Case]] = Known("reserved-flags", "vtx", RFLAGS, _reserved_flags)
+_READS_CR0: Final = ("MOV EAX, CR0", "a change of", "SMSW", "_LMSW", "CLTS")
+_PROGRAM_READS_RESERVED_CR0: Final = all_of_it(
     "reserved-cr0",
     "both",
     apm("System Resources", "CR0 Register"),
     lambda case: case.runs(*_READS_CR0) and bool(case["CR0"] & MASK32 & ~_CR0_DEFINED),
 )
-RESERVED_CR0: Final = in_fields(
+_RESERVED_CR0: Final = in_fields(
     "reserved-cr0",
     "both",
     apm("System Resources", "CR0 Register"),
@@ -125,9 +125,9 @@ def _unobserved(case: Case) -> frozenset[str]:
     )
 
 
-UNOBSERVED_ATTRIBUTES: Final[Known[Case]] = Known("unobserved-attributes", "both", CHECKS, _unobserved)
+_UNOBSERVED_ATTRIBUTES: Final[Known[Case]] = Known("unobserved-attributes", "both", CHECKS, _unobserved)
 # REP INS and REP OUTS with a count of zero: whether anything is intercepted, the manual leaves open.
-NO_REPETITION: Final = all_of_it(
+_NO_REPETITION: Final = all_of_it(
     "no-repetition",
     "both",
     apm(SVM, "Instruction Intercepts"),
@@ -153,7 +153,7 @@ def _map_not_in_use(case: Case) -> bool:
 
 
 _PAGES: Final = 1 << 28  # of the 40 bits that all of them have
-MAPS_NOT_IN_USE: Final = all_of_it("maps-not-in-use", "both", CHECKS, _map_not_in_use)
+_MAPS_NOT_IN_USE: Final = all_of_it("maps-not-in-use", "both", CHECKS, _map_not_in_use)
 
 
 def _foreign_tables(case: Case) -> bool:
@@ -182,7 +182,7 @@ def _real_mode_error_code(case: Case) -> frozenset[str]:
     return interrupted | (of_exit if case.ours.code == Exit.EXCEPTION_0 + Vector.GP else frozenset())
 
 
-REAL_MODE_ERROR_CODE: Final[Known[Case]] = Known(
+_REAL_MODE_ERROR_CODE: Final[Known[Case]] = Known(
     "real-mode-error-code", "both", apm(SVM, "Exception Intercepts"), _real_mode_error_code
 )
 NMI_VECTOR: Final = in_fields(
@@ -199,10 +199,10 @@ SKINIT: Final = all_of_it(
     apm("System Instruction Reference", "SKINIT"),
     lambda case: case.runs("SKINIT") or case.theirs.code == Exit.SKINIT,
 )
-VM_IN_REAL_MODE: Final = all_of_it(
+_VM_IN_REAL_MODE: Final = all_of_it(
     "vm-in-real-mode", "both", RFLAGS, lambda case: case.real and bool(case["RFLAGS"] & Rflags.VM)
 )
-VM_IN_LONG_MODE: Final = all_of_it(
+_VM_IN_LONG_MODE: Final = all_of_it(
     "vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)
 )
 DR6_WRITABLE, DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
@@ -215,11 +215,11 @@ DEBUG_REGISTER_ONES: Final = in_fields(
     lambda ours, theirs: ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~DR7_RESERVED & MASK32 | DR7_ONES),
 )
 EVENT_VECTOR: Final = "vmrun.event-vector"
-LMSW: Final = all_of_it(
+_LMSW: Final = all_of_it(
     "lmsw",
     "vtx",
     apm(SVM, "Instruction Intercepts"),
-    lambda case: case.runs("LMSW") and case.ours.code == Exit.CR0_SEL_WRITE,
+    lambda case: case.runs("_LMSW") and case.ours.code == Exit.CR0_SEL_WRITE,
 )
 _FFXSR: Final = 1 << 14
 
@@ -231,7 +231,7 @@ def _fast_fxsave(case: Case) -> bool:
 
 
 _EFER_DEFINED: Final = 0x1D01
-FAST_FXSAVE: Final = all_of_it("efer-ffxsr", "both", CHECKS, _fast_fxsave)
+_FAST_FXSAVE: Final = all_of_it("efer-ffxsr", "both", CHECKS, _fast_fxsave)
 MONITOR_HINTS: Final = all_of_it(
     "monitor-hints",
     "vtx",
@@ -250,3 +250,10 @@ SYSENTER: Final = all_of_it(
     apm("System Instruction Reference", "SYSENTER"),
     lambda case: case.runs("SYSENTER") and case.long_mode,
 )
+
+STORED_WORDS: Final = (_TABLE_LIMITS, _HIGH_HALVES, _MSR_WIDTHS, _RESERVED_FLAGS, _RESERVED_CR0, _UNOBSERVED_ATTRIBUTES)
+"""Words of which more, or fewer, bits are kept than the architecture defines, and nothing else comes of it."""
+IN_SOME_MODES: Final = (_VM_IN_LONG_MODE, _VM_IN_REAL_MODE, _REAL_MODE_ERROR_CODE)
+"""RFLAGS.VM where there is no virtual-8086 mode, and error codes where there are none."""
+IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE, _LMSW, _FAST_FXSAVE, _PROGRAM_READS_RESERVED_CR0)
+"""What only shows with certain instructions, or in fields that are not in use."""
