@@ -8,13 +8,12 @@
 #include "console.h"
 #include "cpu.h"
 #include "descriptors.h"
-#include "multiboot.h"
+#include "state_list.h"
 #include "vmx.h"
 
 const char console_tag[] = "[entries] ";
 
 enum { MAGIC = 0x5345545453434D56 };                    /* "VMCSTTES" in memory */
-enum { PORT_PIC_MASTER_MASK = 0x21, PORT_PIC_SLAVE_MASK = 0xA1, ALL_MASKED = 0xFF };
 enum { VM_FUNCTIONS = 1u << 13, TERTIARY_CONTROLS = 1u << 17, EPT_OR_VPID = 1u << 1 | 1u << 5 };
 
 /* enter.S */
@@ -23,7 +22,6 @@ extern const uint8_t after_vm_exit[];
 extern uint64_t host_rsp;
 
 static struct vmx_region region;
-static const uint64_t *word;                            /* the next word of the module */
 
 /* What VM exits load from a VMCS that may hold anything. */
 static struct {
@@ -125,44 +123,22 @@ static void print_result(uint64_t number, enum vmx_status status)
     }
 }
 
-static void run_states(const uint64_t *memory, const uint64_t *const *bases, uint64_t base_count, uint64_t first)
+static const uint64_t *run_state(uint64_t number, const uint64_t *memory, const uint64_t *base, const uint64_t *changes)
 {
-    uint64_t count = *word++;
-
-    for (uint64_t number = first; number < first + count; number++) {
-        uint64_t base = *word++;
-
-        if (base >= base_count)
-            fail("state %lu: there is no base %lu\n", number, base);
-        place_memory(memory);                   /* guests, and page walks, may have changed it */
-        forget_translations();
-        word = build_vmcs(bases[base], word);
-        enum vmx_status status = enter_once();
-        if (status == VM_SUCCEED)
-            restore_processor();
-        print_result(number, status);
-    }
-}
-
-static const uint64_t *first_module(const struct multiboot_info *info)
-{
-    if (!(info->flags & MULTIBOOT_INFO_MODULES) || !info->module_count)
-        fail("there is no module\n");
-    return (const uint64_t *)(uint64_t)((const struct multiboot_module *)(uint64_t)info->modules)->start;
+    (void)memory;
+    forget_translations();
+    changes = build_vmcs(base, changes);
+    enum vmx_status status = enter_once();
+    if (status == VM_SUCCEED)
+        restore_processor();
+    print_result(number, status);
+    return changes;
 }
 
 int main(const struct multiboot_info *info)
 {
-    enum { MOST_BASES = 64 };
-    static const uint64_t *bases[MOST_BASES];
+    const uint64_t *list = state_list_open(info, MAGIC);
 
-    console_init();
-    descriptors_init();
-    outb(PORT_PIC_MASTER_MASK, ALL_MASKED);     /* no interrupt but those that a VMCS asks for */
-    outb(PORT_PIC_SLAVE_MASK, ALL_MASKED);
-    word = first_module(info);
-    if (*word++ != MAGIC)
-        fail("the module is not a list of VMCSs\n");
     vmx_enable();
     region.revision_identifier = (uint32_t)rdmsr(IA32_VMX_BASIC) & 0x7FFFFFFF;
     own.cr0 = read_cr0();
@@ -170,17 +146,6 @@ int main(const struct multiboot_info *info)
     own.efer = rdmsr(IA32_EFER);
     own.idtr = sidt();
     print_processor();
-
-    const uint64_t *memory = word;
-    word = place_memory(memory);
-    uint64_t first = *word++, base_count = *word++;
-    if (base_count > MOST_BASES)
-        fail("%lu bases are too many\n", base_count);
-    for (uint64_t base = 0; base < base_count; base++) {
-        bases[base] = word;
-        word += 1 + 2 * *word;
-    }
-    run_states(memory, bases, base_count, first);
-    print("end\n");
+    state_list_run(list, place_memory, run_state);
     return STATUS_PASS;
 }

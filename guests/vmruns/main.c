@@ -9,13 +9,12 @@
 #include "cpu.h"
 #include "descriptors.h"
 #include "memory.h"
-#include "multiboot.h"
+#include "state_list.h"
 #include "svm.h"
 
 const char console_tag[] = "[vmruns] ";
 
 enum { MAGIC = 0x5345545442434D56 };                    /* "VMCBTTES" in memory */
-enum { PORT_PIC_MASTER_MASK = 0x21, PORT_PIC_SLAVE_MASK = 0xA1, ALL_MASKED = 0xFF };
 enum { PLACE_SIZE_SHIFT = 32, WORD = sizeof(uint64_t) };
 
 /* What one line of the list is about: the control block, and the registers that it does not hold. Then signs of a
@@ -32,7 +31,6 @@ extern const uint8_t debug_handler[];
 uint64_t debug_exceptions;
 
 static struct vmcb host;                                /* what VMLOAD brings back */
-static const uint64_t *word;                            /* the next word of the module */
 
 static const struct {
     uint32_t leaf, subleaf;
@@ -157,61 +155,27 @@ static void print_result(uint64_t number, const uint64_t *memory)
     print("\n");
 }
 
-static void run_states(const uint64_t *memory, const uint64_t *const *bases, uint64_t base_count, uint64_t first)
+static const uint64_t *run_state(uint64_t number, const uint64_t *memory, const uint64_t *base, const uint64_t *changes)
 {
-    uint64_t count = *word++;
-
-    for (uint64_t number = first; number < first + count; number++) {
-        uint64_t base = *word++;
-
-        if (base >= base_count)
-            fail("state %lu: there is no base %lu\n", number, base);
-        place_memory(memory);                   /* guests, and page walks, may have changed it */
-        memset(&guest, 0, sizeof guest);
-        write_fields(bases[base]);
-        word = write_fields(word);
-        read_control_registers(&guest);
-        memcpy(&before, &guest, sizeof guest);
-        run_guest();
-        restore_control_registers();
-        print_result(number, memory);
-    }
-}
-
-static const uint64_t *first_module(const struct multiboot_info *info)
-{
-    if (!(info->flags & MULTIBOOT_INFO_MODULES) || !info->module_count)
-        fail("there is no module\n");
-    return (const uint64_t *)(uint64_t)((const struct multiboot_module *)(uint64_t)info->modules)->start;
+    memset(&guest, 0, sizeof guest);
+    write_fields(base);
+    changes = write_fields(changes);
+    read_control_registers(&guest);
+    memcpy(&before, &guest, sizeof guest);
+    run_guest();
+    restore_control_registers();
+    print_result(number, memory);
+    return changes;
 }
 
 int main(const struct multiboot_info *info)
 {
-    enum { MOST_BASES = 64 };
-    static const uint64_t *bases[MOST_BASES];
+    const uint64_t *list = state_list_open(info, MAGIC);
 
-    console_init();
-    descriptors_init();
     exception_handler(VECTOR_DB, debug_handler);
-    outb(PORT_PIC_MASTER_MASK, ALL_MASKED);     /* no interrupt but those that a control block asks for */
-    outb(PORT_PIC_SLAVE_MASK, ALL_MASKED);
-    word = first_module(info);
-    if (*word++ != MAGIC)
-        fail("the module is not a list of control blocks\n");
     svm_enable(0);
     vmsave(&host);
     print_processor();
-
-    const uint64_t *memory = word;
-    word = place_memory(memory);
-    uint64_t first = *word++, base_count = *word++;
-    if (base_count > MOST_BASES)
-        fail("%lu bases are too many\n", base_count);
-    for (uint64_t base = 0; base < base_count; base++) {
-        bases[base] = word;
-        word += 1 + 2 * *word;
-    }
-    run_states(memory, bases, base_count, first);
-    print("end\n");
+    state_list_run(list, place_memory, run_state);
     return STATUS_PASS;
 }
