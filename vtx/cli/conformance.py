@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ from vtx.cli.status import INTERRUPTED
 from vtx.cli.table import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vtx.conformance.plan import Plan
     from vtx.conformance.results import TestResult
@@ -71,13 +72,10 @@ def conformance(
     if only_list:
         _list(plans, as_json=as_json)
         return 0
-    if junit is not None:
-        _write(junit, "")  # rather now than after an hour
-    results, interrupted = _run(plans, jobs or os.cpu_count() or 1, timeout_scale)
-    if junit is not None:
-        from vtx.conformance.junit import junit_xml  # noqa: PLC0415 - see `_plan`
-
-        _write(junit, junit_xml(results, _properties(suite)))
+    file = _JUnitFile(junit, _properties(suite)) if junit is not None else None
+    results, interrupted = _run(plans, jobs or os.cpu_count() or 1, timeout_scale, file)
+    if file is not None:
+        file.write(results)
     if as_json:
         _print_json(suite, results)
     else:
@@ -111,10 +109,34 @@ def _plan(
     return suite, [planner.plan(test, asked_for=selection.asks_for(test)) for test in chosen]
 
 
-def _run(plans: Sequence[Plan], jobs: int, timeout_scale: float) -> tuple[list[TestResult], bool]:
+class _JUnitFile:
+    """The JUnit file, written anew after each test: a run of hours that is killed leaves what it knew.
+
+    It is written before the first one, too: that it cannot be is better known then than after those hours.
+    """
+
+    def __init__(self, path: Path, properties: Mapping[str, str]) -> None:
+        self._path = path
+        self._properties = properties
+        self.write([])
+
+    def write(self, results: Sequence[TestResult]) -> None:
+        from vtx.conformance.junit import junit_xml  # noqa: PLC0415 - see `_plan`
+
+        _write(self._path, junit_xml(results, self._properties))
+
+    def keep(self, results: Sequence[TestResult]) -> None:
+        """As `write`, but a disk that is full for a while does not end the run; the last `write` says what is wrong."""
+        with suppress(Unusable):
+            self.write(results)
+
+
+def _run(
+    plans: Sequence[Plan], jobs: int, timeout_scale: float, file: _JUnitFile | None
+) -> tuple[list[TestResult], bool]:
     from vtx.conformance.runner import Runner  # noqa: PLC0415 - see `_plan`
 
-    runner = Runner(plans, jobs, timeout_scale)
+    runner = Runner(plans, jobs, timeout_scale, record=file.keep if file is not None else None)
     try:
         if sys.stderr.isatty():
             from vtx.cli.progress import Progress  # noqa: PLC0415 - of use on a terminal alone

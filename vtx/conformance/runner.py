@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -50,13 +50,15 @@ class Silent:
 class Runner:
     """Runs ``plans``, at most ``jobs`` at a time; time limits are those of the suite times ``timeout_scale``.
 
-    ``results`` grows while `run` runs: it has what is known even if the run is interrupted.
+    ``results`` grows while `run` runs: it has what is known even if the run is interrupted. ``record`` gets them each
+    time that there is another, for who wants to keep them even if the process is killed.
     """
 
     plans: Sequence[Plan]
     jobs: int = 1
     timeout_scale: float = 1.0
     observer: Observer = field(factory=Silent)
+    record: Callable[[Sequence[TestResult]], None] | None = None
     _results: dict[int, TestResult] = field(factory=dict)
 
     @property
@@ -93,6 +95,8 @@ class Runner:
     def _finish(self, place: int, result: TestResult) -> None:
         self._results[place] = result
         self.observer.finished(result)
+        if self.record is not None:
+            self.record(self.results)
 
     async def _execute(self, name: str, job: Job, report: SerialReport) -> Ending:
         limit = None if job.timeout is None else job.timeout * self.timeout_scale

@@ -83,6 +83,23 @@ def test_junit_file(directory: Path, tmp_path: Path) -> None:
     assert properties["processor of good"] == "skylake-server"
 
 
+def test_junit_file_has_what_a_killed_run_knew(tmp_path: Path) -> None:
+    images = {"good": IMAGES["good"], "hangs": say("PASS: c\n") + HANG}
+    configuration = "[good]\nfile = good.flat\n[hangs]\nfile = hangs.flat\n"
+    directory = build(tmp_path / "k", configuration, images)
+    file = tmp_path / "result.xml"
+    command = [sys.executable, "-m", "vtx.cli", "conformance", directory]
+    with subprocess.Popen([*command, "--jobs", "1", "--junit", file], stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not (file.exists() and "good" in file.read_text()):
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    root = ElementTree.parse(file).getroot()
+    assert [case.get("name") for case in root.iter("testcase")] == ["a", "b"]
+
+
 def test_json(directory: Path) -> None:
     done = vtx(directory, "--test", "bad", "--jobs", "1", "--json")
     assert done.returncode == 1

@@ -160,6 +160,16 @@ def test_order_is_that_of_the_suite_and_not_of_completion(directory: Path) -> No
     assert recorder.most == 2
 
 
+def test_record_gets_what_is_known_after_each_test(directory: Path) -> None:
+    run = runner(directory, "passes", "skipped", "fails", scale=60)
+    known: list[list[str]] = []
+    run.record = lambda results: known.append([result.name for result in results])
+    run.run()
+    assert known[0] == ["skipped"]
+    assert sorted(known[1]) in (["passes", "skipped"], ["fails", "skipped"])
+    assert known[2:] == [["passes", "skipped", "fails"]]
+
+
 def children() -> set[str]:
     return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
 
