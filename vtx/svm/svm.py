@@ -56,6 +56,7 @@ class Svm:
     """
 
     intercepts_flow = True
+    mnemonics = instructions.ROWS.keys()
     iret_unblocked_nmi = False
 
     def __init__(self, processor: Processor, observer: Observer | None = None) -> None:

@@ -35,7 +35,7 @@ from vtx.vmx import (
 from vtx.vmx.boundary import boundary_event, interrupts_ignore_if, wants_boundary, wants_interrupt_window
 from vtx.vmx.entry import enter
 from vtx.vmx.ept import EptMisconfiguration
-from vtx.vmx.execution import execute_directly, execute_instruction, shortcut
+from vtx.vmx.execution import ROWS, execute_directly, execute_instruction, shortcut
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.guest_state import always_saved_msrs
 from vtx.vmx.intercepts import Guest, exit_of
@@ -85,6 +85,7 @@ class Vmx:
     """
 
     intercepts_flow = False
+    mnemonics = ROWS.keys()
     holds_interrupts = False
     holds_nmis = False
 

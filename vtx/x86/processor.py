@@ -471,13 +471,17 @@ class LogicalProcessor(ProcessorCore):
         place.answers = (
             instruction is not None
             and is_answered(instruction)
-            and (not place.known or instruction.mnemonic in HANDLERS)  # else the engine has stopped for nothing
+            and (not place.known or self._is_executed(instruction.mnemonic))  # else the engine has stopped for nothing
         )
         if instruction is not None and place.answers:
             place.quiet = is_quiet(instruction)
             if self.virtualization is not None:
                 place.shortcut = self.virtualization.shortcut(instruction)
         return instruction
+
+    def _is_executed(self, mnemonic: int) -> bool:
+        extension = self.virtualization
+        return mnemonic in HANDLERS or (extension is not None and mnemonic in extension.mnemonics)
 
     def _budget_left(self) -> int:
         """What is left of the budget of the current run, in bytes of code."""

@@ -9,7 +9,7 @@ Spec: SDM Vol. 3, "VMX Non-Root Operation"; APM Vol. 2, "Secure Virtual Machine"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from attrs import frozen
@@ -197,6 +197,11 @@ class Virtualization(Protocol):
     @property
     def transitions(self) -> int:
         """How many VM entries and VM exits there have been; unchanged after `execute` means an ordinary instruction."""
+        ...
+
+    @property
+    def mnemonics(self) -> Collection[int]:
+        """The extension's own instructions: those that `execute` knows, by iced mnemonic number."""
         ...
 
     def execute(self, instruction: Instruction) -> bool:
