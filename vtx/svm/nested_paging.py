@@ -3,7 +3,15 @@
 A nested walk is a walk like any other (`vtx.x86.paging.walk`): its root is N_CR3, its control registers are the host's
 at VMRUN, and every access counts as one of user mode. What it refuses is a #NPF instead of a page fault.
 
-Spec: APM Vol. 2, "Nested Paging", "Nested Table Walk", "Nested versus Guest Page Faults, Fault Ordering".
+With the guest mode execute trap, U/S of a nested page says who may fetch instructions from it: user mode if it is set,
+else supervisor mode, by the guest's privilege level whatever the guest's own page tables say. Fetches are reported as
+what they are.
+
+Interpretations. Under the guest mode execute trap, U/S means nothing to other accesses, which are reported as those of
+user mode all the same. A fetch is reported as one where it is without the trap: with NX or SMEP in the host.
+
+Spec: APM Vol. 2, "Nested Paging", "Nested Table Walk", "Nested versus Guest Page Faults, Fault Ordering", "Guest Mode
+Execute Trap Extension".
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from attrs import frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, GuestPhysicalAddress, LinearAddress, PhysicalAddress
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.page_rights import USER, Privilege
+from vtx.x86.page_rights import FETCHED_BY_SUPERVISOR, FETCHED_BY_USER, USER, Privilege
 from vtx.x86.paging import PageFault, PageFaultError, PagingContext, PagingMode, Translation, WalkStep, walk
 from vtx.x86.second_level import (
     AccessKind,
@@ -35,7 +43,7 @@ TABLE_WALK: Final = 1 << 33
 
 NO_SECOND_LEVEL: Final = IdentitySecondLevel()
 
-_US: Final = PageFaultError.US.value
+_WR, _US, _ID = (each.value for each in (PageFaultError.WR, PageFaultError.US, PageFaultError.ID))
 _ADDRESS_BITS: Final = {
     PagingMode.BITS_32: 32,
     PagingMode.PAE: 32,
@@ -59,8 +67,7 @@ class NestedPageFault(SecondLevelFault):
 class NestedPaging:
     """The second level of a guest with NP_ENABLE, for the host's control registers as they are in ``host``.
 
-    With ``gmet`` (guest mode execute trap), instruction fetches of the guest's supervisor pages are checked as
-    supervisor-mode ones, which must not execute user pages, and U/S means nothing to other accesses.
+    ``gmet`` is the guest mode execute trap.
 
     ``apic_page`` is the number of the guest-physical page of AVIC's registers, None without one: the nested page tables
     say whether it may be accessed, but not where it is.
@@ -142,7 +149,7 @@ class NestedPaging:
         """Translate the address of a guest paging-structure entry: always a write (see `SecondLevel`)."""
         page = self.structures.get(address >> PAGE_SHIFT)
         if page is None:
-            result = self._walk(address, AccessKind.WRITE, user_fetch=True)
+            result = self._walk(address, AccessKind.WRITE, user=True)
             if isinstance(result, int):
                 return NestedPageFault(address, linear, result | TABLE_WALK)
             page = self.structures[address >> PAGE_SHIFT] = result.physical
@@ -166,36 +173,30 @@ class NestedPaging:
         return Evidence(read, tuple(beneath))
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the translation of a linear address (see `SecondLevel`)."""
-        user_page = bool(rights & USER)
-        result = self._walk(address, kind, user_fetch=user_page)
+        result = self._walk(address, kind, user=user)
         if isinstance(result, int):
             return NestedPageFault(address, linear, result | FINAL_TRANSLATION)
-        permissions = self._permissions(result, user_page) & result.cacheable
         physical = APIC_ACCESS if address >> PAGE_SHIFT == self._apic_page else result.physical
-        return SecondLevelPage(physical, permissions, result.size)
-
-    def _permissions(self, page: Translation, user_page: bool) -> int:
-        context = self._context
-        if not self._gmet:
-            return context.permissions[Privilege.USER][page.attributes]
-        data = context.permissions[Privilege.SUPERVISOR][page.attributes | USER] & ~AccessKind.EXECUTE
-        privilege = Privilege.USER if user_page else Privilege.SUPERVISOR
-        return data | self._fetch_context.permissions[privilege][page.attributes] & AccessKind.EXECUTE
-
-    def _walk(self, address: GuestPhysicalAddress, kind: AccessKind, *, user_fetch: bool) -> Translation | int:
-        """The nested translation, or the page-fault error code of the nested walk."""
-        context, privilege = self._context, Privilege.USER
+        attributes = 0
         if self._gmet:
-            if kind is AccessKind.EXECUTE:
-                context = self._fetch_context
-                privilege = Privilege.USER if user_fetch else Privilege.SUPERVISOR
-            else:
+            attributes = FETCHED_BY_USER if result.attributes & USER else FETCHED_BY_SUPERVISOR
+        # With the trap, as a page of user mode: who may fetch from it is among the attributes.
+        permissions = self._context.permissions[Privilege.USER][result.attributes | (USER if self._gmet else 0)]
+        return SecondLevelPage(physical, permissions & result.cacheable, result.size, attributes)
+
+    def _walk(self, address: GuestPhysicalAddress, kind: AccessKind, *, user: bool) -> Translation | int:
+        """The nested translation, or the page-fault error code of the nested walk."""
+        context, privilege, reported = self._context, Privilege.USER, _US
+        if self._gmet:
+            if kind is not AccessKind.EXECUTE:
                 privilege = Privilege.SUPERVISOR
+            elif not user:
+                context, privilege, reported = self._fetch_context, Privilege.SUPERVISOR, 0
         if address >> self._limit:
-            return _US | (PageFaultError.WR.value if kind is AccessKind.WRITE else 0)
+            return self._report(kind, reported)
         page = address >> PAGE_SHIFT
         recalled = self._walks.recall(page)
         if recalled is not None and context.permissions[privilege][recalled.attributes] & recalled.cacheable & kind:
@@ -207,6 +208,10 @@ class NestedPaging:
                 self._walks.remember(page, found, NO_SECOND_LEVEL.evidence(steps, found.guest_physical))
             return found
         assert isinstance(found, PageFault)
-        if kind is not AccessKind.EXECUTE or not self._gmet:
-            return found.error_code | _US
-        return found.error_code
+        return found.error_code & ~_ID | self._report(kind, reported)
+
+    def _report(self, kind: AccessKind, privilege: int) -> int:
+        """The bits of the error code that say what the access was: ``privilege`` is US or nothing."""
+        if kind is AccessKind.WRITE:
+            return privilege | _WR
+        return privilege | _ID if kind is AccessKind.EXECUTE and self._context.reports_fetch else privilege

@@ -233,7 +233,7 @@ class ExtendedPageTables:
         return None
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the translation of a linear address (see `SecondLevel`)."""
         execute = EXECUTE_USER if rights & USER and self.config.mode_based_execute else EXECUTE

@@ -27,6 +27,11 @@ RIGHTS_MASK: Final = EXECUTE_DISABLE | WRITABLE | USER
 KEY_SHIFT: Final = 3
 """Rights in bits 2:0 and the protection key in bits 6:3 make a page's ``attributes``, the index of the tables."""
 
+FETCHED_BY_USER: Final = 1 << 7
+"""The second level lets nobody but user mode fetch instructions from the page; only after `RIGHTS_MASK` and key."""
+FETCHED_BY_SUPERVISOR: Final = 1 << 8
+"""The second level lets nobody but supervisor mode fetch instructions from it."""
+
 PROTECTION_KEYS: Final = 16
 
 
@@ -114,9 +119,9 @@ def _page_permissions(controls: PermissionControls, privilege: Privilege, rights
 
 @functools.lru_cache(maxsize=256)
 def permission_table(controls: PermissionControls) -> PermissionTable:
-    """The permissions of every privilege for every combination of rights and protection key."""
+    """The permissions of every privilege for every combination of rights, protection key and who may fetch."""
 
-    def row(privilege: Privilege) -> tuple[int, ...]:
+    def by_key(privilege: Privilege) -> tuple[int, ...]:
         plain = tuple(_page_permissions(controls, privilege, rights) for rights in range(RIGHTS_MASK + 1))
         if controls.pkru is None and controls.pkrs is None:
             return plain * PROTECTION_KEYS
@@ -124,5 +129,11 @@ def permission_table(controls: PermissionControls) -> PermissionTable:
             plain[attributes & RIGHTS_MASK] & key_permissions(controls, privilege, attributes)
             for attributes in range(PROTECTION_KEYS << KEY_SHIFT)
         )
+
+    def row(privilege: Privilege) -> tuple[int, ...]:
+        anyone = by_key(privilege)
+        others = tuple(permissions & ~AccessKind.EXECUTE.value for permissions in anyone)
+        by_user, by_supervisor = (anyone, others) if privilege is Privilege.USER else (others, anyone)
+        return anyone + by_user + by_supervisor
 
     return tuple(row(privilege) for privilege in Privilege)

@@ -18,6 +18,7 @@ from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE, GuestPhysicalAddress, Lin
 from vtx.x86.page_rights import (
     EXECUTE_DISABLE,
     KEY_SHIFT,
+    PROTECTION_KEYS,
     USER,
     WRITABLE,
     PermissionControls,
@@ -249,8 +250,9 @@ class Translation:
     """A linear page and all that a TLB entry must remember of it.
 
     ``physical`` and ``guest_physical`` are addresses of 4-KByte pages, ``size`` the size in bytes of the page that the
-    paging structures map. ``attributes`` are the rights and the protection key (see `vtx.x86.page_rights`).
-    ``cacheable`` is the mask of `AccessKind` that the second level and the dirty flag allow without another walk.
+    paging structures map. ``attributes`` are the rights, the protection key and who may fetch (see
+    `vtx.x86.page_rights`). ``cacheable`` is the mask of `AccessKind` that the second level and the dirty flag allow
+    without another walk.
     """
 
     physical: PhysicalAddress
@@ -283,7 +285,7 @@ class Translation:
     @property
     def protection_key(self) -> int:
         """The protection key, 0 in modes that have none."""
-        return self.attributes >> KEY_SHIFT
+        return self.attributes >> KEY_SHIFT & PROTECTION_KEYS - 1
 
 
 @frozen
@@ -343,6 +345,7 @@ def _page_fault(context: PagingContext, linear: int, kind: AccessKind, privilege
     return PageFault(LinearAddress(linear), code)
 
 
+_USER_MODE: Final = Privilege.USER  # members of an enumeration are slow to look up
 _NOT_PRESENT: Final = 0
 _PROTECTION: Final = PageFaultError.P.value
 _RESERVED: Final = PageFaultError.P | PageFaultError.RSVD
@@ -350,16 +353,16 @@ _KEY: Final = PageFaultError.P | PageFaultError.PK
 
 
 def _without_paging(
-    linear: LinearAddress, kind: AccessKind, second_level: SecondLevel
+    linear: LinearAddress, kind: AccessKind, privilege: Privilege, second_level: SecondLevel
 ) -> Translation | SecondLevelFault:
     """CR0.PG = 0: linear addresses are (guest-)physical addresses, and count as user-mode and writable."""
     address = GuestPhysicalAddress(linear & _bits(31, 0))
     rights = USER | WRITABLE
-    page = second_level.translate(address, kind, linear, rights)
+    page = second_level.translate(address, kind, linear, rights, privilege is _USER_MODE)
     if isinstance(page, SecondLevelFault):
         return page
     guest_page = GuestPhysicalAddress(address & ~PAGE_OFFSET_MASK)
-    return Translation(page.physical, guest_page, PAGE_SIZE, rights, page.permissions, True, False)
+    return Translation(page.physical, guest_page, PAGE_SIZE, rights | page.attributes, page.permissions, True, False)
 
 
 class _Leaf(NamedTuple):
@@ -471,7 +474,7 @@ def walk(
     "Page-Fault Exceptions".
     """
     if context.mode is PagingMode.NONE:
-        return _without_paging(linear, kind, second_level)
+        return _without_paging(linear, kind, privilege, second_level)
     leaf = _descend(context, linear, memory, second_level, steps)
     if isinstance(leaf, SecondLevelFault):
         return leaf
@@ -491,7 +494,8 @@ def walk(
             return fault
 
     guest_physical = _frame(entry, shift, context.geometry.frame_mask) | linear & (1 << shift) - 1
-    page = second_level.translate(GuestPhysicalAddress(guest_physical), kind, linear, attributes)
+    user = privilege is _USER_MODE
+    page = second_level.translate(GuestPhysicalAddress(guest_physical), kind, linear, attributes, user)
     if isinstance(page, SecondLevelFault):
         return page
     dirty = bool((entry | wanted) & DIRTY)
@@ -499,7 +503,7 @@ def walk(
         page.physical,
         GuestPhysicalAddress(guest_physical & ~PAGE_OFFSET_MASK),
         1 << shift,
-        attributes,
+        attributes | page.attributes,
         page.permissions if dirty else page.permissions & READ_EXECUTE,
         dirty,
         context.pge and bool(entry & GLOBAL),

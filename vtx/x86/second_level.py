@@ -69,12 +69,14 @@ class SecondLevelPage:
 
     ``physical`` is the 4-KByte-aligned address of the 4-KByte page that holds the access. ``permissions`` is the mask
     of `AccessKind` that may be cached: a page whose dirty flag is still clear has no WRITE here, so that the first
-    write comes back to the walker. ``size`` is the size in bytes of the page that maps it.
+    write comes back to the walker. ``size`` is the size in bytes of the page that maps it. ``attributes`` are added to
+    those of the guest's page: who alone may fetch instructions from it, where that depends on the privilege level.
     """
 
     physical: PhysicalAddress
     permissions: int
     size: int
+    attributes: int = 0
 
 
 @frozen
@@ -133,11 +135,12 @@ class SecondLevel(Protocol):
         ...
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the address that ``linear`` translates to; ``rights`` are those of the guest's page.
 
         ``rights`` has the layout of `vtx.x86.page_rights`: some second levels treat user-mode pages differently.
+        ``user`` tells accesses of user mode from those of supervisor mode.
         """
         ...
 
@@ -167,7 +170,7 @@ class IdentitySecondLevel:
         return Evidence([(entry.address, entry.value) for entry in used])
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int
+        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
     ) -> SecondLevelPage | SecondLevelFault:
         """The page of the address, with every permission."""
         return SecondLevelPage(PhysicalAddress(address & ~PAGE_OFFSET_MASK), ALL_PERMISSIONS, 1 << 52)

@@ -10,7 +10,7 @@ from vtx.svm.nested_paging import NestedPageFault, NestedPaging
 from vtx.x86.event import Event, EventKind
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import InstructionAborted
-from vtx.x86.page_rights import USER, WRITABLE
+from vtx.x86.page_rights import USER
 from vtx.x86.second_level import AccessKind, SecondLevelPage
 from vtx.x86.state import CpuState
 
@@ -140,30 +140,77 @@ def test_a_new_mapping_counts_after_the_next_vmrun() -> None:
 class TestGuestModeExecuteTrap:
     """APM Vol. 2, "Guest Mode Execute Trap Extension"."""
 
-    @pytest.mark.parametrize(
-        ("pde", "user", "kind", "error"),
-        [
-            (0x20_0083, False, EXECUTE, None),
-            (0x20_0087, False, EXECUTE, FINAL | P | ID),
-            (0x20_0083, True, EXECUTE, FINAL | P | ID | US),
-            (0x20_0087, True, EXECUTE, None),
-            (0x20_0083, False, READ, None),
-            (0x20_0083, True, WRITE, None),
-            (0x20_0085, False, WRITE, FINAL | P | RW | US),
-            (NX | 0x20_0083, False, EXECUTE, FINAL | P | ID),
-        ],
+    @staticmethod
+    def access(machine: Machine, kind: AccessKind, *, user: bool) -> int | None:
+        """EXITINFO1 of an access at DATA, None if it is allowed."""
+        try:
+            machine.processor.mmu.translate(DATA, kind, user=user)
+        except InstructionAborted as aborted:
+            assert isinstance(aborted.cause, NestedPageFault)
+            assert aborted.cause.guest_physical == DATA
+            return aborted.cause.error
+        return None
+
+    @staticmethod
+    def guest(
+        pde: int, *, efer: int = 0x1D01, gmet: bool = True, user_page: bool = True, paging: bool = True
+    ) -> Machine:
+        """A guest whose page of DATA is one of user mode, or not, in its own tables; ``pde`` is in the nested ones."""
+        machine = running(pde, efer=efer, gmet=gmet)
+        if user_page:
+            for entry in (PAGE_TABLES, PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2008):
+                machine.memory.write_u64(entry, machine.memory.read_u64(entry) | US)
+        if not paging:
+            machine.state.cr0 &= ~(1 << 31)
+            machine.state.efer &= ~0x400
+            machine.processor.load_control_state()
+        return machine
+
+    ACCESSES = (
+        (0x20_0083, False, EXECUTE, None),
+        (0x20_0087, False, EXECUTE, FINAL | P | ID),
+        (0x20_0083, True, EXECUTE, FINAL | P | ID | US),
+        (0x20_0087, True, EXECUTE, None),
+        (0x20_0083, False, READ, None),
+        (0x20_0083, True, WRITE, None),
+        (0x20_0087, False, WRITE, None),
+        (0x20_0085, False, WRITE, FINAL | P | RW | US),
+        (NX | 0x20_0083, False, EXECUTE, FINAL | P | ID),
+        (NX | 0x20_0087, True, EXECUTE, FINAL | P | ID | US),
+        (0, False, EXECUTE, FINAL | ID),
+        (0, True, EXECUTE, FINAL | ID | US),
+        (0, False, READ, FINAL | US),
     )
-    def test_access(self, pde: int, user: bool, kind: AccessKind, error: int | None) -> None:
-        machine = running(pde, gmet=True)
-        nested = machine.processor.mmu.second_level
-        rights = WRITABLE | (USER if user else 0)
-        found = nested.translate(GuestPhysicalAddress(DATA), kind, LinearAddress(DATA), rights)
-        if error is None:
-            assert isinstance(found, SecondLevelPage)
-            assert found.permissions & kind
-        else:
-            assert isinstance(found, NestedPageFault)
-            assert found.error == error
+
+    @pytest.mark.parametrize(("pde", "user", "kind", "error"), ACCESSES)
+    def test_goes_by_the_privilege_level(self, pde: int, user: bool, kind: AccessKind, error: int | None) -> None:
+        """The guest's own page is one of user mode, which supervisor mode may execute without SMEP."""
+        assert self.access(self.guest(pde), kind, user=user) == error
+
+    @pytest.mark.parametrize(("pde", "user", "kind", "error"), ACCESSES)
+    def test_without_paging_of_the_guest(self, pde: int, user: bool, kind: AccessKind, error: int | None) -> None:
+        assert self.access(self.guest(pde, paging=False), kind, user=user) == error
+
+    @pytest.mark.parametrize("pde", [0x20_0083, 0x20_0087])
+    def test_supervisor_page_of_the_guest(self, pde: int) -> None:
+        expected = FINAL | P | ID if pde & US else None
+        assert self.access(self.guest(pde, user_page=False), EXECUTE, user=False) == expected
+
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("pde", [0x20_0083, 0x20_0087])
+    def test_what_one_may_is_not_remembered_for_the_other(self, pde: int, first: bool) -> None:
+        machine, allowed = self.guest(pde), bool(pde & US)
+        for user in (first, not first, first, not first):
+            for kind in (READ, EXECUTE):
+                refused = kind is EXECUTE and user is not allowed
+                assert bool(self.access(machine, kind, user=user)) is refused
+
+    def test_switched_off(self) -> None:
+        machine = self.guest(0x20_0087, gmet=False)
+        assert [self.access(machine, EXECUTE, user=user) for user in (False, True)] == [None, None]
+
+    def test_fetch_is_reported_by_the_hosts_settings(self) -> None:
+        assert self.access(self.guest(0x20_0087, efer=0x1501), EXECUTE, user=False) == FINAL | P
 
 
 @pytest.mark.parametrize(

@@ -295,10 +295,10 @@ class Offset(IdentitySecondLevel):
     def paging_structure(self, address, update, linear):
         return address + (1 << 20)
 
-    def translate(self, address, kind, linear, rights):
+    def translate(self, address, kind, linear, rights, user=False):
         if address >> 12 == self.refused:
             return SecondLevelFault(address, linear)
-        return super().translate(address + (1 << 20), kind, linear, rights)
+        return super().translate(address + (1 << 20), kind, linear, rights, user)
 
 
 def enter_guest(rig, asid, flush, second_level):

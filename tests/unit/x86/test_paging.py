@@ -361,10 +361,10 @@ class Refusing(IdentitySecondLevel):
             return SecondLevelFault(address, linear)
         return super().paging_structure(address, update, linear)
 
-    def translate(self, address, kind, linear, rights):
+    def translate(self, address, kind, linear, rights, user=False):
         if address >> 12 == self.page and self.what == "page":
             return SecondLevelFault(address, linear)
-        return super().translate(address, kind, linear, rights)
+        return super().translate(address, kind, linear, rights, user)
 
 
 @pytest.mark.parametrize("level", range(4))
