@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 from vtx.x86 import cpuid_amd
-from vtx.x86.cpuid_features import LEGACY_AND_HEADER_SIZE, STATE_COMPONENTS, SUPERVISOR_COMPONENTS
+from vtx.x86.save_area import COMPONENTS, compacted_size, standard_offset, standard_size
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr4
 
 if TYPE_CHECKING:
@@ -200,34 +200,24 @@ def _topology(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
     return 0, 0, subleaf & 0xFF, dynamic.apic_id
 
 
-def save_area_size(xcr0: int) -> int:
-    """Bytes of the standard-format XSAVE area for the components enabled in ``xcr0``."""
-    ends = [c.offset + c.size for c in STATE_COMPONENTS.values() if xcr0 >> c.bit & 1]
-    return max([LEGACY_AND_HEADER_SIZE, *ends])
-
-
-def compacted_area_size(xss: int) -> int:
-    """Bytes of the compacted XSAVE area with the supervisor components enabled in ``xss``."""
-    return LEGACY_AND_HEADER_SIZE + sum(c.size for c in SUPERVISOR_COMPONENTS.values() if xss >> c.bit & 1)
-
-
 def _extended_state(profile: Profile, subleaf: int, dynamic: Dynamic) -> Registers:
-    supported = profile.xcr0_supported
+    supported, amd = profile.xcr0_supported, profile.is_amd
     if not supported:
         return ZERO
     if subleaf == 0:
-        return supported & MASK32, save_area_size(dynamic.xcr0), save_area_size(supported), supported >> 32
+        now, most = (standard_size(components, amd=amd) for components in (dynamic.xcr0, supported))
+        return supported & MASK32, now, most, supported >> 32
     if subleaf == 1:
         features, *_ = profile.feature_words.get((0xD, 1), ZERO)
-        if "XSAVES" not in profile.features:
+        if not profile.features & {"XSAVEC", "XSAVES"}:
             return features, 0, 0, 0
-        return features, compacted_area_size(dynamic.xss), profile.xss_supported & MASK32, profile.xss_supported >> 32
-    for component in SUPERVISOR_COMPONENTS.values():
-        if component.bit == subleaf and profile.xss_supported >> subleaf & 1:
-            return component.size, 0, _SUPERVISOR, 0
-    for component in STATE_COMPONENTS.values():
-        if component.bit == subleaf and subleaf > 1 and supported >> subleaf & 1:
-            return component.size, component.offset, 0, 0
+        size = compacted_size(dynamic.xcr0 | dynamic.xss)
+        return features, size, profile.xss_supported & MASK32, profile.xss_supported >> 32
+    for component in COMPONENTS:
+        if component.bit == subleaf and (supported | profile.xss_supported) >> subleaf & 1:
+            if component.supervisor:
+                return component.size, 0, _SUPERVISOR, 0
+            return component.size, standard_offset(component, amd=amd), 0, 0
     return ZERO
 
 

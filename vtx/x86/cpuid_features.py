@@ -1,7 +1,7 @@
-"""CPUID features by name: where each is reported, and which control-register bits and save areas come with it.
+"""CPUID features by name: where each is reported, and which control-register bits come with it.
 
-Spec: SDM Vol. 2A, "CPUID—CPU Identification"; Vol. 3A, "Control Registers"; Vol. 1, "Managing State Using the XSAVE
-Feature Set"; APM Vol. 3, "Obtaining Processor Information Via the CPUID Instruction".
+Spec: SDM Vol. 2A, "CPUID—CPU Identification"; Vol. 3A, "Control Registers"; APM Vol. 3, "Obtaining
+Processor Information Via the CPUID Instruction".
 """
 
 from __future__ import annotations
@@ -196,32 +196,6 @@ FEATURES: Final[Mapping[str, FeatureBit]] = MappingProxyType(
     }
 )
 
-
-@frozen
-class StateComponent:
-    """A state component of XSAVE: its bit in XCR0 and its place in the standard-format save area, in bytes."""
-
-    bit: int
-    offset: int
-    size: int
-
-
-LEGACY_AND_HEADER_SIZE = 576  # the x87/SSE region and the XSAVE header
-
-STATE_COMPONENTS: Final[Mapping[str, StateComponent]] = MappingProxyType(
-    {
-        "x87": StateComponent(0, 0, 160),
-        "SSE": StateComponent(1, 160, 256),
-        "PKRU": StateComponent(9, 2688, 8),
-    }
-)
-
-X87_STATE: Final = 1 << 0
-SSE_STATE: Final = 1 << 1
-HDC_STATE: Final = 1 << 13
-
-SUPERVISOR_COMPONENTS: Final[Mapping[str, StateComponent]] = MappingProxyType({"HDC": StateComponent(13, 0, 8)})
-"""The state components that IA32_XSS enables, by CPUID feature; the compacted format alone has them."""
 
 # CR4 bits and the feature that makes each one writable.
 CR4_FEATURES: Final[tuple[tuple[Cr4, str], ...]] = (

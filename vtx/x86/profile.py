@@ -17,9 +17,10 @@ from typing import Any, Final
 from attrs import evolve, field, frozen
 
 from vtx.x86.cpuid import ZERO, Registers
-from vtx.x86.cpuid_features import FEATURES, STATE_COMPONENTS, SUPERVISOR_COMPONENTS, supported_cr4_bits
+from vtx.x86.cpuid_features import FEATURES, supported_cr4_bits
 from vtx.x86.msr_table import ARCHITECTURAL_MSRS, Msr
 from vtx.x86.performance import PerformanceMonitoring
+from vtx.x86.save_area import SUPERVISOR_COMPONENTS, USER_COMPONENT_BITS
 from vtx.x86.state import MASK32, MASK64
 from vtx.x86.toml_section import ProfileError, Section
 from vtx.x86.vmx_profile import capability_msrs
@@ -102,7 +103,7 @@ class Profile:
         object.__setattr__(self, "signature", _signature(self.family, self.model, self.stepping))
         object.__setattr__(self, "feature_words", _feature_words(self.features))
         object.__setattr__(self, "cr4_supported", supported_cr4_bits(self.features))
-        xcr0 = sum(1 << STATE_COMPONENTS[name].bit for name in self.xsave_components)
+        xcr0 = sum(1 << USER_COMPONENT_BITS[name] for name in self.xsave_components)
         object.__setattr__(self, "xcr0_supported", xcr0)
         object.__setattr__(self, "xss_supported", _supported_xss(self.features))
 
@@ -247,13 +248,11 @@ def _vendor(identity: Section) -> str:
 
 
 def _xsave_components(cpuid: Section, features: frozenset[str]) -> tuple[str, ...]:
-    names = cpuid.names("xsave_components", STATE_COMPONENTS, "XSAVE state component", ())
+    names = cpuid.names("xsave_components", USER_COMPONENT_BITS, "XSAVE state component", ())
     if bool(names) != ("XSAVE" in features):
         raise cpuid.fail("xsave_components", "at least x87 with the feature XSAVE, none without it")
     if names and "x87" not in names:
         raise cpuid.fail("xsave_components", "x87 among the components")
-    if "XSAVES" in features and set(names) - {"x87", "SSE"}:
-        raise cpuid.fail("xsave_components", "x87 and SSE alone with the feature XSAVES")
     if ("PKRU" in names) != ("XSAVE" in features and "PKU" in features):
         raise cpuid.fail("xsave_components", "PKRU if and only if cpuid.features has PKU")
     return tuple(names)

@@ -4,13 +4,14 @@ import struct
 
 import pytest
 
-from vtx.x86.cpuid import Dynamic, cpuid, reserved_cr0_bits, reserved_cr4_bits, save_area_size
+from vtx.x86.cpuid import Dynamic, cpuid, reserved_cr0_bits, reserved_cr4_bits
 from vtx.x86.cpuid_features import FEATURES
 from vtx.x86.profile import load_profile
 from vtx.x86.state import CpuState, Cr4
 
 SKYLAKE = load_profile("skylake-server")
 NEHALEM = load_profile("nehalem-server")
+EVERYTHING, EVERYTHING_AMD = load_profile("everything"), load_profile("everything-amd")
 POWER_UP = Dynamic()
 
 
@@ -149,15 +150,35 @@ def test_cache_leaf_types_and_levels_and_end():
     assert listed == [(1, 1), (2, 1), (3, 2), (3, 3), (0, 0)]
 
 
-def test_save_area_grows_to_the_end_of_the_last_component():
-    assert save_area_size(0b11) == 576
-    assert save_area_size(1 << 9 | 0b11) == 2696
-
-
 def test_extended_state_subleaves():
     """PKRU is 8 bytes at 2688; of components that are absent, or in the legacy region, the sub-leaves are zero."""
     assert leaf(0xD, 9) == (8, 2688, 0, 0)
     assert all(leaf(0xD, n) == (0, 0, 0, 0) for n in range(1, 64) if n != 9)
+
+
+@pytest.mark.parametrize(
+    ("profile", "subleaf", "xcr0", "xss", "expected"),
+    [
+        # EAX and EDX are what XCR0 can have, EBX is for what it has, ECX for all it can have.
+        (SKYLAKE, 0, 3, 0, (0x203, 576, 2696, 0)),
+        (SKYLAKE, 0, 0x203, 0, (0x203, 2696, 2696, 0)),
+        (EVERYTHING, 0, 0x201, 0, (0x203, 2696, 2696, 0)),
+        # XSAVEOPT, XSAVEC, XGETBV with ECX 1, XSAVES; the size of the compacted format; what IA32_XSS can have
+        (EVERYTHING, 1, 3, 0, (0xF, 576, 0x2000, 0)),
+        (EVERYTHING, 1, 0x203, 0, (0xF, 584, 0x2000, 0)),
+        (EVERYTHING, 1, 3, 0x2000, (0xF, 584, 0x2000, 0)),
+        (EVERYTHING, 1, 0x203, 0x2000, (0xF, 592, 0x2000, 0)),
+        (EVERYTHING, 9, 3, 0, (8, 2688, 0, 0)),
+        (EVERYTHING, 13, 3, 0, (8, 0, 1, 0)),
+        # A dump of a processor of the third Zen generation has PKRU here.
+        (EVERYTHING_AMD, 0, 0x203, 0, (0x203, 0x988, 0x988, 0)),
+        (EVERYTHING_AMD, 1, 0x203, 0, (0xF, 584, 0, 0)),
+        (EVERYTHING_AMD, 9, 3, 0, (8, 0x980, 0, 0)),
+        (EVERYTHING_AMD, 13, 3, 0, (0, 0, 0, 0)),
+    ],
+)
+def test_extended_state_sizes(profile, subleaf, xcr0, xss, expected):
+    assert leaf(0xD, subleaf, Dynamic(xcr0=xcr0, xss=xss), profile) == expected
 
 
 def test_leaf_7_has_one_subleaf():

@@ -1,4 +1,4 @@
-"""HLT, caches, MONITOR and MWAIT, PAUSE, the time-stamp counter, the XSAVE family, random numbers.
+"""HLT, caches, MONITOR and MWAIT, PAUSE, the time-stamp counter, random numbers, RSM.
 
 Interpretations. RDPRU above CPL 0 with CR4.TSD set is an invalid opcode.
 
@@ -15,7 +15,6 @@ from vtx.x86 import smm
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
 from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
-from vtx.x86.instructions.sse_control import MXCSR_OFFSET, check_mxcsr, require_not_task_switched
 from vtx.x86.monitor import Monitor
 from vtx.x86.msr_table import IA32_APERF, IA32_MISC_ENABLE, IA32_MPERF, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, MonitorWait, Plain
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
 _MASKED_INTERRUPTS_BREAK: Final = 1 << 0  # the only extension of MWAIT
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
-
-_LEGACY_AREA_AND_HEADER: Final = 576
-_XSAVE_ALIGNMENT: Final = 64
-_SSE_STATE: Final = 1 << 1  # of XCR0
 
 _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
@@ -192,50 +187,6 @@ def rdpru(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.retire(instruction)
 
 
-def _require_osxsave(cpu: LogicalProcessor) -> None:
-    require_feature(cpu, "XSAVE")
-    if not cpu.state.cr4 & Cr4.OSXSAVE:
-        raise ud()
-
-
-def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """XSETBV."""
-    state = cpu.state
-    _require_osxsave(cpu)
-    require_ring_0(cpu)
-    if cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
-        return
-    value = (state.gpr[Gpr.RDX] & MASK32) << 32 | state.gpr[Gpr.RAX] & MASK32
-    if state.gpr[Gpr.RCX] & MASK32 or value & ~cpu.profile.xcr0_supported or not value & 1:
-        raise gp(0)
-    state.xcr0 = value
-    cpu.retire(instruction)
-
-
-def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """XGETBV of XCR0."""
-    _require_osxsave(cpu)
-    if cpu.state.gpr[Gpr.RCX] & MASK32:
-        raise gp(0)
-    cpu.state.gpr[Gpr.RAX] = cpu.state.xcr0 & MASK32
-    cpu.state.gpr[Gpr.RDX] = cpu.state.xcr0 >> 32
-    cpu.retire(instruction)
-
-
-def extended_state(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """XSAVE, XSAVEOPT, XRSTOR: the engine has them, but would not let XSETBV exit if CR4.OSXSAVE were always set."""
-    _require_osxsave(cpu)
-    require_not_task_switched(cpu)
-    loads = instruction.mnemonic in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
-    linear = operand_address(cpu, instruction, _LEGACY_AREA_AND_HEADER, write=not loads)
-    if linear % _XSAVE_ALIGNMENT:
-        raise gp(0)
-    if loads and cpu.state.gpr[Gpr.RAX] & cpu.state.xcr0 & _SSE_STATE:
-        check_mxcsr(cpu, linear + MXCSR_OFFSET)
-    cpu.native(instruction, osxsave=True)
-    cpu.mmu.update(cpu.state)  # XRSTOR may have loaded PKRU
-
-
 def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind: Plain) -> None:
     require_feature(cpu, feature)
     if cpu.intercepts(SIMPLE[kind], instruction):
@@ -288,14 +239,6 @@ HANDLERS: Final = {
     Mnemonic.RDPID: rdpid,
     Mnemonic.RDPMC: rdpmc,
     Mnemonic.RDPRU: rdpru,
-    Mnemonic.XSETBV: xsetbv,
-    Mnemonic.XGETBV: xgetbv,
-    Mnemonic.XSAVE: extended_state,
-    Mnemonic.XSAVE64: extended_state,
-    Mnemonic.XSAVEOPT: extended_state,
-    Mnemonic.XSAVEOPT64: extended_state,
-    Mnemonic.XRSTOR: extended_state,
-    Mnemonic.XRSTOR64: extended_state,
     Mnemonic.RDRAND: rdrand,
     Mnemonic.RDSEED: rdseed,
     Mnemonic.RSM: rsm,

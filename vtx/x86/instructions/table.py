@@ -11,6 +11,7 @@ from vtx.x86.decode import Instruction
 from vtx.x86.instructions import (
     control,
     descriptor_tables,
+    extended_state,
     flow,
     identification,
     interrupt_flag,
@@ -22,7 +23,6 @@ from vtx.x86.instructions import (
     segment_loads,
     simd,
     sse_control,
-    supervisor_state,
     system,
     tasks,
     wait,
@@ -37,7 +37,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
-        *(port_io, missing, wait, msr_list, supervisor_state, sse_control, simd, protection_keys),
+        *(port_io, missing, wait, msr_list, extended_state, sse_control, simd, protection_keys),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -71,6 +71,7 @@ _ENGINE_NEEDED: Final = frozenset(
     (
         *(Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64),
         *(Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVES, Mnemonic.XSAVES64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64),
+        Mnemonic.XGETBV,
         *(Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF),
         *sse_control.HANDLERS,
         *simd.HANDLERS,

@@ -1,0 +1,395 @@
+"""XSETBV and XGETBV, and the XSAVE family: x87, SSE, PKRU and supervisor state to and from memory.
+
+The one supervisor state component modelled is HDC state, a single MSR.
+
+Interpretations. A component is in use unless it is in its initial configuration: nothing is remembered beyond that.
+XSAVEOPT therefore leaves out what is in its initial configuration, and not what was left as it was restored. All of
+what is stored must be writable before any of it is; all of what is loaded is read before any of it is.
+
+Spec: SDM Vol. 1, "Managing State Using the XSAVE Feature Set", "Processor Tracking of XSAVE-Managed State",
+"Operation of XSAVE", "Operation of XRSTOR", "Operation of XSAVEOPT", "Operation of XSAVEC", "Operation of XSAVES",
+"Operation of XRSTORS".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+from iced_x86 import Mnemonic
+
+from vtx.x86.decode import Instruction
+from vtx.x86.instructions.common import operand_address, require_feature, require_ring_0
+from vtx.x86.instructions.sse_control import MXCSR_MASK, require_not_task_switched
+from vtx.x86.msr_table import IA32_PM_CTL1, IA32_XSS
+from vtx.x86.operations import SIMPLE, ExtendedStateTransfer, Plain
+from vtx.x86.outcome import gp, ud
+from vtx.x86.save_area import (
+    ALIGNMENT,
+    COMPACTED,
+    HDC,
+    HEADER,
+    HEADER_SIZE,
+    LEGACY_AND_HEADER_SIZE,
+    PKRU,
+    SSE_STATE,
+    X87_STATE,
+    Header,
+    StateComponent,
+    compacted_offset,
+    standard_offset,
+)
+from vtx.x86.second_level import AccessKind
+from vtx.x86.state import MASK32, MASK64, Cr4, Gpr, Rflags
+
+if TYPE_CHECKING:
+    from vtx.x86.processor import LogicalProcessor
+
+_X87_CONTROL: Final = slice(0, 24)
+_MXCSR: Final = slice(24, 28)
+_MXCSR_AND_MASK: Final = slice(24, 32)
+_X87_REGISTERS: Final = slice(32, 160)
+_XMM: Final = 160
+_ALL_XMM: Final = slice(_XMM, 416)
+_LOW_XMM: Final = slice(_XMM, 288)  # outside 64-bit mode
+_INITIAL_X87: Final = struct.pack("<H", 0x037F).ljust(24, b"\0")
+_INITIAL_MXCSR: Final = struct.pack("<I", 0x1F80)
+_XCR0, _XINUSE = 0, 1  # what ECX names for XGETBV
+_WIDE: Final = frozenset(
+    (Mnemonic.XSAVE64, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC64, Mnemonic.XSAVES64, Mnemonic.XRSTOR64, Mnemonic.XRSTORS64)
+)
+
+
+@frozen
+class _Register:
+    """A state component that is one register. ``store`` says whether the register takes the value."""
+
+    component: StateComponent
+    initial: int
+    load: Callable[[LogicalProcessor], int]
+    store: Callable[[LogicalProcessor, int], bool]
+
+    @property
+    def mask(self) -> int:
+        return 1 << self.component.bit
+
+
+def _load_pkru(cpu: LogicalProcessor) -> int:
+    return cpu.state.pkru
+
+
+def _store_pkru(cpu: LogicalProcessor, value: int) -> bool:
+    cpu.state.pkru = value & MASK32
+    cpu.mmu.update(cpu.state)
+    return True
+
+
+def _load_hdc(cpu: LogicalProcessor) -> int:
+    return cpu.msrs.values[IA32_PM_CTL1]
+
+
+def _store_hdc(cpu: LogicalProcessor, value: int) -> bool:
+    return cpu.msrs.write(IA32_PM_CTL1, value)
+
+
+_REGISTERS: Final = (_Register(PKRU, 0, _load_pkru, _store_pkru), _Register(HDC, 1, _load_hdc, _store_hdc))
+
+
+# XSETBV and XGETBV
+
+
+def _require_osxsave(cpu: LogicalProcessor, feature: str = "XSAVE") -> None:
+    require_feature(cpu, feature)
+    if not cpu.state.cr4 & Cr4.OSXSAVE:
+        raise ud()
+
+
+def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSETBV."""
+    state = cpu.state
+    _require_osxsave(cpu)
+    require_ring_0(cpu)
+    if cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
+        return
+    value = _mask_operand(cpu)
+    if state.gpr[Gpr.RCX] & MASK32 != _XCR0 or value & ~cpu.profile.xcr0_supported or not value & X87_STATE:
+        raise gp(0)
+    state.xcr0 = value
+    cpu.retire(instruction)
+
+
+def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XGETBV of XCR0, or of those of its components that are in use."""
+    _require_osxsave(cpu)
+    state, number = cpu.state, cpu.state.gpr[Gpr.RCX] & MASK32
+    value = state.xcr0
+    if number == _XINUSE and cpu.profile.has("XGETBV_1"):
+        value &= _in_use(cpu, cpu.engine.legacy_area())
+    elif number != _XCR0:
+        raise gp(0)
+    state.gpr[Gpr.RAX], state.gpr[Gpr.RDX] = value & MASK32, value >> 32
+    cpu.retire(instruction)
+
+
+# What all of the family have in common
+
+
+@frozen
+class _Area:
+    """A save area at ``linear``; ``requested`` are the components that the instruction is about.
+
+    ``enabled`` are those that it could be about.
+    """
+
+    cpu: LogicalProcessor
+    instruction: Instruction
+    linear: int
+    enabled: int
+    requested: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether the x87 pointers are 64 bits each."""
+        return self.instruction.mnemonic in _WIDE
+
+    def at(self, offset: int) -> int:
+        """The linear address of a part of it."""
+        return (self.linear + offset) & (MASK64 if self.cpu.state.in_64_bit_mode else MASK32)
+
+    def reach(self, end: int, *, write: bool) -> None:
+        """The faults of segmentation, and for not being canonical, of an area of ``end`` bytes."""
+        if end > LEGACY_AND_HEADER_SIZE:
+            operand_address(self.cpu, self.instruction, end, write=write)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A part of it, with the privilege of the running code."""
+        state = self.cpu.state
+        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        return self.cpu.mmu.read_bytes(self.at(offset), size, user=user, ac=ac)
+
+    def check_writable(self, offset: int, size: int) -> None:
+        """The faults of writing a part of it."""
+        state = self.cpu.state
+        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        self.cpu.mmu.check(self.at(offset), size, AccessKind.WRITE, user=user, ac=ac)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store a part of it."""
+        state = self.cpu.state
+        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        self.cpu.mmu.write_bytes(self.at(offset), data, user=user, ac=ac)
+
+
+def _mask_operand(cpu: LogicalProcessor) -> int:
+    """EDX:EAX."""
+    gpr = cpu.state.gpr
+    return (gpr[Gpr.RDX] & MASK32) << 32 | gpr[Gpr.RAX] & MASK32
+
+
+def _area(cpu: LogicalProcessor, instruction: Instruction, enabled: int, *, save: bool) -> _Area:
+    linear = operand_address(cpu, instruction, LEGACY_AND_HEADER_SIZE, write=save)
+    if linear % ALIGNMENT:
+        raise gp(0)
+    return _Area(cpu, instruction, linear, enabled, _mask_operand(cpu) & enabled)
+
+
+def _user_area(cpu: LogicalProcessor, instruction: Instruction, feature: str, *, save: bool) -> _Area:
+    _require_osxsave(cpu, feature)
+    require_not_task_switched(cpu)
+    return _area(cpu, instruction, cpu.state.xcr0, save=save)
+
+
+def _supervisor_area(cpu: LogicalProcessor, instruction: Instruction, *, save: bool) -> _Area | None:
+    """None after a VM exit."""
+    _require_osxsave(cpu, "XSAVES")
+    require_not_task_switched(cpu)
+    require_ring_0(cpu)
+    supervisor = cpu.msrs.values.get(IA32_XSS, 0)
+    if cpu.intercepts(ExtendedStateTransfer(save, _mask_operand(cpu) & supervisor), instruction):
+        return None
+    return _area(cpu, instruction, cpu.state.xcr0 | supervisor, save=save)
+
+
+def _xmm(cpu: LogicalProcessor) -> slice:
+    """The XMM registers that there are in this mode."""
+    return _ALL_XMM if cpu.state.in_64_bit_mode else _LOW_XMM
+
+
+def _in_use(cpu: LogicalProcessor, legacy: bytes) -> int:
+    """XINUSE, of all components whether enabled or not. MXCSR does not count."""
+    used = sum(each.mask for each in _REGISTERS if _exists(cpu, each) and each.load(cpu) != each.initial)
+    if legacy[_X87_CONTROL] != _INITIAL_X87 or any(legacy[_X87_REGISTERS]):
+        used |= X87_STATE
+    return used | SSE_STATE if any(legacy[_xmm(cpu)]) else used
+
+
+def _exists(cpu: LogicalProcessor, register: _Register) -> bool:
+    return bool((cpu.profile.xcr0_supported | cpu.profile.xss_supported) & register.mask)
+
+
+def _narrow(pointers: bytes) -> bytes:
+    """The control part of the x87 state with 32-bit pointers; processors no longer save the selectors."""
+    head, instruction, operand = struct.unpack_from("<QQQ", pointers)
+    return struct.pack("<QQQ", head, instruction & MASK32, operand & MASK32)
+
+
+# XSAVE, XSAVEOPT, XSAVEC, XSAVES
+
+
+def _offset(area: _Area, component: StateComponent, format_: int) -> int:
+    if format_ & COMPACTED:
+        return compacted_offset(component, format_)
+    return standard_offset(component, amd=area.cpu.profile.is_amd)
+
+
+def _parts(area: _Area, legacy: bytes, saved: int, format_: int) -> list[tuple[int, bytes]]:
+    """Offset and content of what is stored of the components ``saved``, in the format that XCOMP_BV ``format_`` says.
+
+    MXCSR is part of SSE state in the compacted format; in the standard format it is stored whenever that is requested.
+    """
+    cpu, parts = area.cpu, []
+    if saved & X87_STATE:
+        pointers = legacy[_X87_CONTROL]
+        parts.append((0, pointers if area.wide else _narrow(pointers)))
+        parts.append((_X87_REGISTERS.start, legacy[_X87_REGISTERS]))
+    if (saved if format_ else area.requested) & SSE_STATE:
+        parts.append((_MXCSR.start, legacy[_MXCSR_AND_MASK]))
+    if saved & SSE_STATE:
+        parts.append((_XMM, legacy[_xmm(cpu)]))
+    for each in _REGISTERS:
+        if saved & each.mask:
+            size = each.component.size
+            parts.append((_offset(area, each.component, format_), each.load(cpu).to_bytes(size, "little")))
+    return parts
+
+
+def _save(area: _Area, *, omit_initial: bool, compact: bool) -> None:
+    """Store the requested components, all or those in use; the header says which of them are in use."""
+    cpu, legacy = area.cpu, area.cpu.engine.legacy_area()
+    in_use = _in_use(cpu, legacy) & area.requested
+    if compact and area.requested & SSE_STATE and legacy[_MXCSR] != _INITIAL_MXCSR:
+        in_use |= SSE_STATE
+    format_ = area.requested | COMPACTED if compact else 0
+    parts = _parts(area, legacy, in_use if omit_initial else area.requested, format_)
+    area.reach(max((offset + len(data) for offset, data in parts), default=0), write=True)
+    for offset, data in parts:
+        area.check_writable(offset, len(data))
+    area.check_writable(HEADER, 16 if compact else 8)
+    if compact:
+        parts.append((HEADER, struct.pack("<QQ", in_use, format_)))
+    else:
+        present = int.from_bytes(area.read(HEADER, 8), "little") & ~area.requested | in_use
+        parts.append((HEADER, present.to_bytes(8, "little")))
+    for offset, data in parts:
+        area.write(offset, data)
+    cpu.retire(area.instruction)
+
+
+def xsave(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSAVE."""
+    _save(_user_area(cpu, instruction, "XSAVE", save=True), omit_initial=False, compact=False)
+
+
+def xsaveopt(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSAVEOPT."""
+    _save(_user_area(cpu, instruction, "XSAVEOPT", save=True), omit_initial=True, compact=False)
+
+
+def xsavec(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSAVEC."""
+    _save(_user_area(cpu, instruction, "XSAVEC", save=True), omit_initial=True, compact=True)
+
+
+def xsaves(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XSAVES."""
+    area = _supervisor_area(cpu, instruction, save=True)
+    if area is not None:
+        _save(area, omit_initial=True, compact=True)
+
+
+# XRSTOR, XRSTORS
+
+
+def xrstor(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XRSTOR."""
+    area = _user_area(cpu, instruction, "XSAVE", save=False)
+    header = Header.parse(area.read(HEADER, HEADER_SIZE))
+    if not header.is_valid(area.enabled, compaction=cpu.profile.has("XSAVEC")):
+        raise gp(0)
+    _restore(area, header)
+
+
+def xrstors(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """XRSTORS."""
+    area = _supervisor_area(cpu, instruction, save=False)
+    if area is None:
+        return
+    header = Header.parse(area.read(HEADER, HEADER_SIZE))
+    if not (header.compacted and header.is_valid(area.enabled, compaction=True)):
+        raise gp(0)
+    _restore(area, header)
+
+
+def _restore(area: _Area, header: Header) -> None:
+    """Load the requested components that are present, and give the others their initial configuration."""
+    cpu, loaded = area.cpu, area.requested & header.present
+    legacy = _loaded_legacy(area, header)
+    values = []
+    for each in _REGISTERS:
+        if loaded & each.mask:
+            offset = _offset(area, each.component, header.format)
+            area.reach(offset + each.component.size, write=False)
+            values.append((each, int.from_bytes(area.read(offset, each.component.size), "little")))
+        elif area.requested & each.mask:
+            values.append((each, each.initial))
+    # Supervisor state can be refused; it comes last in the order of bits, and before all that cannot be.
+    for register, value in reversed(values):
+        if not register.store(cpu, value):
+            raise gp(0)
+    if area.requested & (X87_STATE | SSE_STATE):
+        cpu.engine.set_legacy_area(legacy)
+        cpu.reload = True  # MXCSR may unmask exceptions
+    cpu.retire(area.instruction)
+
+
+def _loaded_legacy(area: _Area, header: Header) -> bytes:
+    """The x87 and SSE registers as they will be; #GP(0) for bits that MXCSR has not."""
+    loaded, initial = area.requested & header.present, area.requested & ~header.present
+    legacy, xmm = bytearray(area.cpu.engine.legacy_area()), _xmm(area.cpu)
+    if loaded & X87_STATE:
+        pointers = area.read(0, _X87_CONTROL.stop)
+        legacy[_X87_CONTROL] = pointers if area.wide else _narrow(pointers)
+        legacy[_X87_REGISTERS] = area.read(_X87_REGISTERS.start, 128)
+    elif initial & X87_STATE:
+        legacy[_X87_CONTROL], legacy[_X87_REGISTERS] = _INITIAL_X87, bytes(128)
+    if (loaded if header.compacted else area.requested) & SSE_STATE:
+        legacy[_MXCSR] = area.read(_MXCSR.start, 4)
+        if int.from_bytes(legacy[_MXCSR], "little") & ~MXCSR_MASK:
+            raise gp(0)
+    elif initial & SSE_STATE:
+        legacy[_MXCSR] = _INITIAL_MXCSR
+    if loaded & SSE_STATE:
+        legacy[xmm] = area.read(_XMM, xmm.stop - xmm.start)
+    elif initial & SSE_STATE:
+        legacy[xmm] = bytes(xmm.stop - xmm.start)
+    return bytes(legacy)
+
+
+HANDLERS: Final = {
+    Mnemonic.XSETBV: xsetbv,
+    Mnemonic.XGETBV: xgetbv,
+    Mnemonic.XSAVE: xsave,
+    Mnemonic.XSAVE64: xsave,
+    Mnemonic.XSAVEOPT: xsaveopt,
+    Mnemonic.XSAVEOPT64: xsaveopt,
+    Mnemonic.XSAVEC: xsavec,
+    Mnemonic.XSAVEC64: xsavec,
+    Mnemonic.XSAVES: xsaves,
+    Mnemonic.XSAVES64: xsaves,
+    Mnemonic.XRSTOR: xrstor,
+    Mnemonic.XRSTOR64: xrstor,
+    Mnemonic.XRSTORS: xrstors,
+    Mnemonic.XRSTORS64: xrstors,
+}
