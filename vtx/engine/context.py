@@ -15,7 +15,7 @@ from attrs import evolve
 from vtx.engine import layout, native, x87_sse
 from vtx.engine.code_kind import UNMASKED_SIMD, kind_of
 from vtx.engine.transfer import register_transfer
-from vtx.x86.state import MASK32, CpuState, Cr0, Cr4, Rflags, Shadow
+from vtx.x86.state import MASK32, CpuState, Cr0, Rflags, Shadow
 
 _TF: Final = int(Rflags.TF)
 _DF: Final = int(Rflags.DF)
@@ -42,7 +42,7 @@ class Context:
         self._image = image = memoryview(self._buffer).cast("B")
         self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
         self._hidden = self._hidden_flags = 0
-        self._traps_popf = self._extended = False
+        self._traps_popf = False
         self.kind = 16
         """Kind of the code being run (see `vtx.engine.code_kind`)."""
         self._kind_flags = self._unmasked = 0
@@ -159,7 +159,6 @@ class Context:
     def load(self, state: CpuState, *, reload: bool, step: bool) -> None:
         """Put ``state`` into the processor; all of it if ``reload``. A ``step`` has the trap flag set."""
         if reload:
-            self._extended = False
             self._load_system(state)
         if reload or (state.rflags ^ self._kind_flags) & _AC:
             self.kind, self._kind_flags = kind_of(state) | self._unmasked, state.rflags
@@ -206,14 +205,6 @@ class Context:
         if state.fpu:
             self.set_fpu(state.fpu)
 
-    def enable_extended_state(self, state: CpuState) -> None:
-        """Let the XSAVE family execute, with PKRU among its state, until the next `load` with ``reload``."""
-        self._extended = True
-        _QWORD.pack_into(self._image, layout.CR0 + 32, state.cr4 & (layout.CR4_SEEN | int(Cr4.OSXSAVE)))
-        _QWORD.pack_into(self._image, layout.XCR0, state.xcr0)
-        _DWORD.pack_into(self._image, layout.PKRU, state.pkru)
-        self.restore()
-
     def take(self, state: CpuState) -> tuple[int, int]:
         """Put the saved state but the interrupt shadow into ``state``; linear address and kind of the code at RIP."""
         state.rip, state.rflags, self._hidden, linear, state.kernel_gs_base, changed = self._transfer.take(state.gpr)
@@ -228,8 +219,6 @@ class Context:
         Returns what `take_shadow` does.
         """
         self.take(state)
-        if self._extended:
-            (state.pkru,) = _DWORD.unpack_from(self._image, layout.PKRU)
         if hide_trap_flag:
             state.rflags &= ~_TF
         return self.take_shadow(state)

@@ -347,12 +347,10 @@ class UnicornEngine:
 
     # Running.
 
-    def run(
-        self, state: CpuState, plan: Plan, *, reload: bool, osxsave: bool = False, native: bool = False
-    ) -> EngineEvent:
+    def run(self, state: CpuState, plan: Plan, *, reload: bool, native: bool = False) -> EngineEvent:
         """Run to the next event (see `ExecutionEngine.run`)."""
-        self._answers = self.answers and not (plan.step or native or osxsave or state.shadow)
-        event = self._run_once(state, plan, reload, osxsave=osxsave, native=native)
+        self._answers = self.answers and not (plan.step or native or state.shadow)
+        event = self._run_once(state, plan, reload, native=native)
         return self._approach(state, event) if isinstance(event, StoppedBefore) else event
 
     def _approach(self, state: CpuState, stopped: StoppedBefore) -> EngineEvent:
@@ -400,7 +398,7 @@ class UnicornEngine:
         self.clock.words[KIND] = kind
 
     def _run_once(
-        self, state: CpuState, plan: Plan, reload: bool, *, osxsave: bool = False, native: bool = False
+        self, state: CpuState, plan: Plan, reload: bool, *, native: bool = False
     ) -> EngineEvent | StoppedBefore:
         self._trap = self._refused = self._aborted = None
         self._answered, self._state, step = False, state, plan.step
@@ -408,8 +406,6 @@ class UnicornEngine:
         if native:
             self._context.settle_mxcsr()
         self._prepare(state, plan, reload=reload, native=native)
-        if osxsave:
-            self._context.enable_extended_state(state)
         self._running = True
         status = self._library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
         self._running = False

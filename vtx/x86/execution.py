@@ -167,14 +167,12 @@ class ExecutionEngine(Protocol):
         plan: Plan,
         *,
         reload: bool,
-        osxsave: bool = False,
         native: bool = False,
     ) -> EngineEvent:
         """Run from ``state`` to the next event, leaving the exact state in ``state``.
 
-        ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``osxsave`` lets the XSAVE
-        family execute instead of trapping, ``native`` what the engine can execute but leaves to the client to look at
-        first.
+        ``reload`` says that more than GPRs, RIP and RFLAGS changed since the last run. ``native`` lets execute what the
+        engine can execute but leaves to the client to look at first.
         """
         ...
 

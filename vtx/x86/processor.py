@@ -515,11 +515,11 @@ class LogicalProcessor(ProcessorCore):
             self.state.pending_debug |= PENDING_SINGLE_STEP
         return True
 
-    def native(self, instruction: Instruction, *, osxsave: bool = False) -> None:
-        """Let the engine execute the instruction at RIP after all, with CR4.OSXSAVE as it is in the machine."""
+    def native(self, instruction: Instruction) -> None:
+        """Let the engine execute the instruction at RIP after all."""
         self.retired -= 1  # the engine counts it
         self._extra_ticks -= instruction.length * TICKS_PER_BYTE
-        event = self.engine.run(self.state, STEP, reload=True, osxsave=osxsave, native=True)
+        event = self.engine.run(self.state, STEP, reload=True, native=True)
         self.forget_implicit_accesses()
         self.reload = True
         if isinstance(event, InstructionTrap):
