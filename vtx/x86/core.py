@@ -143,7 +143,7 @@ class ProcessorCore:
     def _note_port_breakpoints(self, port: int, size: int) -> None:
         """An IN, OUT, INS or OUTS is completing: its I/O breakpoints become pending."""
         hits = watch.port_hits(self.state, port, size)
-        if hits:
+        if hits and not watch.are_discarded(self.state, self.profile):
             self.state.pending_debug |= hits | watch.ENABLED_BREAKPOINT
 
     # Processor.

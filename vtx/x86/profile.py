@@ -66,7 +66,9 @@ class Profile:
     ``features`` are keys of `vtx.x86.cpuid_features.FEATURES`. Widths are in bits, frequencies in Hz. ``msrs`` are
     further MSRs, and architectural ones that this model defines otherwise. ``vmx_capabilities`` maps the index of each
     VMX capability MSR to its value; empty without VMX. ``performance`` is what CPUID leaf 0AH states, if anything.
-    ``asids`` is the number of address-space identifiers, 0 without SVM. The derived parts follow from the rest.
+    ``asids`` is the number of address-space identifiers, 0 without SVM. By ``breakpoints_without_gif`` breakpoints hit
+    also while the global interrupt flag is clear, as in virtual machines whose hypervisor leaves that out. The derived
+    parts follow from the rest.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Profile:
     vmx_capabilities: Mapping[int, int]
     performance: PerformanceMonitoring | None
     asids: int = 0
+    breakpoints_without_gif: bool = False
     signature: int = field(init=False)
     feature_words: Mapping[tuple[int, int], Registers] = field(init=False, repr=False)
     cr4_supported: int = field(init=False)
@@ -229,6 +232,7 @@ def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
         vmx_capabilities=MappingProxyType(capability_msrs(vmx, features) if vmx else {}),
         performance=_performance(top),
         asids=svm.integer("asids", 2, _LARGEST_ASIDS) if svm else 0,
+        breakpoints_without_gif=svm.flag("breakpoints_without_gif", default=False) if svm else False,
     )
     for section in filter(None, (identity, implementation, cpuid, svm, top)):
         section.finish()

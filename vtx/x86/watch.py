@@ -4,7 +4,8 @@ The engine knows neither debug registers nor branch records. While one of them c
 instruction at a time and looks at its address and memory operands first, and at where it went afterwards; guests that
 use none of them pay nothing.
 
-Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches".
+Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches". APM Vol. 2, "Global Interrupt Flag,
+STGI and CLGI Instructions".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vtx.x86 import access, branches, conditions
 from vtx.x86.decode import Instruction
 from vtx.x86.execution import STEP
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
+from vtx.x86.profile import Profile
 from vtx.x86.state import CpuState, Cr4, Rflags, Shadow
 
 if TYPE_CHECKING:
@@ -59,12 +61,19 @@ def _breakpoints(state: CpuState, kinds: tuple[int, ...]) -> list[tuple[int, int
     return found
 
 
+def are_discarded(state: CpuState, profile: Profile) -> bool:
+    """Whether breakpoints that match now are ignored for good: while the global interrupt flag is clear."""
+    return not state.gif and not profile.breakpoints_without_gif
+
+
 def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
     """Look at the instruction at RIP: the fault it raises before it executes, and the data breakpoints it will hit.
 
     The breakpoints are bits 3:0 as in DR6. Raises `InstructionAborted` if the instruction cannot be fetched.
     """
     state = processor.state
+    if are_discarded(state, processor.profile):
+        return None, 0
     # On AMD processors, MOV SS holds traps back, but not the fault of the next instruction's breakpoint.
     held_back = state.shadow & Shadow.MOV_SS and not processor.profile.is_amd
     if not state.rflags & _RF and not held_back:

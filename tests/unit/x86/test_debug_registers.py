@@ -9,6 +9,7 @@ import pytest
 from processor_bench import ABSENT, CODE, DATA, IDT, STACK, ProcessorBench, long_mode
 
 from vtx.x86.outcome import Vector
+from vtx.x86.profile import load_profile
 from vtx.x86.state import CpuState
 
 HANDLER = 0x3000
@@ -196,6 +197,45 @@ class TestBreakpoints:
         bench = ProcessorBench("890790", state)
         state.gpr[7] = DATA
         assert bench.event().debug == 1
+
+
+class TestWithoutGif:
+    """The global interrupt flag is clear. APM Vol. 2, "Global Interrupt Flag, STGI and CLGI Instructions"."""
+
+    @staticmethod
+    def bench(profile: str, code: str, point: tuple[int, int, int], *, gif: bool = False) -> ProcessorBench:
+        state = breakpoint_state(point)
+        state.gif, state.cr4, state.gpr[7] = gif, state.cr4 | CR4_DE, DATA
+        return ProcessorBench(code, state, profile=load_profile(profile))
+
+    HITS = pytest.mark.parametrize(
+        ("code", "point"),
+        [
+            ("8907f4", (DATA, WRITE, 1)),
+            ("8b07f4", (DATA, READ_WRITE, 4)),
+            ("90f4", (CODE, 0, 1)),
+            ("e440f4", (0x40, PORT, 1)),
+        ],
+        ids=["write", "read", "instruction", "port"],
+    )
+
+    @HITS
+    def test_breakpoints_are_discarded(self, code: str, point: tuple[int, int, int]) -> None:
+        bench = self.bench("zen-server", code, point)
+        bench.run()
+        assert (bench.state.dr6, bench.state.pending_debug) == (DR6_RESET, 0)
+
+    @HITS
+    @pytest.mark.parametrize(("profile", "gif"), [("zen-server", True), ("everything-amd", False)])
+    def test_they_hit_with_it_or_by_the_profile(
+        self, profile: str, gif: bool, code: str, point: tuple[int, int, int]
+    ) -> None:
+        assert self.bench(profile, code, point, gif=gif).event().vector == Vector.DB
+
+    def test_single_stepping_goes_on(self) -> None:
+        bench = self.bench("zen-server", "8907f4", (DATA, WRITE, 1))
+        bench.state.rflags |= TF
+        assert bench.event().debug == BS
 
 
 class TestBranchRecords:
