@@ -79,6 +79,7 @@ _KINDS: Final = {
 _WRITE: Final = AccessKind.WRITE
 _EXECUTE: Final = AccessKind.EXECUTE
 _TF: Final = int(Rflags.TF)
+_TF_AND_IF: Final = int(Rflags.TF | Rflags.IF)
 _MOST_NOTED: Final = 1 << 16
 _FLUSH: Final = ctypes.c_int(native.CTL_TLB_FLUSH)
 _INSTRUCTION_TRAP: Final = InstructionTrap()
@@ -416,8 +417,9 @@ class UnicornEngine:
             self._stop_requested = False
             return Interrupted()
         event = self._event(status)
-        before, shadow = state.gpr[1], state.shadow
-        if self._context.store(state, hide_trap_flag=arranged_tf):
+        before, shadow, flags = state.gpr[1], state.shadow, state.rflags
+        if self._context.store(state, hide_trap_flag=arranged_tf) and flags & _TF_AND_IF != _TF_AND_IF:
+            # STI has none where interrupts were enabled already: known of the one instruction that is single-stepped.
             state.shadow = Shadow.STI
         if native:
             self._context.follow_mxcsr()

@@ -224,6 +224,16 @@ def test_shadow_of_sti() -> None:
     bench.close()
 
 
+@pytest.mark.parametrize(("flags", "shadow"), [(0x102, Shadow.STI), (0x302, Shadow.NONE)])
+def test_shadow_of_sti_that_is_single_stepped(flags: int, shadow: Shadow) -> None:
+    """APM Vol. 3, "System Instruction Reference", "STI": none if interrupts were enabled before."""
+    bench = EngineBench("fb9090f4", "real16")
+    bench.state.rflags = flags
+    assert isinstance(bench.run(), ExceptionTrap)
+    assert (bench.state.shadow, bench.state.rip, bench.state.rflags & 0x200) == (shadow, CODE + 1, 0x200)
+    bench.close()
+
+
 def test_loads_of_ss_are_the_clients() -> None:
     for mode, codes in (("real16", ("8ed0", "17", "0fb21f")), ("long64", ("8ed0", "8e17", "0fb227"))):
         for code in codes:
