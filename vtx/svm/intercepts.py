@@ -107,10 +107,8 @@ def _simple(operation: SvmOperation, what: op.Simple, instruction: Instruction) 
 
 
 def _mwait(operation: SvmOperation, what: op.MonitorWait, instruction: Instruction) -> Vmexit | None:
-    record = of_instruction(operation, Exit.MWAIT, instruction, int(what.armed))
-    if record is None and what.armed:
-        return of_instruction(operation, Exit.MWAIT_CONDITIONAL, instruction)
-    return record
+    record = of_instruction(operation, Exit.MWAIT_CONDITIONAL, instruction) if what.armed else None
+    return record or of_instruction(operation, Exit.MWAIT, instruction, int(what.armed))
 
 
 def _move_to_cr(operation: SvmOperation, what: op.MoveToControlRegister, instruction: Instruction) -> Vmexit | None:

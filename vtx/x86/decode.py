@@ -41,7 +41,15 @@ _STRING_MEMORY: Final = {
     OpKind.MEMORY_ESEDI: (7, 4),
     OpKind.MEMORY_ESRDI: (7, 8),
 }
-_MONITOR: Final = {Code.MONITORW: 2, Code.MONITORD: 4, Code.MONITORQ: 8}  # its operand is DS:rAX, and not encoded
+# By address size; the operand is DS:rAX, and not encoded.
+_MONITOR: Final = {
+    Code.MONITORW: 2,
+    Code.MONITORD: 4,
+    Code.MONITORQ: 8,
+    Code.MONITORXW: 2,
+    Code.MONITORXD: 4,
+    Code.MONITORXQ: 8,
+}
 
 
 @frozen
@@ -116,7 +124,7 @@ def _memory_operand(raw: IcedInstruction, bits: int) -> MemoryOperand | None:
             register, size = _STRING_MEMORY[kind]
             segment = SegmentRegister.ES if register == 7 else SEGMENT_REGISTERS[raw.memory_segment]
             return MemoryOperand(segment, register, None, 1, 0, size)
-    if raw.mnemonic == Mnemonic.MONITOR:
+    if raw.code in _MONITOR:
         return MemoryOperand(
             SEGMENT_REGISTERS.get(raw.segment_prefix, SegmentRegister.DS), 0, None, 1, 0, _MONITOR[raw.code]
         )

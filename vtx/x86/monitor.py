@@ -1,10 +1,11 @@
-"""MONITOR and MWAIT: waiting for a store of another processor to a line of memory.
+"""MONITOR and MWAIT, MONITORX and MWAITX: waiting for a store of another processor to a line of memory.
 
 Interpretations. The processor looks at the line now and then instead of watching it: a store is noticed late, by
-`CHECK_TICKS` at most, and one that changes nothing not at all. A wait ends by itself after `LONGEST_WAIT`. Software has
-to be ready for both: it looks at what it waits for again, and waits again.
+`CHECK_TICKS` at most, and one that changes nothing not at all. A wait without a timer ends by itself after
+`LONGEST_WAIT`. Software has to be ready for both: it looks at what it waits for again, and waits again.
 
-Spec: SDM Vol. 2B, "MONITOR—Set Up Monitor Address", "MWAIT—Monitor Wait".
+Spec: SDM Vol. 2B, "MONITOR—Set Up Monitor Address", "MWAIT—Monitor Wait"; APM Vol. 3, "General-Purpose Instruction
+Reference" (MONITORX, MWAITX).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Monitor:
 
 @frozen
 class Wait:
-    """What an MWAIT waits for: a store to the monitored line, or tick ``until``.
+    """What an MWAIT or MWAITX waits for: a store to the monitored line, or tick ``until``.
 
     With ``masked_too``, interrupts end it although RFLAGS.IF is 0.
     """

@@ -56,7 +56,7 @@ SIMPLE: Final = {kind: Simple(kind) for kind in Plain}
 
 @frozen
 class MonitorWait:
-    """MWAIT; ``armed`` is whether MONITOR has set up something to wait for."""
+    """MWAIT or MWAITX; ``armed`` is whether there is something to wait for, which has not happened yet."""
 
     armed: bool
 

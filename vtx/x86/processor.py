@@ -218,14 +218,16 @@ class LogicalProcessor(ProcessorCore):
         if self.state.activity is not Activity.MWAIT:
             return deadline
         look = self.now() + CHECK_TICKS
+        if self.wait is not None:
+            look = min(look, self.wait.until)
         return look if deadline is None else min(look, deadline)
 
-    def begin_wait(self, *, masked_too: bool) -> None:
+    def begin_wait(self, *, masked_too: bool, ticks: int = LONGEST_WAIT) -> None:
         """MWAIT was executed: wait, if MONITOR armed something and the wait is not over already (see `Wait`)."""
         monitor, self.monitor, extension = self.monitor, None, self.virtualization
         if monitor is None or self.state.pending_debug or (extension is not None and extension.wants_boundary()):
             return
-        self.wait = Wait(monitor, self.now() + LONGEST_WAIT, masked_too)
+        self.wait = Wait(monitor, self.now() + ticks, masked_too)
         if not self._wait_is_over():
             self.state.activity = Activity.MWAIT
 

@@ -1,4 +1,4 @@
-"""MONITOR and MWAIT: a wait ends with a store, an interrupt, or time; it takes no turns meanwhile."""
+"""MONITOR and MWAIT, and those of AMD: a wait ends with a store, an interrupt, or time; it takes no turns meanwhile."""
 
 import pytest
 from flat_guest import COUNTER, EXIT_0, START, machine_with, store, wait_for
@@ -93,6 +93,51 @@ def test_another_processor_ends_the_wait() -> None:
     assert machine.memory.read_u8(0x9100) >= 1
     others = machine.cpus[1].instructions
     assert others < 200, "it does not execute while it waits"
+
+
+MONITORX_COUNTER = MONITOR_COUNTER.replace(b"\x0f\x01\xc8", b"\x0f\x01\xfa")
+
+
+def mwaitx(extensions: int, timer: int) -> bytes:
+    """XOR EAX, EAX; MOV ECX; MOV EBX; MWAITX."""
+    return b"\x31\xc0\xb9" + extensions.to_bytes(4, "little") + b"\xbb" + timer.to_bytes(4, "little") + b"\x0f\x01\xfb"
+
+
+def time_of_wait(code: bytes) -> int:
+    machine = machine_with(1, MONITORX_COUNTER + code + EXIT_0, profile="zen-server")
+    assert machine.run().exit_value == 0
+    return machine.now()
+
+
+@pytest.mark.parametrize("ticks", [10_000, 300_000, 5_000_000])
+def test_timer_of_mwaitx(ticks: int) -> None:
+    assert ticks <= time_of_wait(mwaitx(2, ticks)) <= ticks + 10_000
+
+
+@pytest.mark.parametrize(("extensions", "timer"), [(0, 10_000), (2, 0)])
+def test_mwaitx_without_a_timer(extensions: int, timer: int) -> None:
+    assert LONGEST_WAIT <= time_of_wait(mwaitx(extensions, timer)) <= LONGEST_WAIT + 10_000
+
+
+def test_mwaitx_without_a_monitor__does_not_wait() -> None:
+    assert time_of_wait(mwaitx(2, 1) + mwaitx(2, 300_000)) < 10_000
+
+
+def test_a_store_ends_mwaitx_before_its_timer() -> None:
+    machine = machine_with(1, MONITORX_COUNTER + mwaitx(2, 5_000_000) + EXIT_0, profile="zen-server")
+    machine.run(max_instructions=SETUP + 1)
+    assert machine.cpu.state.activity is Activity.MWAIT
+    machine.memory.write_u8(COUNTER, 1)
+    assert machine.run().exit_value == 0
+    assert machine.now() < 1_000_000
+
+
+def test_timer_of_mwaitx__among_processors() -> None:
+    """The other one never sleeps, so that time passes by its turns."""
+    code = START + MONITORX_COUNTER + mwaitx(2, 50_000) + EXIT_0
+    machine = machine_with(2, code, bytes.fromhex("ebfe"), profile="zen-server")  # JMP to itself
+    assert machine.run(max_instructions=2_000_000).exit_value == 0
+    assert 50_000 <= machine.cpu.now() <= 50_000 + CHECK_TICKS // 2
 
 
 def test_a_snapshot_holds_the_wait() -> None:

@@ -50,6 +50,28 @@ def test_monitor_and_mwait(instruction: bytes, ecx: int, completes: bool) -> Non
     assert machine.run(max_instructions=1000).reason is expected
 
 
+MONITORX, MWAITX = b"\x0f\x01\xfa", b"\x0f\x01\xfb"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "ecx", "completes"),
+    [(MONITORX, 0, True), (MONITORX, 1, False), (MWAITX, 0, True), (MWAITX, 3, True), (MWAITX, 4, False)],
+)
+def test_monitorx_and_mwaitx(instruction: bytes, ecx: int, completes: bool) -> None:
+    machine = machine_with(1, code_with(instruction, ecx), profile="zen-server")
+    machine.cpu.state.idtr.limit = 0
+    expected = StopReason.DEBUG_EXIT if completes else StopReason.SHUTDOWN
+    assert machine.run(max_instructions=1000).reason is expected
+
+
+@pytest.mark.parametrize("profile", ["everything", "skylake-server", "qemu-epyc"])
+@pytest.mark.parametrize("instruction", [MONITORX, MWAITX])
+def test_monitorx_and_mwaitx__are_of_amd(instruction: bytes, profile: str) -> None:
+    machine = machine_with(1, code_with(instruction), profile=profile)
+    machine.cpu.state.idtr.limit = 0
+    assert machine.run(max_instructions=1000).reason is StopReason.SHUTDOWN
+
+
 @pytest.mark.parametrize("instruction", [MONITOR, MWAIT])
 def test_monitor_and_mwait_switched_off__are_invalid(instruction: bytes) -> None:
     machine = machine_with(1, code_with(instruction))

@@ -115,10 +115,70 @@ class TestMonitor:
 
     @pytest.mark.parametrize("armed", [False, True])
     def test_unconditional(self, armed: bool) -> None:
-        code = (self.MONITOR if armed else b"") + self.MWAIT
-        machine = guest_machine(code, Exit.MWAIT, Exit.MWAIT_CONDITIONAL)
+        machine = guest_machine((self.MONITOR if armed else b"") + self.MWAIT, 0x8B)
         until_exit(machine)
-        assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (Exit.MWAIT, armed)
+        assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (0x8B, armed)
+
+    @pytest.mark.parametrize(("armed", "code"), [(False, 0x8B), (True, 0x8C)])
+    def test_both__the_conditional_one_comes_first(self, armed: bool, code: int) -> None:
+        machine = guest_machine((self.MONITOR if armed else b"") + self.MWAIT, 0x8B, 0x8C)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == code
+
+    def test_what_it_would_wait_for_has_happened__it_is_not_armed(self) -> None:
+        store = b"\xc6\x04\x25\x00\x90\x00\x00\x01"  # MOV BYTE [9000H], 1
+        machine = guest_machine(self.MONITOR + store + self.MWAIT, 0x8B, 0x8C)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (0x8B, 0)
+
+    FAULTS = [
+        (b"\xb1\x01" + MONITOR[4:], 0x4D),  # MOV CL, 1: an extension that MONITOR has not
+        (b"\x48\xc7\xc0\x00\x00\x00\x40\x31\xc9\x0f\x01\xc8", 0x4E),  # MOV RAX, 40000000H, which is not mapped
+        (b"\xb1\x02\x0f\x01\xc9", 0x4D),  # MOV CL, 2; MWAIT
+        (b"\xb1\x04\x0f\x01\xfb", 0x4D),  # MOV CL, 4; MWAITX
+        (b"\xb1\x01\xb8\x00\x90\x00\x00\x0f\x01\xfa", 0x4D),  # MOV CL, 1; MONITORX
+    ]
+
+    @pytest.mark.parametrize(("code", "exception"), FAULTS)
+    def test_exceptions__come_before_the_intercepts(self, code: bytes, exception: int) -> None:
+        machine = guest_machine(code, 0x8A, 0x8B, 0x8C, 0x4D, 0x4E)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == exception
+
+
+class TestMonitorx:
+    """MONITORX and MWAITX have the intercepts of MONITOR and MWAIT, at every privilege level."""
+
+    MONITORX, MWAITX = b"\x31\xc9\xb8\x00\x90\x00\x00\x0f\x01\xfa", b"\x31\xc9\x0f\x01\xfb"
+
+    @pytest.mark.parametrize("profile", ["zen-server", "everything-amd"])
+    def test_monitorx(self, profile: str) -> None:
+        machine = guest_machine(self.MONITORX, 0x8A, profile=profile)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "nRIP")) == (0x8A, GUEST_RIP + 10)
+
+    def test_mwaitx__conditional(self) -> None:
+        machine = guest_machine(self.MONITORX + self.MWAITX, 0x8C)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "nRIP")) == (0x8C, GUEST_RIP + 15)
+
+    def test_mwaitx__unconditional(self) -> None:
+        machine = guest_machine(self.MWAITX, 0x8B)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (0x8B, 0)
+
+    def test_at_privilege_level_3(self) -> None:
+        machine = guest_machine(self.MONITORX + self.MWAITX, 0x8C, 0x46, fields={"CPL": 3})
+        for table in (0x1_0000, 0x1_1000, 0x1_2000):
+            machine.memory.write_u64(table, machine.memory.read_u64(table) | 4)  # user pages
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == 0x8C
+
+    @pytest.mark.parametrize("code", [MONITORX, MWAITX])
+    def test_without_the_feature__they_are_invalid(self, code: bytes) -> None:
+        machine = guest_machine(code, 0x8A, 0x8B, 0x8C, 0x46, profile="qemu-epyc")
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == 0x46
 
 
 class TestRdpru:

@@ -1,4 +1,4 @@
-"""HLT, caches, MONITOR and MWAIT, PAUSE, the time-stamp counter, random numbers, RSM.
+"""HLT, caches, PAUSE, the time-stamp counter, random numbers, RSM.
 
 Interpretations. RDPRU above CPL 0 with CR4.TSD set is an invalid opcode.
 
@@ -12,21 +12,15 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Mnemonic
 
 from vtx.x86 import smm
-from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, write_register
-from vtx.x86.instructions.common import operand_address, read_linear, require_feature, require_ring_0
-from vtx.x86.monitor import Monitor
-from vtx.x86.msr_table import IA32_APERF, IA32_MISC_ENABLE, IA32_MPERF, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
-from vtx.x86.operations import SIMPLE, MonitorWait, Plain
+from vtx.x86.instructions.common import require_feature, require_ring_0
+from vtx.x86.msr_table import IA32_APERF, IA32_MPERF, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
+from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
-from vtx.x86.second_level import AccessKind
-from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK32, MASK64, Activity, Cr4, Gpr, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
-
-_MASKED_INTERRUPTS_BREAK: Final = 1 << 0  # the only extension of MWAIT
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
 
@@ -61,44 +55,6 @@ def wbinvd(cpu: LogicalProcessor, instruction: Instruction) -> None:
     if not cpu.intercepts(SIMPLE[Plain.WBINVD], instruction):
         cpu.charge(WBINVD_TICKS)
         cpu.retire(instruction)
-
-
-def _require_monitor(cpu: LogicalProcessor) -> None:
-    """#UD unless CPUID reports MONITOR, which IA32_MISC_ENABLE can switch off."""
-    require_feature(cpu, "MONITOR")
-    if not cpu.msrs.values.get(IA32_MISC_ENABLE, MISC_ENABLE_MONITOR) & MISC_ENABLE_MONITOR:
-        raise ud()
-
-
-def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """MONITOR."""
-    state = cpu.state
-    _require_monitor(cpu)
-    if state.cpl:
-        raise ud()
-    if cpu.intercepts(SIMPLE[Plain.MONITOR], instruction):
-        return
-    if state.gpr[Gpr.RCX] & MASK32:
-        raise gp(0)
-    linear = operand_address(cpu, instruction, 1)
-    read_linear(cpu, linear, 1)
-    cpu.monitor = Monitor.arm(cpu.memory, cpu.mmu.translate(linear, AccessKind.READ))
-    cpu.retire(instruction)
-
-
-def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """MWAIT."""
-    _require_monitor(cpu)
-    if cpu.state.cpl:
-        raise ud()
-    if cpu.intercepts(MonitorWait(armed=cpu.monitor is not None), instruction):
-        return
-    extensions = cpu.state.gpr[Gpr.RCX] & MASK32
-    if extensions & ~_MASKED_INTERRUPTS_BREAK:
-        raise gp(0)
-    cpu.charge(PAUSE_TICKS)
-    cpu.retire(instruction)
-    cpu.begin_wait(masked_too=bool(extensions))
 
 
 def _time_stamp(cpu: LogicalProcessor) -> None:
@@ -232,8 +188,6 @@ HANDLERS: Final = {
     Mnemonic.PAUSE: pause,
     Mnemonic.INVD: invd,
     Mnemonic.WBINVD: wbinvd,
-    Mnemonic.MONITOR: monitor,
-    Mnemonic.MWAIT: mwait,
     Mnemonic.RDTSC: rdtsc,
     Mnemonic.RDTSCP: rdtscp,
     Mnemonic.RDPID: rdpid,

@@ -1,9 +1,11 @@
-"""UMONITOR, UMWAIT and TPAUSE: MONITOR, MWAIT and a timed PAUSE for every privilege level.
+"""Waiting: MONITOR and MWAIT; what AMD (MONITORX, MWAITX) and Intel (UMONITOR, UMWAIT, TPAUSE) have at every CPL.
 
 Interpretations. Waits may end early for reasons of the implementation's own: UMWAIT ends at once, TPAUSE after at most
-a few thousand ticks. UMONITOR arms nothing.
+a few thousand ticks. UMONITOR arms nothing. The timer of MWAITX counts the host's ticks in a guest too, whatever its
+TSC ratio.
 
-Spec: SDM Vol. 2, the instructions' pages; Vol. 4, "Architectural MSRs" (IA32_UMWAIT_CONTROL).
+Spec: SDM Vol. 2, the instructions' pages; Vol. 4, "Architectural MSRs" (IA32_UMWAIT_CONTROL); APM Vol. 3,
+"General-Purpose Instruction Reference" (MONITORX, MWAITX); APM Vol. 2, "Instruction Intercepts".
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
+from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, read_register
-from vtx.x86.instructions.common import read_linear, require_feature
-from vtx.x86.msr_table import IA32_UMWAIT_CONTROL
-from vtx.x86.operations import Plain, Simple
-from vtx.x86.outcome import gp
+from vtx.x86.instructions.common import operand_address, read_linear, require_feature
+from vtx.x86.monitor import LONGEST_WAIT, Monitor
+from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_UMWAIT_CONTROL
+from vtx.x86.operations import SIMPLE, MonitorWait, Plain, Simple
+from vtx.x86.outcome import gp, ud
+from vtx.x86.second_level import AccessKind
 from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import MASK32, Cr4, Gpr, Rflags, SegmentRegister
 
@@ -27,6 +32,74 @@ _ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.
 _DEEPEST_STATE: Final = 1  # bit 0 of the operand: C0.1; clear: C0.2
 _TIME_LIMIT: Final = MASK32 & ~3  # of IA32_UMWAIT_CONTROL, in ticks of the time-stamp counter; 0: none
 _LONGEST: Final = PAUSE_TICKS << 5
+
+# Extensions of MWAIT and MWAITX, in ECX.
+_MASKED_INTERRUPTS_BREAK: Final = 1 << 0
+_TIMER: Final = 1 << 1  # of MWAITX: EBX limits the wait
+
+
+def _require_monitor(cpu: LogicalProcessor) -> None:
+    """#UD unless CPUID reports MONITOR, which IA32_MISC_ENABLE can switch off, or above CPL 0."""
+    require_feature(cpu, "MONITOR")
+    if cpu.state.cpl or not cpu.msrs.values.get(IA32_MISC_ENABLE, MISC_ENABLE_MONITOR) & MISC_ENABLE_MONITOR:
+        raise ud()
+
+
+def monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MONITOR."""
+    _require_monitor(cpu)
+    _set_up_monitor(cpu, instruction)
+
+
+def monitorx(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MONITORX."""
+    require_feature(cpu, "MONITORX")
+    _set_up_monitor(cpu, instruction)
+
+
+def _set_up_monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """Arm the monitor. VMX exits before the faults of the operands, SVM after them."""
+    state, is_amd, operation = cpu.state, cpu.profile.is_amd, SIMPLE[Plain.MONITOR]
+    if not is_amd and cpu.intercepts(operation, instruction):
+        return
+    if state.gpr[Gpr.RCX] & MASK32:
+        raise gp(0)
+    linear = operand_address(cpu, instruction, 1)
+    read_linear(cpu, linear, 1)
+    if is_amd and cpu.intercepts(operation, instruction):
+        return
+    user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+    cpu.monitor = Monitor.arm(cpu.memory, cpu.mmu.translate(linear, AccessKind.READ, user=user, ac=ac))
+    cpu.retire(instruction)
+
+
+def mwait(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MWAIT."""
+    _require_monitor(cpu)
+    _wait_for_store(cpu, instruction, _MASKED_INTERRUPTS_BREAK)
+
+
+def mwaitx(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MWAITX: a timer of zero is none."""
+    require_feature(cpu, "MONITORX")
+    _wait_for_store(cpu, instruction, _MASKED_INTERRUPTS_BREAK | _TIMER)
+
+
+def _wait_for_store(cpu: LogicalProcessor, instruction: Instruction, known: int) -> None:
+    """Wait with the extensions asked for, all of them ``known``. The order is as in `_set_up_monitor`."""
+    gpr, is_amd = cpu.state.gpr, cpu.profile.is_amd
+    armed = cpu.monitor is not None and not cpu.monitor.triggered(cpu.memory)
+    if not is_amd and cpu.intercepts(MonitorWait(armed), instruction):
+        return
+    extensions = gpr[Gpr.RCX] & MASK32
+    if extensions & ~known:
+        raise gp(0)
+    if is_amd and cpu.intercepts(MonitorWait(armed), instruction):
+        return
+    timer = gpr[Gpr.RBX] & MASK32 if extensions & _TIMER else 0
+    cpu.charge(PAUSE_TICKS)
+    cpu.retire(instruction)
+    cpu.begin_wait(masked_too=bool(extensions & _MASKED_INTERRUPTS_BREAK), ticks=timer or LONGEST_WAIT)
 
 
 def umonitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -71,4 +144,12 @@ def tpause(cpu: LogicalProcessor, instruction: Instruction) -> None:
     _wait(cpu, instruction, Plain.TPAUSE, _LONGEST)
 
 
-HANDLERS: Final = {Mnemonic.UMONITOR: umonitor, Mnemonic.UMWAIT: umwait, Mnemonic.TPAUSE: tpause}
+HANDLERS: Final = {
+    Mnemonic.MONITOR: monitor,
+    Mnemonic.MWAIT: mwait,
+    Mnemonic.MONITORX: monitorx,
+    Mnemonic.MWAITX: mwaitx,
+    Mnemonic.UMONITOR: umonitor,
+    Mnemonic.UMWAIT: umwait,
+    Mnemonic.TPAUSE: tpause,
+}
