@@ -6,7 +6,7 @@ Spec: SDM Vol. 3, "Multiple-Processor (MP) Initialization"; "Processor State Aft
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Final
 
 from attrs import fields
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vtx.machine import Machine
     from vtx.svm import Svm
     from vtx.vmx import Vmx
+    from vtx.x86.mmu import Mmu
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
 _KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "pkru", "kernel_gs_base", "debugctl", "last_branch", "smbase"})
@@ -68,6 +69,10 @@ class Cpu(LogicalProcessor):
     def _tsc_moved(self) -> None:
         """IA32_TSC_ADJUST changed, and with it the tick at which a TSC deadline is reached."""
         self.socket.apic.set_tsc_offset(tsc_of(self.msrs, 0))
+
+    def all_mmus(self) -> Iterable[Mmu]:
+        """Those of all processors of the machine."""
+        return (cpu.mmu for cpu in self.machine.cpus)
 
     # Pins.
 

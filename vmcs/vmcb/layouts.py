@@ -93,6 +93,7 @@ NESTED_CONTROL: Final = Layout(
 )
 NP_ENABLE: Final = 1 << 0
 GMET_ENABLE: Final = 1 << 3
+INVLPGB_ENABLE: Final = 1 << 7
 
 VIRTUALIZATION_EXTENSIONS: Final = Layout(
     "virtualization of LBR, VMLOAD and VMSAVE",

@@ -35,6 +35,8 @@ _PLAIN: Final[Mapping[Plain, Exit]] = {
     Plain.RDTSCP: Exit.RDTSCP,
     Plain.RDPMC: Exit.RDPMC,
     Plain.RDPRU: Exit.RDPRU,
+    Plain.MCOMMIT: Exit.MCOMMIT,
+    Plain.TLBSYNC: Exit.TLBSYNC,
     Plain.PAUSE: Exit.PAUSE,
     Plain.MONITOR: Exit.MONITOR,
     Plain.XSETBV: Exit.XSETBV,
@@ -98,7 +100,7 @@ def _decoded(operation: SvmOperation, information: int) -> int:
 
 def _simple(operation: SvmOperation, what: op.Simple, instruction: Instruction) -> Vmexit | None:
     code = _PLAIN.get(what.kind)
-    if code is None:
+    if code is None or (code is Exit.TLBSYNC and not operation.features.tlbi_control):
         return None
     record = of_instruction(operation, code, instruction)
     if record is None and code is Exit.HLT and operation.features.idle_hlt and not operation.virtual_event_pending:
@@ -157,6 +159,13 @@ def _invlpg(operation: SvmOperation, what: op.InvalidatePage, instruction: Instr
 
 def _invpcid(operation: SvmOperation, what: op.InvalidateProcessContext, instruction: Instruction) -> Vmexit | None:
     return of_instruction(operation, Exit.INVPCID, instruction)
+
+
+def _invlpgb(operation: SvmOperation, what: op.BroadcastInvalidation, instruction: Instruction) -> Vmexit | None:
+    record = of_instruction(operation, Exit.INVLPGB, instruction)
+    if record is None and not what.legal:
+        return of_instruction(operation, Exit.INVLPGB_ILLEGAL, instruction)
+    return record
 
 
 def _descriptor_table(
@@ -231,6 +240,10 @@ def _task_switch(operation: SvmOperation, what: op.TaskSwitch, instruction: Inst
     return record
 
 
+def _never(operation: SvmOperation, what: op.Operation, instruction: Instruction) -> None:
+    return None
+
+
 def control_register_trap(operation: SvmOperation, number: int) -> Vmexit | None:
     """The exit after a write of CR``number``: EXITINFO1 is what the register holds now.
 
@@ -265,12 +278,17 @@ _DECISIONS: Final[Mapping[type, Callable[[SvmOperation, Any, Instruction], Vmexi
     op.MoveDebugRegister: _move_dr,
     op.InvalidatePage: _invlpg,
     op.InvalidateProcessContext: _invpcid,
+    op.BroadcastInvalidation: _invlpgb,
     op.DescriptorTableAccess: _descriptor_table,
     op.SoftwareInterrupt: _software_interrupt,
     op.ReadMsr: _rdmsr,
     op.WriteMsr: _wrmsr,
     op.PortIo: _port_io,
     op.TaskSwitch: _task_switch,
+    op.ExtendedStateTransfer: _never,
+    op.ReadMsrList: _never,
+    op.WriteMsrList: _never,
+    op.RaiseException: _never,
 }
 
 

@@ -46,6 +46,7 @@ class Features:
     avic: bool
     x2avic: bool
     idle_hlt: bool
+    tlbi_control: bool
 
     @classmethod
     def of(cls, profile: Profile) -> Features:
@@ -67,6 +68,7 @@ class Features:
             avic=profile.has("AVIC"),
             x2avic=profile.has("x2AVIC"),
             idle_hlt=profile.has("IdleHltIntercept"),
+            tlbi_control=profile.has("TlbiCtl"),
         )
 
 
@@ -185,6 +187,11 @@ class SvmOperation:
     def nested_paging(self) -> bool:
         """The guest runs with nested paging."""
         return self.features.nested_paging and bool(self.vmcb.values[at.NESTED_CONTROL] & layouts.NP_ENABLE)
+
+    @property
+    def forbids_broadcasts(self) -> bool:
+        """INVLPGB and TLBSYNC are invalid opcodes in the guest."""
+        return self.features.tlbi_control and not self.vmcb.values[at.NESTED_CONTROL] & layouts.INVLPGB_ENABLE
 
     def read_tsc_ratio(self) -> None:
         """Take the TSC ratio of guests from its MSR."""

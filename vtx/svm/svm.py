@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from iced_x86 import Mnemonic
+
 from vmcs.vmcb.intercepts import Exit
 from vmcs.vmcb.model import Violation
 from vmcs.vmcb.rules import RULES
@@ -44,6 +46,7 @@ _PAUSE: Final = Simple(Plain.PAUSE)
 _OF_REGISTERS: Final = frozenset((MoveFromControlRegister, MoveToControlRegister, ReadMsr, WriteMsr))
 """Operations that may be on virtual registers of the local APIC."""
 
+_BROADCASTS: Final = frozenset((Mnemonic.INVLPGB, Mnemonic.TLBSYNC))
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _PENDING_BS: Final = 1 << 14
@@ -142,8 +145,8 @@ class Svm:
         return shortcut(self.operation, instruction)
 
     def is_disabled(self, instruction: Instruction) -> bool:
-        """SVM has no control that makes an instruction invalid."""
-        return False
+        """See `Virtualization.is_disabled`: the one control that makes instructions invalid is about broadcasts."""
+        return instruction.mnemonic in _BROADCASTS and self.operation.forbids_broadcasts
 
     def intercept(self, operation: Operation, instruction: Instruction) -> bool:
         """See `Virtualization.intercept`."""

@@ -304,6 +304,7 @@ _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | Non
     op.MoveDebugRegister: _move_dr,
     op.InvalidatePage: _invlpg,
     op.InvalidateProcessContext: _invpcid,
+    op.BroadcastInvalidation: _never,
     op.DescriptorTableAccess: _descriptor_table,
     op.SoftwareInterrupt: _never,
     op.ReadMsr: _rdmsr,

@@ -6,7 +6,7 @@ run loop around it is in `vtx.x86.processor`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from attrs import frozen
@@ -122,6 +122,10 @@ class ProcessorCore:
     def instructions(self) -> int:
         """Instructions executed since power-up, by the engine and by the model."""
         return self.engine.instructions() + self.retired
+
+    def all_mmus(self) -> Iterable[Mmu]:
+        """The MMUs that a broadcast of this processor reaches: its own and those of all others."""
+        return (self.mmu,)
 
     # Ports.
 

@@ -62,6 +62,7 @@ def _address_widths_and_cores(profile: Profile, subleaf: int, dynamic: Dynamic) 
     _, ebx, _, _ = profile.feature_words.get((0x8000_0008, 0), (0, 0, 0, 0))
     eax = profile.physical_address_width | profile.linear_address_width << 8
     edx = LAST_RDPRU_REGISTER << 16 if profile.has("RDPRU") else 0
+    edx |= profile.invlpgb_count_max
     return eax, ebx, min(dynamic.cpus - 1, 0xFF) | dynamic.apic_id_bits << 12, edx
 
 

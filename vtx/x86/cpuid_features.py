@@ -166,7 +166,12 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
     ),
     (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 22: "MmxExt", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),
     (0x8000_0007, 0, EDX, {8: "INVARIANT-TSC"}),
-    (0x8000_0008, 0, EBX, {0: "CLZERO", 4: "RDPRU", 20: "EferLmsleUnsupported"}),
+    (
+        0x8000_0008,
+        0,
+        EBX,
+        {0: "CLZERO", 3: "INVLPGB", 4: "RDPRU", 8: "MCOMMIT", 20: "EferLmsleUnsupported", 21: "INVLPGBnestedPages"},
+    ),
     (
         0x8000_000A,
         0,
@@ -187,6 +192,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
             16: "VGIF",
             17: "GMET",
             18: "x2AVIC",
+            24: "TlbiCtl",
             25: "VNMI",
             30: "IdleHltIntercept",
         },

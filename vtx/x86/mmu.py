@@ -53,7 +53,7 @@ from vtx.x86.second_level import (
     SubPageWrite,
 )
 from vtx.x86.state import MASK32, MASK64, CpuState, Cr0, Cr4, Efer
-from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Tlb, TlbTag
+from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Selection, Tlb, TlbTag
 from vtx.x86.walk_memory import WalkMemory
 
 PCID_MASK: Final = 0xFFF
@@ -282,6 +282,11 @@ class Mmu:
     def invlpga(self, asid: int, linear: int) -> None:
         """INVLPGA."""
         self.tlb.invalidate_asid_page(asid, (linear & self._linear_mask) >> PAGE_SHIFT)
+        self._flush_engine_all()
+
+    def forget(self, selection: Selection) -> None:
+        """INVLPGB, of this processor or of another one."""
+        self.tlb.forget(selection)
         self._flush_engine_all()
 
     def flush_asid(self, asid: int | None, *, keep_global: bool = False) -> None:

@@ -29,6 +29,7 @@ class Plain(enum.IntEnum):
     RDTSCP = enum.auto()
     RDPMC = enum.auto()
     RDPRU = enum.auto()
+    MCOMMIT = enum.auto()
     PAUSE = enum.auto()
     MONITOR = enum.auto()
     XSETBV = enum.auto()
@@ -38,6 +39,7 @@ class Plain(enum.IntEnum):
     GETSEC = enum.auto()
     UMWAIT = enum.auto()
     TPAUSE = enum.auto()
+    TLBSYNC = enum.auto()
     PUSHF = enum.auto()
     POPF = enum.auto()
     IRET = enum.auto()
@@ -126,6 +128,13 @@ class InvalidatePage:
 @frozen
 class InvalidateProcessContext:
     """INVPCID."""
+
+
+@frozen
+class BroadcastInvalidation:
+    """INVLPGB; ``legal`` is whether its operands are."""
+
+    legal: bool
 
 
 @frozen
@@ -233,6 +242,7 @@ Operation = (
     | MoveDebugRegister
     | InvalidatePage
     | InvalidateProcessContext
+    | BroadcastInvalidation
     | DescriptorTableAccess
     | SoftwareInterrupt
     | ReadMsr

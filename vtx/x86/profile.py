@@ -67,8 +67,9 @@ class Profile:
     further MSRs, and architectural ones that this model defines otherwise. ``vmx_capabilities`` maps the index of each
     VMX capability MSR to its value; empty without VMX. ``performance`` is what CPUID leaf 0AH states, if anything.
     ``asids`` is the number of address-space identifiers, 0 without SVM. By ``breakpoints_without_gif`` breakpoints hit
-    also while the global interrupt flag is clear, as in virtual machines whose hypervisor leaves that out. The derived
-    parts follow from the rest.
+    also while the global interrupt flag is clear, as in virtual machines whose hypervisor leaves that out.
+    ``invlpgb_count_max`` is the number of pages that INVLPGB can invalidate after the first. The derived parts follow
+    from the rest.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Profile:
     performance: PerformanceMonitoring | None
     asids: int = 0
     breakpoints_without_gif: bool = False
+    invlpgb_count_max: int = 0
     signature: int = field(init=False)
     feature_words: Mapping[tuple[int, int], Registers] = field(init=False, repr=False)
     cr4_supported: int = field(init=False)
@@ -233,6 +235,7 @@ def build_profile(file: str, document: Mapping[str, Any]) -> Profile:
         performance=_performance(top),
         asids=svm.integer("asids", 2, _LARGEST_ASIDS) if svm else 0,
         breakpoints_without_gif=svm.flag("breakpoints_without_gif", default=False) if svm else False,
+        invlpgb_count_max=cpuid.integer("invlpgb_count_max", 0, 0xFFFF) if "INVLPGB" in features else 0,
     )
     for section in filter(None, (identity, implementation, cpuid, svm, top)):
         section.finish()

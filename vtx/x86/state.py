@@ -238,7 +238,7 @@ class Cr4(enum.IntEnum):
 
 
 class Efer(enum.IntEnum):
-    """IA32_EFER bits (SDM Vol. 3, "Extended Feature Enable Register")."""
+    """IA32_EFER bits (SDM Vol. 3, "Extended Feature Enable Register"; APM Vol. 2, of the same name)."""
 
     SCE = 1 << 0
     LME = 1 << 8
@@ -246,6 +246,7 @@ class Efer(enum.IntEnum):
     NXE = 1 << 11
     SVME = 1 << 12
     FFXSR = 1 << 14
+    MCOMMIT = 1 << 17
 
 
 # The derived views below run for every event; arithmetic on flag enumerations is too slow for them.

@@ -10,7 +10,7 @@ current registers (`vtx.x86.page_rights`). What does not suffice is walked again
 invalidation, exactly as on hardware.
 
 Spec: SDM Vol. 3, "Caching Translation Information", "Caching Translation Information in VMX Operation",
-"Invalidation of TLBs and Paging-Structure Caches".
+"Invalidation of TLBs and Paging-Structure Caches"; APM Vol. 3, "System Instruction Reference" (INVLPGB).
 """
 
 from __future__ import annotations
@@ -90,6 +90,34 @@ class _Space:
             self.pages[page] = translation
             if translation.size > PAGE_SIZE:
                 self._note_large(page, translation.size)
+
+
+@frozen
+class Selection:
+    """What INVLPGB asks a TLB to forget.
+
+    ``asid`` and ``pcid`` are None for all of them, ``pages`` are linear page numbers, None for all. With
+    ``include_global`` global translations are selected too, whatever their PCID; with ``include_nested`` everything
+    that a second level of translation has had a part in.
+    """
+
+    asid: int | None
+    pcid: int | None
+    pages: tuple[int, ...] | None
+    include_global: bool
+    include_nested: bool
+
+    def of_address_space(self, tag: TlbTag) -> bool:
+        """Whether translations of ``tag`` at the pages are selected."""
+        if self.asid is not None and tag.asid != self.asid:
+            return False
+        if tag.pcid == GLOBAL:
+            return self.include_global
+        return self.pcid is None or self.pcid == max(tag.pcid, 0)
+
+    def of_second_level(self, tag: TlbTag) -> bool:
+        """Whether all translations of ``tag`` are selected as nested ones."""
+        return self.include_nested and tag.second_level is not None and self.asid in (None, tag.asid)
 
 
 @frozen
@@ -194,6 +222,15 @@ class Tlb:
     def flush_asid(self, asid: int, *, keep_global: bool = False) -> None:
         """TLB_CONTROL of VMRUN: all of one ASID, mappings made with paging disabled included."""
         self._drop(lambda tag: tag.asid == asid and not (keep_global and tag.pcid == GLOBAL))
+
+    def forget(self, selection: Selection) -> None:
+        """INVLPGB. Without paging the PCID counts as 0."""
+        self._drop(selection.of_second_level)
+        if selection.pages is None:
+            self._drop(selection.of_address_space)
+        else:
+            for page in selection.pages:
+                self._discard(page, selection.of_address_space)
 
     def save(self) -> SavedTlb:
         """All that is cached; later changes do not reach it."""

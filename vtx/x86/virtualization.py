@@ -221,7 +221,7 @@ class Virtualization(Protocol):
         ...
 
     def is_disabled(self, instruction: Instruction) -> bool:
-        """Non-root only: whether controls make ``instruction`` an invalid opcode (RDTSCP, RDPID, INVPCID, XSAVES...).
+        """Non-root only: whether controls make ``instruction`` an invalid opcode (RDTSCP, INVPCID, XSAVES, INVLPGB...).
 
         Comes before the instruction's own faults.
         """

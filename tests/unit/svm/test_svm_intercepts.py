@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from svm_machine import (
     CLGI,
@@ -18,6 +20,7 @@ from svm_machine import (
     instruction,
 )
 
+from vtx.svm import intercepts
 from vtx.x86 import operations as op
 from vtx.x86.event import Event
 from vtx.x86.operations import Plain, Simple, TaskSwitchSource
@@ -36,6 +39,8 @@ PLAIN = [
     (Plain.PAUSE, 0x77),
     (Plain.MONITOR, 0x8A),
     (Plain.RDPRU, 0x8E),
+    (Plain.MCOMMIT, 0xA3),
+    (Plain.TLBSYNC, 0xA4),
     (Plain.XSETBV, 0x8D),
     (Plain.RSM, 0x73),
     (Plain.PUSHF, 0x70),
@@ -62,6 +67,9 @@ CASES = [
     (op.MoveDebugRegister(7, 2, write=False, encoded=5), NOP, 0x25, 2),
     (op.InvalidatePage(0xFFFF_8000_1234_5678), NOP, 0x79, 0xFFFF_8000_1234_5678),
     (op.InvalidateProcessContext(), NOP, 0xA2, 0),
+    (op.BroadcastInvalidation(legal=True), NOP, 0xA0, 0),
+    (op.BroadcastInvalidation(legal=False), NOP, 0xA0, 0),
+    (op.BroadcastInvalidation(legal=False), NOP, 0xA1, 0),
     (op.DescriptorTableAccess(local=False), b"\x0f\x01\x08", 0x66, 0),  # SIDT
     (op.DescriptorTableAccess(local=False), b"\x0f\x01\x00", 0x67, 0),  # SGDT
     (op.DescriptorTableAccess(local=True), b"\x0f\x00\x00", 0x68, 0),  # SLDT
@@ -112,6 +120,22 @@ def test_selective_cr0_write(value: int, exits: bool) -> None:
     assert machine.svm.intercept(op.MoveToControlRegister(0, 4, value), instruction(NOP)) is exits
     if exits:
         assert (machine.stored("EXITCODE"), machine.stored("EXITINFO1")) == (0x65, MOV | 4)
+
+
+def test_every_operation_has_a_decision() -> None:
+    assert set(get_args(op.Operation)) == set(intercepts._DECISIONS)
+
+
+# What only VMX can intercept, or SVM in another way: with all intercepts on, the guest goes on.
+@pytest.mark.parametrize(
+    "what", [op.ExtendedStateTransfer(save=True, supervisor=1), op.ReadMsrList(0x10), op.WriteMsrList(0x10, 0)]
+)
+def test_operation_without_an_intercept(what: op.Operation) -> None:
+    machine = Machine()
+    for number in range(0xC0):
+        machine.intercept(number)
+    machine.run()
+    assert not machine.svm.intercept(what, instruction(NOP))
 
 
 def test_clts_is_no_selective_write() -> None:

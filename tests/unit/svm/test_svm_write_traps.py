@@ -1,4 +1,4 @@
-"""Exits after writes of control registers and EFER; RDPRU; MWAIT with the monitor armed."""
+"""Exits after writes of control registers and EFER; RDPRU, MCOMMIT, XSETBV; MWAIT with the monitor armed."""
 
 from __future__ import annotations
 
@@ -221,3 +221,56 @@ class TestRdpru:
             machine.memory.write_u64(table, machine.memory.read_u64(table) | 4)  # user pages
         until_exit(machine)
         assert stored(machine, "EXITCODE") == code
+
+
+class TestMcommit:
+    """APM Vol. 3, MCOMMIT."""
+
+    MCOMMIT = b"\xf3\x0f\x01\xfa"
+    UD = 0x46
+    EFER = {"EFER": 0x2_1D01}
+
+    def test_all_stores_are_committed(self) -> None:
+        flags = {"RFLAGS": 0x8D6}  # OF, SF, ZF, AF, PF
+        machine = guest_machine(self.MCOMMIT + VMMCALL, profile="everything-amd", fields=self.EFER | flags)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "RFLAGS")) == (Exit.VMMCALL, 0x3)
+
+    def test_at_privilege_level_3(self) -> None:
+        machine = guest_machine(self.MCOMMIT + VMMCALL, profile="everything-amd", fields=self.EFER | {"CPL": 3})
+        for table in (0x1_0000, 0x1_1000, 0x1_2000):
+            machine.memory.write_u64(table, machine.memory.read_u64(table) | 4)  # user pages
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "RFLAGS")) == (Exit.VMMCALL, 0x3)
+
+    def test_intercept(self) -> None:
+        machine = guest_machine(self.MCOMMIT, 0xA3, profile="everything-amd", fields=self.EFER)
+        until_exit(machine)
+        assert (stored(machine, "EXITCODE"), stored(machine, "nRIP")) == (0xA3, GUEST_RIP + 4)
+
+    @pytest.mark.parametrize(("profile", "fields"), [("everything-amd", {}), ("zen-server", {})])
+    def test_not_enabled__it_is_invalid_whatever_is_intercepted(self, profile: str, fields: dict[str, int]) -> None:
+        machine = guest_machine(self.MCOMMIT, 0xA3, self.UD, profile=profile, fields=fields)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == self.UD
+
+
+class TestXsetbv:
+    """APM Vol. 2, "Instruction Intercepts": the intercept comes before #GP, also that of the privilege level."""
+
+    XSETBV = b"\x0f\x01\xd1"
+
+    @pytest.mark.parametrize(("intercepts", "code"), [((), 0x4D), ((0x8D,), 0x8D)])
+    @pytest.mark.parametrize("cpl", [0, 3])
+    def test_intercept(self, cpl: int, intercepts: tuple[int, ...], code: int) -> None:
+        fields = {"CPL": cpl, "CR4": 0x4_0020}
+        machine = guest_machine(b"\xb9\x01\x00\x00\x00" + self.XSETBV, *intercepts, 0x4D, fields=fields)
+        for table in (0x1_0000, 0x1_1000, 0x1_2000):
+            machine.memory.write_u64(table, machine.memory.read_u64(table) | 4)  # user pages
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == code
+
+    def test_without_osxsave__it_is_invalid(self) -> None:
+        machine = guest_machine(self.XSETBV, 0x8D, 0x46)
+        until_exit(machine)
+        assert stored(machine, "EXITCODE") == 0x46

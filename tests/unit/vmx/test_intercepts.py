@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from vmx_machine import launch
 
@@ -10,6 +12,7 @@ from vmcs import fields as f
 from vmcs.controls import Control
 from vmcs.exits import Reason
 from vmcs.fields import Field
+from vtx.vmx import intercepts
 from vtx.x86 import operations as op
 from vtx.x86.decode import Instruction, decode
 from vtx.x86.operations import Operation, Plain, Simple
@@ -367,3 +370,7 @@ def test_instructions_that_controls_disable(encoding: str, control: Control) -> 
     assert not vmx.is_disabled(instruction(encoding))
     vmx.vmcall()
     assert not vmx.is_disabled(instruction(encoding))
+
+
+def test_every_operation_has_a_decision() -> None:
+    assert set(get_args(Operation)) == set(intercepts._DECISIONS)

@@ -41,9 +41,25 @@ def test_amd_leaf(leaf: int, register: int, value: int) -> None:
     assert cpuid(ZEN, leaf, 0, Dynamic())[register] == value
 
 
-@pytest.mark.parametrize(("profile", "edx"), [("zen-server", 0), ("everything-amd", 1 << 16)])
-def test_last_register_of_rdpru(profile: str, edx: int) -> None:
+@pytest.mark.parametrize(("profile", "edx"), [("zen-server", 0), ("everything-amd", 0x1_0007)])
+def test_last_register_of_rdpru_and_count_of_invlpgb(profile: str, edx: int) -> None:
     assert cpuid(load_profile(profile), 0x8000_0008, 0, Dynamic())[3] == edx
+
+
+# Function, register and bit of what later Zen processors have.
+@pytest.mark.parametrize(
+    ("leaf", "register", "bit", "zen"),
+    [
+        (0x8000_0001, 2, 29, True),  # MONITORX
+        (0x8000_0008, 1, 3, False),  # INVLPGB
+        (0x8000_0008, 1, 8, False),  # MCOMMIT
+        (0x8000_0008, 1, 21, False),  # INVLPGB of nested pages
+        (0x8000_000A, 3, 24, False),  # TlbiCtl
+    ],
+)
+def test_feature_bit(leaf: int, register: int, bit: int, zen: bool) -> None:
+    for profile, expected in ((ZEN, zen), (load_profile("everything-amd"), True), (load_profile("everything"), False)):
+        assert bool(cpuid(profile, leaf, 0, Dynamic())[register] >> bit & 1) == expected
 
 
 def test_extended_features_repeat_those_of_function_1() -> None:
@@ -84,6 +100,7 @@ def test_msr_of_amd(index: int, reset: int) -> None:
     [
         (0xC000_0080, 0x1000, True),  # EFER.SVME
         (0xC000_0080, 0x2000, False),  # EFER.LMSLE
+        (0xC000_0080, 0x2_0000, False),  # EFER.MCOMMIT
         (0xC001_0117, 0x12_3000, True),
         (0xC001_0117, 0x12_3800, False),
         (0xC001_0117, 1 << 48, False),
@@ -95,6 +112,10 @@ def test_msr_of_amd(index: int, reset: int) -> None:
 )
 def test_writing_an_msr(index: int, value: int, accepted: bool) -> None:
     assert MsrFile(ZEN).write(index, value) is accepted
+
+
+def test_efer_mcommit() -> None:
+    assert MsrFile(load_profile("everything-amd")).write(0xC000_0080, 0x2_0000)
 
 
 def test_vm_cr_lock() -> None:
@@ -137,6 +158,8 @@ def test_sysexit_is_invalid_in_long_mode() -> None:
         (lambda d: d["identity"].update(vendor="GenuineIntel"), "no SVM with the vendor GenuineIntel"),
         (lambda d: d["svm"].update(asids=1), "svm.asids: expected an integer"),
         (lambda d: d["svm"].update(extra=1), "svm.extra: expected no such key"),
+        (lambda d: d["cpuid"].update(invlpgb_count_max=7), "cpuid.invlpgb_count_max: expected no such key"),
+        (lambda d: d["cpuid"]["features"].append("INVLPGB"), "cpuid.invlpgb_count_max: expected"),
     ],
 )
 def test_mistakes_in_a_profile(change, message) -> None:  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from vtx.x86.paging import Translation
-from vtx.x86.tlb import GLOBAL, NO_PAGING, Tlb, TlbTag
+from vtx.x86.tlb import GLOBAL, NO_PAGING, Selection, Tlb, TlbTag
 
 EPT_1, EPT_1_FLAGS, EPT_2 = 0x10_001E, 0x10_005E, 0x20_001E
 ASIDS = (0, 1, 2)
@@ -113,6 +113,48 @@ OPERATIONS = {
         lambda asid, root, pcid, page: root is not None,
     ),
     "everything": (lambda tlb: tlb.clear(), lambda *entry: True),
+    "INVLPGB of everything but globals": (
+        lambda tlb: tlb.forget(Selection(None, None, None, include_global=False, include_nested=False)),
+        lambda asid, root, pcid, page: pcid != GLOBAL,
+    ),
+    "INVLPGB of everything": (
+        lambda tlb: tlb.forget(Selection(None, None, None, include_global=True, include_nested=False)),
+        lambda *entry: True,
+    ),
+    "INVLPGB of an ASID": (
+        lambda tlb: tlb.forget(Selection(2, None, None, include_global=False, include_nested=False)),
+        lambda asid, root, pcid, page: asid == 2 and pcid != GLOBAL,
+    ),
+    "INVLPGB of a PCID": (
+        lambda tlb: tlb.forget(Selection(None, 5, None, include_global=False, include_nested=False)),
+        lambda asid, root, pcid, page: pcid == 5,
+    ),
+    "INVLPGB of PCID 0, which is that of no paging": (
+        lambda tlb: tlb.forget(Selection(1, 0, None, include_global=False, include_nested=False)),
+        lambda asid, root, pcid, page: asid == 1 and pcid in (0, NO_PAGING),
+    ),
+    "INVLPGB of a PCID and globals": (
+        lambda tlb: tlb.forget(Selection(1, 5, None, include_global=True, include_nested=False)),
+        lambda asid, root, pcid, page: asid == 1 and pcid in (5, GLOBAL),
+    ),
+    "INVLPGB of a page": (
+        lambda tlb: tlb.forget(Selection(None, None, PAGES[:1], include_global=True, include_nested=False)),
+        lambda asid, root, pcid, page: pcid != GLOBAL and page == PAGES[0],
+    ),
+    "INVLPGB of pages, one of which is global": (
+        lambda tlb: tlb.forget(
+            Selection(1, 5, (PAGES[0], PAGES[1] + 0x100), include_global=True, include_nested=False)
+        ),
+        lambda asid, root, pcid, page: asid == 1 and (pcid, page) in ((5, PAGES[0]), (GLOBAL, PAGES[1])),
+    ),
+    "INVLPGB of a global page without globals": (
+        lambda tlb: tlb.forget(Selection(1, 5, (PAGES[1] + 0x100,), include_global=False, include_nested=False)),
+        lambda asid, root, pcid, page: False,
+    ),
+    "INVLPGB of nested translations": (
+        lambda tlb: tlb.forget(Selection(1, 5, PAGES[:1], include_global=False, include_nested=True)),
+        lambda asid, root, pcid, page: asid == 1 and (root is not None or (pcid == 5 and page == PAGES[0])),
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtx.x86.decode import Instruction, linear_address, read_register, write_register
 from vtx.x86.linear import linear_address_width
@@ -12,6 +12,9 @@ from vtx.x86.state import Cr4, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
+
+ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
+"""The status flags."""
 
 
 def intercepts_flow(cpu: LogicalProcessor, operation: Operation, instruction: Instruction) -> bool:

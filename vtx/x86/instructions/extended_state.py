@@ -107,11 +107,13 @@ def _require_osxsave(cpu: LogicalProcessor, feature: str = "XSAVE") -> None:
 
 
 def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
-    """XSETBV."""
-    state = cpu.state
+    """XSETBV: the intercept of SVM comes before the check of privilege, the VM exit of VMX after it."""
+    state, is_amd = cpu.state, cpu.profile.is_amd
     _require_osxsave(cpu)
+    if is_amd and cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
+        return
     require_ring_0(cpu)
-    if cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
+    if not is_amd and cpu.intercepts(SIMPLE[Plain.XSETBV], instruction):
         return
     value = _mask_operand(cpu)
     if state.gpr[Gpr.RCX] & MASK32 != _XCR0 or value & ~cpu.profile.xcr0_supported or not value & X87_STATE:

@@ -1,6 +1,6 @@
 """Unprivileged instructions that profiles may have and the engine's processor has not.
 
-Spec: SDM Vol. 2, the instructions' pages.
+Spec: SDM Vol. 2, the instructions' pages; APM Vol. 3, "General-Purpose Instruction Reference" (MCOMMIT).
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction, read_register, write_register
-from vtx.x86.instructions.common import operand_address, read_linear, require_feature, write_linear
+from vtx.x86.instructions.common import ARITHMETIC, operand_address, read_linear, require_feature, write_linear
+from vtx.x86.operations import SIMPLE, Plain
+from vtx.x86.outcome import ud
+from vtx.x86.state import Efer, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -42,4 +45,21 @@ def movbe(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.retire(instruction)
 
 
-HANDLERS: Final = {Mnemonic.CLFLUSHOPT: clean_line, Mnemonic.CLWB: clean_line, Mnemonic.MOVBE: movbe}
+def mcommit(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """MCOMMIT: all stores are complete, and none has met an error that memory reports late."""
+    require_feature(cpu, "MCOMMIT")
+    state = cpu.state
+    if not state.efer & Efer.MCOMMIT:
+        raise ud()
+    if cpu.intercepts(SIMPLE[Plain.MCOMMIT], instruction):
+        return
+    state.rflags = state.rflags & ~ARITHMETIC | Rflags.CF
+    cpu.retire(instruction)
+
+
+HANDLERS: Final = {
+    Mnemonic.CLFLUSHOPT: clean_line,
+    Mnemonic.CLWB: clean_line,
+    Mnemonic.MOVBE: movbe,
+    Mnemonic.MCOMMIT: mcommit,
+}

@@ -13,7 +13,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86 import smm
 from vtx.x86.decode import Instruction, write_register
-from vtx.x86.instructions.common import require_feature, require_ring_0
+from vtx.x86.instructions.common import ARITHMETIC, require_feature, require_ring_0
 from vtx.x86.msr_table import IA32_APERF, IA32_MPERF, IA32_TSC_AUX, PERF_COUNTER_0, PERF_COUNTERS
 from vtx.x86.operations import SIMPLE, Plain
 from vtx.x86.outcome import gp, ud
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
 WBINVD_TICKS: Final = 20_000  # writing back a cache takes far longer than that, but never less
-
-_ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 
 def hlt(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -150,7 +148,7 @@ def _random(cpu: LogicalProcessor, instruction: Instruction, feature: str, kind:
     register = instruction.registers[0]
     assert register is not None
     write_register(cpu.state, register, next_random(cpu) & ((1 << 8 * register.size) - 1))
-    cpu.state.rflags = cpu.state.rflags & ~_ARITHMETIC | Rflags.CF
+    cpu.state.rflags = cpu.state.rflags & ~ARITHMETIC | Rflags.CF
     cpu.retire(instruction)
 
 

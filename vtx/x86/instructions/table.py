@@ -9,6 +9,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions import (
+    broadcast,
     control,
     descriptor_tables,
     extended_state,
@@ -37,7 +38,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     mnemonic: handler
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
-        *(port_io, missing, wait, msr_list, extended_state, sse_control, simd, protection_keys),
+        *(port_io, missing, wait, broadcast, msr_list, extended_state, sse_control, simd, protection_keys),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }

@@ -16,7 +16,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, read_register
-from vtx.x86.instructions.common import operand_address, read_linear, require_feature
+from vtx.x86.instructions.common import ARITHMETIC, operand_address, read_linear, require_feature
 from vtx.x86.monitor import LONGEST_WAIT, Monitor
 from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_UMWAIT_CONTROL
 from vtx.x86.operations import SIMPLE, MonitorWait, Plain, Simple
@@ -28,7 +28,6 @@ from vtx.x86.state import MASK32, Cr4, Gpr, Rflags, SegmentRegister
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
-_ARITHMETIC: Final = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 _DEEPEST_STATE: Final = 1  # bit 0 of the operand: C0.1; clear: C0.2
 _TIME_LIMIT: Final = MASK32 & ~3  # of IA32_UMWAIT_CONTROL, in ticks of the time-stamp counter; 0: none
 _LONGEST: Final = PAUSE_TICKS << 5
@@ -130,7 +129,7 @@ def _wait(cpu: LogicalProcessor, instruction: Instruction, kind: Plain, longest:
     limit = cpu.msrs.values.get(IA32_UMWAIT_CONTROL, 0) & _TIME_LIMIT
     stopped = 0 < limit < left and limit <= longest
     cpu.charge(max(PAUSE_TICKS, min(left, limit or left, longest)))
-    state.rflags = state.rflags & ~_ARITHMETIC | (Rflags.CF if stopped else 0)
+    state.rflags = state.rflags & ~ARITHMETIC | (Rflags.CF if stopped else 0)
     cpu.retire(instruction)
 
 
