@@ -8,57 +8,10 @@ from functools import cache
 from importlib.resources import files
 
 import hostile_places as at
+import hostile_state
+from hostile_operands import address, immediate, load, operand
 
 Generator = Callable[[random.Random, int], bytes]
-
-
-def _displacement(source: random.Random, size: int) -> bytes:
-    if size == 1:
-        return source.randbytes(1)
-    if source.random() < 0.8:
-        return (source.choice(at.ADDRESSES) & (1 << 8 * size) - 1).to_bytes(size, "little")
-    return source.randbytes(size)
-
-
-def operand(source: random.Random, bits: int, register: int | None = None, *, memory: bool = False) -> bytes:
-    """ModRM with what follows it: any operand, or a memory operand."""
-    field = (source.randrange(8) if register is None else register) << 3
-    mode = source.choice((0, 0, 0, 1, 2) if memory else (0, 0, 1, 2, 3, 3))
-    rm = source.randrange(8)
-    if mode == 3:
-        return bytes((0xC0 | field | rm,))
-    if bits == 16:
-        rm = 6 if source.random() < 0.4 else rm
-        size = (2 if rm == 6 else 0, 1, 2)[mode]
-        return bytes((mode << 6 | field | rm,)) + _displacement(source, size)
-    if source.random() < 0.4:  # an absolute address
-        if bits == 64:
-            return bytes((field | 4, 0x25)) + _displacement(source, 4)
-        return bytes((field | 5,)) + _displacement(source, 4)
-    result = bytes((mode << 6 | field | rm,))
-    size = (4 if rm == 5 else 0, 1, 4)[mode]
-    if rm == 4:
-        sib = source.randrange(256)
-        result += bytes((sib,))
-        size = 4 if mode == 0 and sib & 7 == 5 else size
-    return result + _displacement(source, size)
-
-
-def _immediate(source: random.Random, bits: int) -> bytes:
-    return source.randbytes(2 if bits == 16 else 4)
-
-
-def _load(register: int, value: int, bits: int) -> bytes:
-    """MOV of a 32-bit value into one of the first eight registers."""
-    prefix = b"\x66" if bits == 16 else b""
-    return prefix + bytes((0xB8 | register,)) + (value & 0xFFFF_FFFF).to_bytes(4, "little")
-
-
-def _address(source: random.Random, register: int, bits: int) -> bytes:
-    if bits == 64 and source.random() < 0.3:
-        value = source.choice(at.WIDE_ADDRESSES)
-        return bytes((0x48, 0xB8 | register)) + value.to_bytes(8, "little")
-    return _load(register, source.choice(at.ADDRESSES), bits)
 
 
 def _ordinary(source: random.Random, bits: int) -> bytes:
@@ -80,10 +33,10 @@ def _with_immediate(source: random.Random, bits: int) -> bytes:
     if kind == 0:
         return b"\x83" + operand(source, bits) + source.randbytes(1)
     if kind == 1:
-        return bytes((source.choice((0x81, 0xC7, 0x69)),)) + operand(source, bits) + _immediate(source, bits)
+        return bytes((source.choice((0x81, 0xC7, 0x69)),)) + operand(source, bits) + immediate(source, bits)
     if kind == 2:
         return bytes((source.choice((0xC0, 0xC1, 0xC6, 0x80, 0x6B)),)) + operand(source, bits) + source.randbytes(1)
-    return bytes((source.choice((0x05, 0x0D, 0x25, 0x3D, 0xA9, 0x68)),)) + _immediate(source, bits)
+    return bytes((source.choice((0x05, 0x0D, 0x25, 0x3D, 0xA9, 0x68)),)) + immediate(source, bits)
 
 
 def _one_byte(source: random.Random, bits: int) -> bytes:
@@ -117,14 +70,14 @@ def _string(source: random.Random, bits: int) -> bytes:
     count = source.choice((0, 1, 2, 3, 17, 300, 0xFFFF_FFFF))
     setup = b""
     if source.random() < 0.5:
-        setup = _address(source, 6, bits) + _address(source, 7, bits)
-    port = _load(2, source.choice(at.PORTS), bits) if opcode < 0x70 else b""
-    return setup + port + _load(1, count, bits) + prefix + bytes((opcode,))
+        setup = address(source, 6, bits) + address(source, 7, bits)
+    port = load(2, source.choice(at.PORTS), bits) if opcode < 0x70 else b""
+    return setup + port + load(1, count, bits) + prefix + bytes((opcode,))
 
 
 def _port(source: random.Random, bits: int) -> bytes:
     value = source.choice((source.getrandbits(32), source.getrandbits(8), 0, 0xFFFF_FFFF))
-    setup = _load(0, value, bits) + _load(2, source.choice(at.PORTS), bits)
+    setup = load(0, value, bits) + load(2, source.choice(at.PORTS), bits)
     prefix = source.choice((b"", b"\x66"))
     return setup + prefix + source.choice((b"\xec", b"\xed", b"\xee", b"\xef", b"\xe4\x60", b"\xe6\x43", b"\xe7\x70"))
 
@@ -135,7 +88,7 @@ def _mmio(source: random.Random, bits: int) -> bytes:
     register = source.choice((3, 6, 7))
     opcode = source.choice((b"\x89", b"\x8b", b"\x88", b"\x01", b"\x87", b"\x0f\xc1", b"\xf0\x0f\xb1", b"\x0f\xc7"))
     value = source.choice((source.getrandbits(32), source.getrandbits(20), 0x000C_0600 | source.getrandbits(8), 0))
-    code = _load(register, base + offset, bits) + _load(0, value, bits)
+    code = load(register, base + offset, bits) + load(0, value, bits)
     prefix = b"\x67" if bits == 16 else b""
     # In 16-bit code the operand stays one of 16 bits half the time.
     prefix += source.choice((b"", b"\x66"))
@@ -158,23 +111,23 @@ def _control(source: random.Random, bits: int) -> bytes:
         prefix = b"\x66" if bits == 16 else b"\x48" if bits == 64 and source.random() < 0.2 else b""
         return read + prefix + b"\x0f\xba" + bytes((source.choice((0xF8, 0xE8, 0xF0)), bit)) + write
     if choice < 0.85:
-        return _address(source, 0, bits) + write
+        return address(source, 0, bits) + write
     debug = source.randrange(8) << 3
     if source.random() < 0.3:
         return bytes((0x0F, 0x21, 0xC0 | debug))
     value = source.choice((at.CODE + source.randrange(at.CODE_SIZE), source.getrandbits(32), 0x400 | 0xFFFF_0000, 0))
-    return _load(0, value, bits) + bytes((0x0F, 0x23, 0xC0 | debug))
+    return load(0, value, bits) + bytes((0x0F, 0x23, 0xC0 | debug))
 
 
 def _msr(source: random.Random, bits: int) -> bytes:
-    code = _load(1, source.choice(at.MSRS) + (source.randrange(4) if source.random() < 0.1 else 0), bits)
+    code = load(1, source.choice(at.MSRS) + (source.randrange(4) if source.random() < 0.1 else 0), bits)
     if source.random() < 0.3:
         return code + b"\x0f\x32"
     if source.random() < 0.5:  # a few bits changed
         change = (b"\x66" if bits == 16 else b"") + b"\x0f\xba" + bytes((0xF8, source.randrange(32)))
         return code + b"\x0f\x32" + change + b"\x0f\x30"
     low = source.choice((source.getrandbits(32), 0, 1, source.choice(at.ADDRESSES), 0xFEE0_0800, 0x0006_0606))
-    return code + _load(0, low, bits) + _load(2, source.choice((0, 0, 0xFFFF, 0x8000_0000, 1)), bits) + b"\x0f\x30"
+    return code + load(0, low, bits) + load(2, source.choice((0, 0, 0xFFFF, 0x8000_0000, 1)), bits) + b"\x0f\x30"
 
 
 def _tables(source: random.Random, bits: int) -> bytes:
@@ -186,8 +139,8 @@ def _tables(source: random.Random, bits: int) -> bytes:
         return b"\x0f\x00" + operand(source, bits, source.randrange(6))
     if kind == 2:
         selector = source.choice((*range(0, 0x80, 8), *range(3, 0x83, 8), 4, 0xFFFF))
-        load = source.choice((b"\x8e\xd8", b"\x8e\xc0", b"\x8e\xe0", b"\x8e\xe8", b"\x8e\xd0", b"\x0f\x00\xd8"))
-        return _load(0, selector, bits) + source.choice((load, load, b"\x0f\x00\xd0", b"\x0f\x02\xd8", b"\x0f\x03\xd8"))
+        move = source.choice((b"\x8e\xd8", b"\x8e\xc0", b"\x8e\xe0", b"\x8e\xe8", b"\x8e\xd0", b"\x0f\x00\xd8"))
+        return load(0, selector, bits) + source.choice((move, move, b"\x0f\x00\xd0", b"\x0f\x02\xd8", b"\x0f\x03\xd8"))
     if kind == 3:
         return source.choice(
             (b"\x06", b"\x07", b"\x16", b"\x17", b"\x1e", b"\x1f", b"\x0f\xa0", b"\x0f\xa1", b"\x0f\xa9")
@@ -223,7 +176,7 @@ def _system(source: random.Random, bits: int) -> bytes:
             *(b"\xcc", b"\xf1", b"\xce", b"\xfb\xf4", b"\x0f\xaa", b"\x0f\x37", b"\x0f\x01\xca", b"\x0f\x01\xcb"),
             *(b"\xf3\x0f\xc7\xf8", b"\x0f\xc7\xf0", b"\x0f\xc7\xf8", b"\xf3\x0f\xae\xf0", b"\x66\x0f\xae\xf0"),
             *(b"\x0f\x01\xee", b"\x0f\x01\xef", b"\x0f\x77", b"\xdb\xe3", b"\x0f\x0d\x00", b"\x9b", b"\xd7", b"\x62"),
-            *(b"\xcd" + source.randbytes(1), b"\xe8" + _immediate(source, bits), b"\xc8" + source.randbytes(3)),
+            *(b"\xcd" + source.randbytes(1), b"\xe8" + immediate(source, bits), b"\xc8" + source.randbytes(3)),
             *(
                 b"\x66\x0f\x38\x82" + operand(source, bits, memory=True),
                 b"\x0f\xc7" + operand(source, bits, memory=True),
@@ -241,7 +194,7 @@ def _vmx(source: random.Random, bits: int) -> bytes:
         prefix = source.choice((b"", b"\x66", b"\xf3"))
         pointer = source.choice((at.VMXON_REGION, at.VMCS_REGION, at.OTHER_VMCS, at.OTHER_VMCS, at.NOWHERE, 1))
         if bits == 64 and source.random() < 0.7:  # through the stack
-            return _load(0, pointer, bits) + b"\x50" + prefix + b"\x0f\xc7\x34\x24\x58"
+            return load(0, pointer, bits) + b"\x50" + prefix + b"\x0f\xc7\x34\x24\x58"
         return prefix + b"\x0f\xc7" + operand(source, bits, source.choice((6, 7)), memory=True)
     if kind == 2:
         return b"\x66\x0f\x38" + bytes((source.choice((0x80, 0x81)),)) + operand(source, bits, memory=True)
@@ -253,8 +206,8 @@ def _vmx(source: random.Random, bits: int) -> bytes:
     field += 2 * source.randrange(0x18) + (source.random() < 0.1)
     value = source.choice((source.getrandbits(32), 0, 1 << source.randrange(32), source.choice(at.ADDRESSES)))
     if kind < 6:
-        return _load(2, field, bits) + _load(0, value, bits) + b"\x0f\x79\xd0"
-    return _load(2, field, bits) + b"\x0f\x78\xd0"
+        return load(2, field, bits) + load(0, value, bits) + b"\x0f\x79\xd0"
+    return load(2, field, bits) + b"\x0f\x78\xd0"
 
 
 def _svm(source: random.Random, bits: int) -> bytes:
@@ -263,8 +216,8 @@ def _svm(source: random.Random, bits: int) -> bytes:
         offset = source.choice((source.randrange(0, 0x100, 4), source.randrange(0x400, 0x698, 4)))
         value = source.choice((source.getrandbits(32), 0, 1 << source.randrange(32), source.choice(at.ADDRESSES)))
         store = (b"\x67\x66" if bits == 16 else b"") + b"\xc7\x83" + offset.to_bytes(4, "little")
-        return _load(3, at.VMCS_REGION, bits) + store + value.to_bytes(4, "little")
-    return _load(0, pointer, bits) + b"\x0f\x01" + bytes((source.choice((0xD8, 0xD8, *range(0xD9, 0xE0))),))
+        return load(3, at.VMCS_REGION, bits) + store + value.to_bytes(4, "little")
+    return load(0, pointer, bits) + b"\x0f\x01" + bytes((source.choice((0xD8, 0xD8, *range(0xD9, 0xE0))),))
 
 
 def _short_branch(source: random.Random, bits: int) -> bytes:
@@ -277,15 +230,15 @@ def _rewrite(source: random.Random, bits: int) -> bytes:
     target = at.CODE + source.randrange(at.CODE_SIZE)
     if bits == 64 and source.random() < 0.6:  # mov [rip + little], al
         return b"\x88\x05" + source.randrange(-64, 64).to_bytes(4, "little", signed=True)
-    return _load(7, target, bits) + source.choice((b"\xaa", b"\xab", b"\x88\x07", b"\x89\x07", b"\xff\x07"))
+    return load(7, target, bits) + source.choice((b"\xaa", b"\xab", b"\x88\x07", b"\x89\x07", b"\xff\x07"))
 
 
 def _address_into_register(source: random.Random, bits: int) -> bytes:
-    return _address(source, source.choice((0, 1, 2, 3, 5, 6, 7)), bits)
+    return address(source, source.choice((0, 1, 2, 3, 5, 6, 7)), bits)
 
 
 def _stack_back(source: random.Random, bits: int) -> bytes:
-    return _load(4, source.choice((at.STACK, at.STACK, at.STACK, at.STACK - 2, at.LOCAL_APIC + 0x88, 2)), bits)
+    return load(4, source.choice((at.STACK, at.STACK, at.STACK, at.STACK - 2, at.LOCAL_APIC + 0x88, 2)), bits)
 
 
 def _noise(source: random.Random, bits: int) -> bytes:
@@ -331,6 +284,7 @@ _WEIGHTS: dict[Generator, int] = {
     _stack_back: 4,
     _noise: 2,
     _real: 2,
+    **hostile_state.WEIGHTS,
 }
 _PREFIXES = (b"\x66", b"\x67", b"\xf0", b"\xf2", b"\xf3", b"\x2e", b"\x36", b"\x64", b"\x65", b"\x48", b"\x4d", b"\x41")
 
@@ -340,6 +294,8 @@ def generators(source: random.Random, extension: str) -> Sequence[Generator]:
     weights = dict(_WEIGHTS)
     weights[_vmx] = 12 if extension == "vmx" else 1
     weights[_svm] = 12 if extension == "svm" else 1
+    if source.random() < 0.25:  # hardly anything else
+        weights |= {generator: 10 * weight for generator, weight in hostile_state.WEIGHTS.items()}
     for generator in weights:
         if source.random() < 0.2:
             weights[generator] *= source.choice((0, 4))

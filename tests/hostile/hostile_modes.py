@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import hostile_places as at
+from hostile_state import stack_ends
 
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.state import CpuState, DescriptorTable, Segment
@@ -187,6 +188,9 @@ def install_page_tables(memory: PhysicalMemory, source: random.Random, mode: str
 def install_long_tables(memory: PhysicalMemory, source: random.Random, root: int, levels: int) -> int:
     """Tables of 8-byte entries at ``root``: last level first in memory, so that one layout serves all."""
     entries = _last_level(source, 8)
+    if levels >= 4 and source.random() < 0.3:  # protection keys
+        for i in source.sample(range(0x10, 0x64), 20):
+            entries[i] |= source.randrange(16) << 59
     directory = [0] * 512
     for i in range(2):
         directory[i] = root + 0x1000 * i | _ALL
@@ -229,6 +233,28 @@ def _segments(state: CpuState, mode: str, cpl: int) -> None:
         _flat(state, cpl, _CODE_3 if cpl else _CODE_0, 0xC09B)
 
 
+def _shorten(state: CpuState, source: random.Random, mode: str) -> None:
+    """Give some segments limits that the program may cross."""
+    bits = bits_of(mode)
+    if bits == 64 or mode == "virtual-8086" or source.random() > 0.25:
+        return
+    code, data = (0, 0) if bits == 16 else (at.CODE, at.DATA)
+    limits = {
+        1: code + source.randrange(0x40, at.CODE_SIZE),
+        2: source.choice(stack_ends(bits)),
+        3: data + source.randrange(0x1000),
+        0: data + source.choice((0xFFC, 0x1001, 0x3F)),
+    }
+    for number in source.sample(sorted(limits), source.randrange(1, 4)):
+        segment = state.segments[number]
+        segment.limit, segment.access_rights = limits[number], segment.access_rights & ~0x8000
+        if number != 1 and source.random() < 0.3:  # expand-down: what is above the limit
+            segment.access_rights |= 4
+            segment.limit -= source.randrange(0x20)
+        elif source.random() < 0.2:
+            segment.limit, segment.access_rights = segment.limit | 0xFFF, segment.access_rights | 0x8000
+
+
 def new_state(memory: PhysicalMemory, source: random.Random, mode: str, cr3: int, cpl: int) -> CpuState:
     """A consistent state of ``mode`` that is about to execute the code; what is free in it is random."""
     state = CpuState()
@@ -245,11 +271,15 @@ def new_state(memory: PhysicalMemory, source: random.Random, mode: str, cr3: int
     state.cr3 = cr3 if state.cr0 >> 31 else 0
     if mode == "PAE paging":
         state.pdptrs = [memory.read_u64(cr3 + 8 * i) for i in range(4)]
-    for bit in (2, 3, 7, 8, 11, 16, 20, 21):
+    for bit in (2, 3, 7, 8, 11, 16, 20, 21, 22, 24):
         state.cr4 |= (source.random() < 0.1) << bit
+    if source.random() < 0.3:
+        state.cr4 |= 1 << 18
+        state.xcr0 = source.choice((3, 3, 0x203, 1))
     state.cr0 |= (source.random() < 0.1) << 18 | (source.random() < 0.05) << 3 | (source.random() < 0.05) << 2
     state.rflags = 2 | source.choice((0, 0, 0x200, 0x200, 0x3000, 0x3200, 0x100, 0x400, 0x4_0000, 0x4000))
     _segments(state, mode, cpl)
+    _shorten(state, source, mode)
     tss = 0x83 if mode == "protected-16" else 0x8B
     state.tr = Segment(_TSS, at.TSS, 0x2067, tss)
     state.ldtr = Segment(_LDT, at.LDT, 0xFF, 0x82) if source.random() < 0.7 else Segment(0, 0, 0, 0x1_0000)

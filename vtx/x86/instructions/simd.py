@@ -2,7 +2,9 @@
 
 The engine gives masked responses only. It stops before such an instruction as long as an exception is unmasked, and
 what the masked response met tells whether it stands. Denormal operands, which the engine does not report, are looked
-for here.
+for here, and so are comparisons whose predicate has reserved bits set, which are an invalid opcode to it.
+
+Interpretations. The reserved bits of the predicate of a comparison are ignored.
 
 Spec: SDM Vol. 1, "SIMD Floating-Point Exception Conditions", "MXCSR Control and Status Register"; Vol. 3,
 "Interrupt 19—SIMD Floating-Point Exception (#XM)".
@@ -10,7 +12,10 @@ Spec: SDM Vol. 1, "SIMD Floating-Point Exception Conditions", "MXCSR Control and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import operator
+import struct
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 _BEFORE_COMPUTATION: Final = 0b0000111
 """Invalid operation, denormal, divide-by-zero: the others are not looked at if one of them is not masked."""
 
+_INVALID: Final = 1 << 0
 _DENORMAL: Final = 1 << 1
 _ALL: Final = 0x3F
 _MASKS_SHIFT: Final = 7
@@ -57,6 +63,18 @@ _TRUNCATIONS: Final = _mnemonics("CVTT", "PD2DQ PD2PI PS2DQ PS2PI SD2SI SS2SI")
 ARITHMETIC: Final = _MEETS_DENORMALS | _CONVERSIONS | _TRUNCATIONS | _mnemonics("ROUND", "PS PD SS SD")
 """What can raise a SIMD floating-point exception. The mnemonic CMPSD is also that of a string instruction."""
 
+_COMPARISONS: Final = _mnemonics("CMP", "PS PD SS SD")
+_PREDICATE: Final = 7
+"""The bits of a comparison's immediate operand that are not reserved: a relation, and whether it is negated."""
+
+_OF_ORDER: Final = (1, 2)
+_RELATIONS: Final[tuple[Callable[[float, float], bool], ...]] = (
+    operator.eq,
+    operator.lt,
+    operator.le,
+    lambda one, other: math.isnan(one) or math.isnan(other),
+)
+
 
 @frozen
 class _Format:
@@ -69,6 +87,9 @@ class _Format:
     def is_nan(self, value: int) -> bool:
         return value & self.exponent == self.exponent and bool(value & self.fraction)
 
+    def is_signaling_nan(self, value: int) -> bool:
+        return self.is_nan(value) and not value & (self.fraction + 1) >> 1
+
     def is_denormal(self, value: int) -> bool:
         return not value & self.exponent and bool(value & self.fraction)
 
@@ -78,6 +99,10 @@ class _Format:
     def is_negative(self, value: int) -> bool:
         return bool(value >> 8 * self.size - 1)
 
+    def number(self, value: int) -> float:
+        number: float = struct.unpack("<f" if self.size == 4 else "<d", value.to_bytes(self.size, "little"))[0]
+        return number
+
 
 _FORMATS: Final = {
     MemorySize.FLOAT32: _Format(4, 0x7F80_0000, 0x007F_FFFF),
@@ -85,13 +110,18 @@ _FORMATS: Final = {
 }
 
 
+def _mxcsr(area: bytearray) -> int:
+    return int.from_bytes(area[MXCSR_OFFSET : MXCSR_OFFSET + 4], "little")
+
+
 def arithmetic(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """An instruction of `ARITHMETIC`."""
     state, engine = cpu.state, cpu.engine
     area = bytearray(engine.legacy_area())
-    mxcsr = int.from_bytes(area[MXCSR_OFFSET : MXCSR_OFFSET + 4], "little")
+    mxcsr = _mxcsr(area)
     masks = mxcsr >> _MASKS_SHIFT & _ALL
-    if masks == _ALL:
+    by_model = _has_reserved_predicate(instruction)
+    if masks == _ALL and not by_model:
         raise ud()  # the engine stopped because it does not have the instruction
     require_sse(cpu)
     fault = operand_fault(state, access.operands(cpu))
@@ -99,13 +129,20 @@ def arithmetic(cpu: LogicalProcessor, instruction: Instruction) -> None:
         raise InstructionAborted(fault)
     denormal = not mxcsr & _DENORMALS_ARE_ZEROS and _meets_denormal(cpu, instruction, area)
     before = list(state.gpr), state.rip, state.rflags, state.shadow, state.pending_debug
-    cpu.native(instruction)
-    met = engine.simd_exceptions() | (_DENORMAL if denormal else 0)
+    if by_model:
+        result, met = _compare(cpu, instruction, area)
+    else:
+        cpu.native(instruction)
+        met = engine.simd_exceptions()
+    met |= _DENORMAL if denormal else 0
     unmasked = met & ~masks
     if unmasked:
         if unmasked & _BEFORE_COMPUTATION:
             met &= _BEFORE_COMPUTATION
         state.gpr[:], state.rip, state.rflags, state.shadow, state.pending_debug = before
+    elif by_model:
+        area = result
+        cpu.retire(instruction)
     elif denormal:
         area[:] = engine.legacy_area()
     else:
@@ -114,6 +151,27 @@ def arithmetic(cpu: LogicalProcessor, instruction: Instruction) -> None:
     engine.set_legacy_area(bytes(area))
     if unmasked:
         raise InstructionAborted(Fault(Vector.XM)) if state.cr4 & _OSXMMEXCPT else ud()
+
+
+def _has_reserved_predicate(instruction: Instruction) -> bool:
+    return instruction.mnemonic in _COMPARISONS and instruction.immediate > _PREDICATE
+
+
+def _compare(cpu: LogicalProcessor, instruction: Instruction, area: bytearray) -> tuple[bytearray, int]:
+    """The registers after a comparison in `_COMPARISONS`, and the exceptions it meets but for denormal operands."""
+    raw = Decoder(instruction.bits, instruction.encoding).decode()
+    form, result, met = _FORMATS[MemorySizeExt.element_type(raw.memory_size)], bytearray(area), 0
+    relation, negated = instruction.immediate & 3, instruction.immediate >> 2 & 1
+    start = _XMM0_OFFSET + 16 * RegisterExt.number(raw.op0_register)
+    for number, (source, destination) in enumerate(_elements(cpu, instruction, raw, form, area)):
+        if any(map(form.is_nan if relation in _OF_ORDER else form.is_signaling_nan, (source, destination))):
+            met |= _INVALID
+        flush = bool(_mxcsr(area) & _DENORMALS_ARE_ZEROS)
+        one, other = (0 if flush and form.is_denormal(value) else value for value in (destination, source))
+        holds = _RELATIONS[relation](form.number(one), form.number(other))
+        place = start + form.size * number
+        result[place : place + form.size] = (b"\0", b"\xff")[holds ^ negated] * form.size
+    return result, met
 
 
 def _meets_denormal(cpu: LogicalProcessor, instruction: Instruction, area: bytearray) -> bool:
