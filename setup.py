@@ -5,6 +5,6 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(f"vtx.engine.{name}", [f"vtx/engine/{name}.c"], optional=True, extra_compile_args=["-O2"])
-        for name in ("_blockclock", "_transfer")
+        for name in ("_blockclock", "_fills", "_transfer")
     ]
 )

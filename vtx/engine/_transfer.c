@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define INTERFACE 2 /* changes with what transfer.py relies on */
+#define INTERFACE 3 /* changes with what transfer.py relies on */
 #define GPRS 16
 #define LEGACY_GPRS 8 /* those of other modes than 64-bit mode */
 #define SEGMENTS 10 /* ES CS SS DS FS GS LDTR TR GDTR IDTR */
@@ -253,7 +253,7 @@ static PyObject *give(Transfer *self, PyObject *const *arguments, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-/* Callbacks of the engine, which make the Python function given as their data do the work. */
+/* The callback of the engine for interrupts, which makes the Python function given as its data do the work. */
 
 static void on_interrupt(void *engine, uint32_t number, void *data)
 {
@@ -269,31 +269,9 @@ static void on_interrupt(void *engine, uint32_t number, void *data)
     PyGILState_Release(state);
 }
 
-struct tlb_entry { /* uc_tlb_entry */
-    uint64_t address;
-    uint32_t permissions;
-};
-
-static bool on_fill(void *engine, uint64_t address, int access, struct tlb_entry *entry, void *data)
+static PyObject *callback(PyObject *self, PyObject *unused)
 {
-    PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *result = PyObject_CallFunction(data, "Ki", (unsigned long long)address, access);
-    unsigned long long grant = result ? PyLong_AsUnsignedLongLong(result) : 0;
-
-    if (PyErr_Occurred()) {
-        PyErr_WriteUnraisable(data);
-        grant = 0;
-    }
-    Py_XDECREF(result);
-    PyGILState_Release(state);
-    entry->address = grant & ~(uint64_t)0xfff;
-    entry->permissions = grant & 7;
-    return grant != 0;
-}
-
-static PyObject *callbacks(PyObject *self, PyObject *unused)
-{
-    return Py_BuildValue("KK", (unsigned long long)(uintptr_t)on_interrupt, (unsigned long long)(uintptr_t)on_fill);
+    return PyLong_FromVoidPtr((void *)(uintptr_t)on_interrupt);
 }
 
 static PyObject *save(Transfer *self, PyObject *unused)
@@ -336,7 +314,7 @@ static PyTypeObject transfer_type = {
 };
 
 static PyMethodDef methods[] = {
-    {"callbacks", callbacks, METH_NOARGS, "Addresses of the callbacks for interrupts and for TLB fills."},
+    {"callback", callback, METH_NOARGS, "Address of the callback for interrupts."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -131,6 +131,11 @@ class BlockClock:
             self._instruction_callback = native.BlockCallback(self._on_instruction)
             native.add_hook(handle, native.HOOK_BLOCK, self._callback)
 
+    def address_of(self, word: str) -> int:
+        """Where the word of this name of ``shared`` is."""
+        offset: int = getattr(_Shared, word).offset
+        return ctypes.addressof(self.shared) + offset
+
     def _on_block(self, handle: int, address: int, size: int, data: int) -> None:
         shared = self.shared
         address = self._linear(address)

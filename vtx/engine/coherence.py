@@ -48,12 +48,14 @@ class Coherence:
     """The sides that the frames of one memory are on.
 
     ``executed`` are the frames that any engine may hold translations of, ``shared`` those of code and data, each with
-    the engine and the linear page that have it. Frames that an engine may write are added to ``dirty``.
+    the engine and the linear page that have it, ``writable`` for each engine the frames it may write. These are added
+    to ``dirty``, too.
     """
 
     def __init__(self, dirty: set[int] | None = None) -> None:
         self.executed: set[int] = set()
         self.dirty = set() if dirty is None else dirty
+        self.writable: list[set[int]] = []
         self._members: list[Member] = []
         self._changes: dict[int, int] = {}
         self.shared: dict[int, tuple[Member, int]] = {}
@@ -68,6 +70,7 @@ class Coherence:
         """Take in an engine."""
         member = Member(withdraw, retranslate, modified, detect)
         self._members.append(member)
+        self.writable.append(member.writable)
         return member
 
     def tlb_flushed(self, member: Member) -> None:
@@ -96,8 +99,7 @@ class Coherence:
         if kind is AccessKind.EXECUTE:
             if frame in self.shared:
                 return self._share(member, frame, page, kind, permissions, view)
-            others = len(self._members) > 1
-            if frame in member.writable or (others and any(frame in each.writable for each in self._members)):
+            if any(frame in writable for writable in self.writable):
                 if self._is_mixed(frame):
                     return self._share(member, frame, page, kind, permissions, view)
                 self._withdraw()

@@ -31,16 +31,16 @@ class Context:
     """The saved state of one Unicorn processor, and the way from and to `CpuState`.
 
     Guest mode and all interceptions are turned on in it once; ``vmcb_frame`` is where the library expects a control
-    block.
+    block. ``saved`` is the library's context.
     """
 
     def __init__(self, handle: ctypes.c_void_p, vmcb_frame: int, *, allow_compiled: bool) -> None:
         self._handle = handle
         self._library: Any = native.library
-        self._context, self._release = native.allocate_context(self, handle)
-        self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self._context.value or 0)
+        self.saved, self._release = native.allocate_context(self, handle)
+        self._buffer = (ctypes.c_char * layout.CONTEXT_SIZE).from_address(self.saved.value or 0)
         self._image = image = memoryview(self._buffer).cast("B")
-        self._transfer = register_transfer(handle, self._context, image, allow_compiled=allow_compiled)
+        self._transfer = register_transfer(handle, self.saved, image, allow_compiled=allow_compiled)
         self._hidden = self._hidden_flags = 0
         self._traps_popf = False
         self.kind = 16
@@ -98,9 +98,9 @@ class Context:
         limit = layout.SEGMENT.unpack_from(self._image, layout.SEGMENTS + layout.SEGMENT.size)[2]
         return int(limit - rip + 1)
 
-    def segments_address(self) -> int:
-        """Where the segment registers are."""
-        return ctypes.addressof(self._buffer) + layout.SEGMENTS
+    def address(self) -> int:
+        """Where the saved state is."""
+        return ctypes.addressof(self._buffer)
 
     def access(self) -> tuple[int, bool]:
         """What an access depends on: current privilege level, and RFLAGS.AC."""

@@ -13,7 +13,6 @@ from typing import Any, Final, Protocol
 
 from attrs import frozen
 
-from vtx.addresses import PAGE_OFFSET_MASK
 from vtx.engine import layout, native
 from vtx.x86.state import MASK32, DescriptorTable, Rflags, Segment
 
@@ -22,7 +21,7 @@ try:
 except ImportError:
     _transfer = None
 
-_INTERFACE: Final = 2
+_INTERFACE: Final = 3
 _QWORD: Final = struct.Struct("<Q")
 _DF: Final = int(Rflags.DF)
 _LAZY: Final = layout.ARITHMETIC_FLAGS | _DF
@@ -186,23 +185,12 @@ def register_transfer(
     return compiled
 
 
-def callbacks(
-    on_interrupt: Callable[[int], None], on_fill: Callable[[int, int], int], *, allow_compiled: bool
-) -> tuple[Hook, Hook]:
-    """Hooks that call ``on_interrupt`` with a number and ``on_fill`` with a linear address and a kind of access.
-
-    ``on_fill`` returns the physical address of the page plus permissions, 0 to refuse. Neither may raise.
-    """
+def interrupt_hook(on_interrupt: Callable[[int], None], *, allow_compiled: bool) -> Hook:
+    """The hook that calls ``on_interrupt``, which must not raise, with the number of each interrupt."""
     if _transfer is not None and allow_compiled:
-        interrupt, fill = _transfer.callbacks()
-        return Hook(interrupt, id(on_interrupt), on_interrupt), Hook(fill, id(on_fill), on_fill)
+        return Hook(_transfer.callback(), id(on_interrupt), on_interrupt)
 
-    def interrupt_callback(handle: int, number: int, data: int) -> None:
+    def callback(handle: int, number: int, data: int) -> None:
         on_interrupt(number)
 
-    def fill_callback(handle: int, address: int, access: int, entry: Any, data: int) -> bool:
-        grant = on_fill(address, access)
-        entry.contents.paddr, entry.contents.perms = grant & ~PAGE_OFFSET_MASK, grant & PAGE_OFFSET_MASK
-        return bool(grant)
-
-    return Hook(native.InterruptCallback(interrupt_callback)), Hook(native.FillCallback(fill_callback))
+    return Hook(native.InterruptCallback(callback))

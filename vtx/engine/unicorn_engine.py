@@ -29,10 +29,6 @@ from vtx.engine.clock import (
     SIZE,
     STOPPED,
     STOPPED_BY_BLOCK,
-    STOPPED_BY_GUARD,
-    STOPPED_BY_IF,
-    STOPPED_BY_LIMIT,
-    STOPPED_BY_LIMIT_OF_CS,
     UNLIMITED,
     BlockClock,
 )
@@ -40,9 +36,11 @@ from vtx.engine.code_kind import SHORT_CODE, width
 from vtx.engine.code_view import BOUNDARY, COUNT, CodeView, StoppedBefore, ends_with_another_pass
 from vtx.engine.coherence import Coherence
 from vtx.engine.context import Context
+from vtx.engine.fills import fill_memory
 from vtx.engine.guards import GuardTable
 from vtx.engine.selfcheck import require_known_library
-from vtx.engine.transfer import callbacks
+from vtx.engine.stops import stop_of
+from vtx.engine.transfer import Hook, interrupt_hook
 from vtx.engine.untranslatable import Exits
 from vtx.x86.execution import (
     ANSWERED,
@@ -60,7 +58,6 @@ from vtx.x86.execution import (
     Plan,
     RefusedFill,
     Stepped,
-    WindowOpen,
 )
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
@@ -119,13 +116,18 @@ class UnicornEngine:
         self._guards = guards = GuardTable()
         self._code = CodeView(memory, guards, self._code_changed)
         self._exits = Exits(self._handle, self._code.read)
-        segments = self._context.segments_address()
+        segments = self._context.address() + layout.SEGMENTS
         self.clock = BlockClock(self._handle, self._examine, guards, segments, allow_compiled=allow_compiled)
-        self._install_hooks(allow_compiled=allow_compiled)
+        self._noted: dict[int, tuple[int, bool]] = {}  # the code granted last, by linear page number
+        where = self._handle, self._context.saved, self._context.address(), self.clock, self._ram
+        self._fills, fill_hook = fill_memory(
+            self._on_fill, memory, self.coherence, self._member, self._noted, where, allow_compiled=allow_compiled
+        )
+        self._fills.most = native.FIRST_FILLS
+        self._install_hooks(interrupt_hook(self._on_interrupt, allow_compiled=allow_compiled), fill_hook)
         memory.code_pages = self.coherence.executed
         memory.code_written = self.coherence.written
         self._flush_wanted = False
-        self._fills, self._fills_allowed = 0, native.FIRST_FILLS
         self._running = False
         self._stop_requested = False
         self._trap: int | None = None
@@ -135,7 +137,6 @@ class UnicornEngine:
         self._aborted: tuple[bytes, tuple[int, int, int, int]] | None = None
         self._callback_address: int | None = None
         self._probed: int | None = None
-        self._noted: dict[int, tuple[int, bool]] = {}  # the code granted last, by linear address of the page
         self.answers = answers
         self._answers = self._answered = self._answering = False
         self._state: CpuState
@@ -147,16 +148,12 @@ class UnicornEngine:
 
     # Construction.
 
-    def _install_hooks(self, *, allow_compiled: bool) -> None:
+    def _install_hooks(self, interrupt: Hook, fill: Hook) -> None:
         def install(kind: int, callback: Any, instruction: int | None = None) -> None:
             self._keep.append(callback)
             native.add_hook(self._handle, kind, callback, instruction=instruction)
 
-        for kind, hook in zip(
-            (native.HOOK_INTR, native.HOOK_TLB_FILL),
-            callbacks(self._on_interrupt, self._on_fill, allow_compiled=allow_compiled),
-            strict=True,
-        ):
+        for kind, hook in ((native.HOOK_INTR, interrupt), (native.HOOK_TLB_FILL, fill)):
             self._keep.append(hook)
             native.add_hook(self._handle, kind, hook.callback, data=hook.data)
         install(native.HOOK_INSN, native.PortInCallback(self._on_port_in), native.INSN_IN)
@@ -178,8 +175,13 @@ class UnicornEngine:
             return function(*arguments)
         except BaseException as failure:
             self._failure = self._failure or failure
-            self._library.uc_emu_stop(self._handle)
+            self._end_run()
             return default
+
+    def _end_run(self) -> None:
+        """Stop the library; until it has, the fills it asks for are none of the code that runs."""
+        self._fills.active = False
+        self._library.uc_emu_stop(self._handle)
 
     def _on_interrupt(self, number: int) -> None:
         if self._aborted or self._trap is not None:
@@ -195,7 +197,7 @@ class UnicornEngine:
                 self._failure = self._failure or failure
             finally:
                 self._answering = False
-        self._library.uc_emu_stop(self._handle)
+        self._end_run()
         self._trap = number
         if layout.TRAP_EXCEPTION <= number < layout.TRAP_EXCEPTION_END:
             self._error_code = self._context.error_code()
@@ -246,13 +248,12 @@ class UnicornEngine:
             return self._fill(address, _KINDS[access])
         except BaseException as failure:
             self._failure = failure
-            self._library.uc_emu_stop(self._handle)
+            self._end_run()
             return 0
 
     def _fill(self, address: int, kind: AccessKind) -> int:
-        self._fills += 1
-        if self._fills > self._fills_allowed:
-            self._fills_allowed = min(2 * self._fills_allowed, native.MOST_FILLS)
+        if self._fills.count > self._fills.most:
+            self._fills.most = min(2 * self._fills.most, native.MOST_FILLS)
             self._flush_now()
         if self.clock.words[SIZE]:  # before the first block of a run, the context is what the run began with
             self._context.save()
@@ -260,7 +261,7 @@ class UnicornEngine:
         linear = address if address <= MASK32 or kind is not _EXECUTE else self._context.wrapped(address)
         grant = self._client.fill(linear, kind, cpl, alignment_check)
         if not isinstance(grant, Grant):
-            self._refused = (linear, kind, grant)
+            self._refused, self._fills.active = (linear, kind, grant), False
             return 0
         frame, permissions = grant
         physical = frame << PAGE_SHIFT
@@ -280,15 +281,29 @@ class UnicornEngine:
             physical = OWN_PAGE if own else physical if window else VOID_DATA
         if permissions & _EXECUTE:
             shared = frame in self.coherence.shared
-            if shared or self._noted.get(address) != (frame, shared):
-                self._noted[address] = frame, shared
-                self._note_code(address >> PAGE_SHIFT, frame, shared)
+            page = address >> PAGE_SHIFT
+            if shared or self._noted.get(page) != (frame, shared):
+                self._noted[page] = frame, shared
+                self._note_code(page, frame, shared)
                 if linear != address:
                     self._note_code(linear >> PAGE_SHIFT, frame, shared)
-                if self._exits.granted(address >> PAGE_SHIFT, width(self._context.kind)):
-                    self._refused = (linear, kind, _AGAIN)
+                if self._exits.granted(page, width(self._context.kind)):
+                    self._refused, self._fills.active = (linear, kind, _AGAIN), False
                     return 0
+        if self._fills.wanted and linear == address:
+            self._remember(address, frame, kind, physical | permissions)
         return physical | permissions  # AccessKind uses the library's own bits: read 1, write 2, execute 4
+
+    def _remember(self, address: int, frame: int, kind: AccessKind, grant: int) -> None:
+        """The fill may be wanted again: note what it rests on, unless that is more than `vtx.engine.fills` knows."""
+        coherence = self.coherence
+        if frame == self._memory.own_page or self._memory.ram_offset(frame << PAGE_SHIFT) is None:
+            return
+        if frame in coherence.shared or (kind is not _EXECUTE and frame in coherence.executed):
+            return
+        basis = self._client.basis(address)
+        if basis is not None:
+            self._fills.remember(grant, frame, *basis)
 
     def _note_code(self, page: int, frame: int, writable: bool) -> None:
         if len(self._noted) > _MOST_NOTED:
@@ -344,7 +359,7 @@ class UnicornEngine:
         counters = (shared.elapsed, shared.instructions, shared.address, shared.size)
         self._aborted = (self._context.copy(), counters)
         self._flush_now()
-        self._library.uc_emu_stop(self._handle)
+        self._end_run()
 
     # Running.
 
@@ -407,9 +422,9 @@ class UnicornEngine:
         if native:
             self._context.settle_mxcsr()
         self._prepare(state, plan, reload=reload, native=native)
-        self._running = True
+        self._running = self._fills.active = True
         status = self._library.uc_emu_start(self._handle, state.rip, 0, 0, 0)
-        self._running = False
+        self._running = self._fills.active = False
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -481,25 +496,12 @@ class UnicornEngine:
             fetched = kind is AccessKind.EXECUTE
             origin = self._code.near_branch(shared.address, shared.size, self._context.kind) if fetched else None
             return RefusedFill(page, kind, refusal, origin)
-        if shared.stopped == STOPPED_BY_LIMIT:
-            if self._stop_requested:
-                self._stop_requested = False
-                return Interrupted()
-            return BudgetSpent()
-        if shared.stopped == STOPPED_BY_IF:
-            return WindowOpen()
-        if shared.stopped == STOPPED_BY_BLOCK:
-            stop = self._code.stop(shared.address, shared.size, self._context.kind)
-            assert stop is not None, "the facts said that there is one"
-            if stop.address == self._context.linear_rip():
-                return _INSTRUCTION_TRAP
-            return StoppedBefore(shared.address, stop.address, stop.traps)
-        if shared.stopped == STOPPED_BY_GUARD:
-            there = shared.failed == self._context.linear_rip()
-            return OperandTrap() if there else StoppedBefore(shared.address, shared.failed, False)
-        if shared.stopped == STOPPED_BY_LIMIT_OF_CS:
-            before, context = (shared.left_address, shared.left_size), self._context
-            return self._code.beyond_limit(context.linear_rip(), context.room(), before, context.kind)
+        stopped = stop_of(self.clock, self._context, self._code)
+        if isinstance(stopped, BudgetSpent) and self._stop_requested:
+            self._stop_requested = False
+            return Interrupted()
+        if stopped is not None:
+            return stopped
         native.check(status, f"running at {self._context.linear_rip():#x}")
         raise native.EngineUnusable(f"Unicorn stopped at {self._context.linear_rip():#x} without saying why")
 
@@ -562,9 +564,9 @@ class UnicornEngine:
 
     def _flush_now(self) -> None:
         self._flush_wanted = False
-        self._fills = 0
         self._library.uc_ctl(self._handle, _FLUSH)
         self.coherence.tlb_flushed(self._member)
+        self._fills.emptied(self._client.translations())
 
     def _retranslate(self, frame: int, by_store: bool) -> bool:
         """Drop the translations of a frame (see `vtx.engine.coherence.Member`)."""
@@ -573,10 +575,10 @@ class UnicornEngine:
         if by_store and self._running and frame in self._code.frames(shared.address, shared.size):
             return False
         # The library wants a linear address: one that no guest can use, which `_fill` answers with the frame.
-        self._probed = frame
+        self._probed, active, self._fills.active = frame, self._fills.active, False
         first, last = (ctypes.c_uint64(PROBE + offset) for offset in (0, PAGE_SIZE))
         status = self._library.uc_ctl(self._handle, ctypes.c_int(native.CTL_REMOVE_BLOCKS), first, last)
-        self._probed = None
+        self._probed, self._fills.active = None, active
         self._flush_now()
         native.check(status, "dropping translations")
         return True

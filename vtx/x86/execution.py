@@ -7,7 +7,7 @@ instructions or before one, with one of the events below; ``CpuState`` then hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from attrs import define, frozen
 
@@ -131,6 +131,33 @@ class Place:
     shortcut: Callable[[], bool] | None = None
 
 
+class Translations(NamedTuple):
+    """Where a client keeps what its fills rest on, as long as the engine's translations need no flush.
+
+    ``context`` is a number of its own for each set of registers, second level and so on that a fill depends on.
+    ``local`` and ``global_`` are translations by linear page number; the former come first. The page numbers in
+    ``implicit`` are granted for one access only. Large pages that were granted are noted in ``large``.
+    """
+
+    context: int
+    local: dict[int, Any]
+    global_: dict[int, Any]
+    implicit: set[int]
+    large: set[tuple[int, int]]
+
+
+class Basis(NamedTuple):
+    """What a fill rests on: ``translation``, which is among `Translations` or could be made anew from ``entries``.
+
+    These are offsets of paging-structure entries in RAM and their values, None if they are not known. ``large`` is what
+    is to be noted about a large page.
+    """
+
+    translation: object
+    large: tuple[int, int] | None
+    entries: tuple[tuple[int, int], ...] | None
+
+
 class EngineClient(Protocol):
     """What the engine asks while it runs."""
 
@@ -147,6 +174,14 @@ class EngineClient(Protocol):
 
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         """Translate a page for an access at ``cpl`` with RFLAGS.AC as given, or refuse."""
+        ...
+
+    def translations(self) -> Translations | None:
+        """Where what fills rest on is kept from now on; None to be asked for each."""
+        ...
+
+    def basis(self, linear_page: int) -> Basis | None:
+        """What the last fill for this page rests on, if it can be said."""
         ...
 
     def port_in(self, port: int, size: int, cpl: int) -> int | None:

@@ -12,6 +12,7 @@ Spec: SDM Vol. 3, "Paging", "VMX Support for Address Translation".
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
@@ -57,6 +58,7 @@ from vtx.x86.tlb import LARGE_SIZES, NO_PAGING, Selection, Tlb, TlbTag
 from vtx.x86.walk_memory import WalkMemory
 
 PCID_MASK: Final = 0xFFF
+_CONTEXTS_NUMBERED: Final = 256
 _LARGE_PAGES_NOTED: Final = 4096
 """How many large pages granted to the engine are remembered; beyond that every INVLPG flushes everything."""
 
@@ -145,7 +147,39 @@ class Mmu:
         self._seen_second_level: SecondLevel = self.second_level
         self._walks = WalkMemory(memory)
         self._large_granted: set[tuple[int, int]] = set()
+        self._numbers: dict[tuple[int | None, ...], int] = {}  # of contexts; none is ever given again
+        self._next_number = itertools.count(1).__next__
+        self._number: int | None = None
         self.update(CpuState())
+
+    # What fills rest on (see `vtx.x86.execution`).
+
+    def translations(self) -> tuple[int, dict[int, Translation], dict[int, Translation], set[tuple[int, int]]] | None:
+        """The number of the context, local and global translations, and where large pages are noted."""
+        if self.reserved_page is not None or self.hlat is not None:
+            return None
+        if self._number is None:
+            context = *self._registers, self.second_level.tag
+            number = self._numbers.get(context)
+            if number is None:
+                if len(self._numbers) >= _CONTEXTS_NUMBERED:
+                    self._numbers.clear()
+                number = self._numbers[context] = self._next_number()
+            self._number = number
+        return self._number, *self.tlb.pages(), self._large_granted
+
+    def basis(
+        self, linear: int
+    ) -> tuple[Translation, tuple[int, int] | None, tuple[tuple[int, int], ...] | None] | None:
+        """The translation at ``linear``, what is noted about a large page, and the entries read, if it is known."""
+        page = (linear & self._linear_mask) >> PAGE_SHIFT
+        found, remembered = self.tlb.find(page), self._walks.remembered(page)
+        if found is None and remembered is not None:
+            found = remembered[0]
+        if found is None:
+            return None
+        large = (found.size, page // (found.size >> PAGE_SHIFT)) if found.size > PAGE_SIZE else None
+        return found, large, remembered[1] if remembered is not None and remembered[0] is found else None
 
     # Following the registers.
 
@@ -170,6 +204,7 @@ class Mmu:
         self._registers, self._seen_second_level = registers, second_level
         self.context = context = self._context_of(registers)
         self._walks.select((*registers, second_level.tag), remembers=second_level.names_evidence)
+        self._number = None
         self._permissions = context.permissions
         self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
         self.tlb.select(TlbTag(self.asid, self.second_level.tag, self._pcid(context)))

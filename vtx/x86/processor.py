@@ -23,6 +23,7 @@ from vtx.x86.execution import (
     REPLANNED,
     STEP,
     UNPLANNED,
+    Basis,
     BudgetSpent,
     EngineEvent,
     ExceptionTrap,
@@ -32,6 +33,7 @@ from vtx.x86.execution import (
     Place,
     Plan,
     RefusedFill,
+    Translations,
 )
 from vtx.x86.instructions.table import HANDLERS, has_earlier_fault, is_answered, is_quiet
 from vtx.x86.memory import PhysicalMemory
@@ -98,6 +100,16 @@ class LogicalProcessor(ProcessorCore):
     def fill(self, linear_page: int, kind: AccessKind, cpl: int, ac: bool) -> Grant | Refusal:
         """Translate a page for the engine."""
         return self.mmu.fill(linear_page, kind, cpl, ac, implicit=linear_page in self.implicit_pages)
+
+    def translations(self) -> Translations | None:
+        """See `EngineClient.translations`."""
+        found = self.mmu.translations()
+        return None if found is None else Translations(*found[:3], self.implicit_pages, found[3])
+
+    def basis(self, linear_page: int) -> Basis | None:
+        """See `EngineClient.basis`."""
+        found = self.mmu.basis(linear_page)
+        return None if found is None else Basis(*found)
 
     def port_in(self, port: int, size: int, cpl: int) -> int | None:
         """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""

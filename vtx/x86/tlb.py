@@ -164,6 +164,10 @@ class Tlb:
         """The cached translation of linear page number ``page``; its permissions are the caller's check."""
         return self._find_local(page) or self._find_global(page)
 
+    def pages(self) -> tuple[dict[int, Translation], dict[int, Translation]]:
+        """The translations that `find` looks at: local and global ones, by linear page number."""
+        return self._local.pages, self._global.pages
+
     def insert(self, page: int, translation: Translation) -> None:
         """Cache a translation of linear page number ``page``."""
         if translation.global_:

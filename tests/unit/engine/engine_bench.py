@@ -8,7 +8,7 @@ from attrs import define, field
 
 from vtx.addresses import PAGE_SHIFT
 from vtx.engine.unicorn_engine import UnicornEngine
-from vtx.x86.execution import NOT_ANSWERED, EngineEvent, Place, Plan, Stepped
+from vtx.x86.execution import NOT_ANSWERED, Basis, EngineEvent, Place, Plan, Stepped, Translations
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Grant, Refusal
 from vtx.x86.outcome import Fault, Vector
@@ -47,6 +47,12 @@ class Client:
 
     def answer(self, place: Place) -> int:
         return NOT_ANSWERED
+
+    def translations(self) -> Translations | None:
+        return None
+
+    def basis(self, linear_page: int) -> Basis | None:
+        raise AssertionError("nothing is remembered without translations")
 
     def port_in(self, port: int, size: int, cpl: int) -> int | None:
         self.port_levels.append(cpl)
