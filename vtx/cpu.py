@@ -161,6 +161,7 @@ class Cpu(LogicalProcessor):
 
     def enter_smm(self) -> None:
         """Deliver a system-management interrupt now."""
+        self.monitor = None
         smm.enter(self)
         self.charge(EVENT_TICKS)
 

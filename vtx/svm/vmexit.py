@@ -63,6 +63,7 @@ def return_to_host(operation: SvmOperation) -> Outcome | None:
     processor = operation.processor
     state = processor.state
     operation.guest_mode = False
+    processor.monitor = None
     avic.stop(operation)
     operation.transitions += 1
     known, image = operation.host, control_block.image(processor.memory, processor.msrs.values[VM_HSAVE_PA])

@@ -165,6 +165,7 @@ def _start(operation: SvmOperation, pdptes: tuple[int, int, int, int]) -> None:
     state = processor.state
     second_level = second_level_of(operation, state)
     operation.guest_mode = True
+    processor.monitor = None
     operation.cached = operation.address
     operation.transitions += 1
     operation.read_intercepts()

@@ -216,6 +216,7 @@ class ProcessorCore:
     def deliver(self, event: Event) -> None:
         """Deliver ``event`` through the IDT."""
         self.reload = True
+        self.monitor = None
         self.note_event()
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None

@@ -219,7 +219,7 @@ def _idt_gate(delivery: _Delivery) -> Gate:
     offset = event.vector * size
     if offset + size - 1 > state.idtr.limit:
         raise delivery.gate_fault(Vector.GP)
-    gate = descriptors.read_gate(state, memory, state.idtr.base, offset, size)
+    gate = descriptors.read_gate(state, memory, state.idtr.base, offset, size, delivery.external)
     if gate.type not in (_GATES_32 if state.long_mode else _LEGACY_GATES):
         raise delivery.gate_fault(Vector.GP)
     if event.checks_gate_privilege and gate.dpl < state.cpl:
@@ -234,7 +234,7 @@ def _handler(delivery: _Delivery, gate: Gate) -> _Handler:
     state, selector = delivery.state, gate.selector
     if is_null(selector):
         raise gp(delivery.external)
-    code = descriptors.read_descriptor(state, delivery.memory, selector)
+    code = descriptors.read_descriptor(state, delivery.memory, selector, delivery.external)
     cpl = state.cpl
     if code is None or not code.is_code or code.dpl > cpl:
         raise delivery.selector_fault(Vector.GP, selector)

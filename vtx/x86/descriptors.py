@@ -176,11 +176,11 @@ def parse_gate(low: int, high: int = 0) -> Gate:
     )
 
 
-def read_gate(state: CpuState, memory: LinearMemory, base: int, offset: int, size: int) -> Gate:
-    """The gate of ``size`` (8 or 16) bytes at ``offset`` of the table at ``base``."""
-    address = system_address(state, base, offset)
-    if size == 8 or system_address(state, base, offset + 8) != address + 8:
-        high = memory.read(system_address(state, base, offset + 8), 8) if size == 16 else 0
+def read_gate(state: CpuState, memory: LinearMemory, base: int, offset: int, size: int, external: int = 0) -> Gate:
+    """The gate of ``size`` (8 or 16) bytes at ``offset`` of the table at ``base``; ``external`` is the EXT bit."""
+    address = system_address(state, base, offset, external)
+    if size == 8 or system_address(state, base, offset + 8, external) != address + 8:
+        high = memory.read(system_address(state, base, offset + 8, external), 8) if size == 16 else 0
         return parse_gate(memory.read(address, 8), high)
     image = memory.read(address, 16)
     return parse_gate(image & MASK64, image >> 64)
@@ -213,7 +213,7 @@ def real_mode_segment(selector: int, access_rights: int) -> Segment:
     return Segment(selector, selector << 4, 0xFFFF, access_rights)
 
 
-def descriptor_address(state: CpuState, selector: int, size: int = 8) -> int | None:
+def descriptor_address(state: CpuState, selector: int, size: int = 8, external: int = 0) -> int | None:
     """Linear address of the ``size``-byte descriptor of ``selector``; None beyond the limit or without an LDT."""
     offset = selector & 0xFFF8
     if selector & TABLE_INDICATOR:
@@ -224,12 +224,12 @@ def descriptor_address(state: CpuState, selector: int, size: int = 8) -> int | N
         base, limit = state.gdtr.base, state.gdtr.limit
     if offset + size - 1 > limit:
         return None
-    return system_address(state, base, offset)
+    return system_address(state, base, offset, external)
 
 
-def read_descriptor(state: CpuState, memory: LinearMemory, selector: int) -> Descriptor | None:
+def read_descriptor(state: CpuState, memory: LinearMemory, selector: int, external: int = 0) -> Descriptor | None:
     """The 8-byte descriptor of ``selector``, or None beyond its table; a null selector reads GDT entry 0."""
-    address = descriptor_address(state, selector)
+    address = descriptor_address(state, selector, external=external)
     return None if address is None else parse_descriptor(memory.read(address, 8))
 
 

@@ -57,4 +57,4 @@ def ia32e_stack_pointer(state: CpuState, memory: LinearMemory, cpl: int, *, ist:
     offset = _IST_64 + ist * 8 if ist else _STACK_64 + cpl * 8
     if not state.tr.usable or offset + 7 > state.tr.limit:
         raise selector_fault(Vector.TS, state.tr.selector, external)
-    return memory.read(system_address(state, state.tr.base, offset), 8)
+    return memory.read(system_address(state, state.tr.base, offset, external), 8)

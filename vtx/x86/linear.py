@@ -40,14 +40,15 @@ def is_canonical(address: int, width: int) -> bool:
     return not ((address + (1 << width - 1)) & MASK64) >> width
 
 
-def system_address(state: CpuState, base: int, offset: int) -> int:
+def system_address(state: CpuState, base: int, offset: int, external: int = 0) -> int:
     """Linear address of byte ``offset`` of a system structure (GDT, LDT, IDT, TSS) at ``base``.
 
-    Raises #GP(0) for a non-canonical address in IA-32e mode; outside it addresses wrap at 4 GiB.
+    Raises #GP for a non-canonical address in IA-32e mode, with no more in the error code than ``external``, the EXT bit
+    while an event is delivered; outside it addresses wrap at 4 GiB.
     """
     if not state.long_mode:
         return (base + offset) & MASK32
     address = (base + offset) & MASK64
     if not is_canonical(address, linear_address_width(state)):
-        raise gp(0)
+        raise gp(external)
     return address

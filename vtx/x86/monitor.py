@@ -2,7 +2,9 @@
 
 Interpretations. The processor looks at the line now and then instead of watching it: a store is noticed late, by
 `CHECK_TICKS` at most, and one that changes nothing not at all. A wait without a timer ends by itself after
-`LONGEST_WAIT`. Software has to be ready for both: it looks at what it waits for again, and waits again.
+`LONGEST_WAIT`. Software has to be ready for both: it looks at what it waits for again, and waits again. Between
+MONITOR and MWAIT, events that are delivered, VM entries and VM exits, VMRUN and #VMEXIT disarm the monitor; far
+transfers by instructions do not.
 
 Spec: SDM Vol. 2B, "MONITOR—Set Up Monitor Address", "MWAIT—Monitor Wait"; APM Vol. 3, "General-Purpose Instruction
 Reference" (MONITORX, MWAITX).

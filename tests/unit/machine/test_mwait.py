@@ -4,6 +4,7 @@ import pytest
 from flat_guest import COUNTER, EXIT_0, START, machine_with, store, wait_for
 
 from vtx.machine import Machine, StopReason
+from vtx.x86.event import Event, EventKind
 from vtx.x86.monitor import CHECK_TICKS, LONGEST_WAIT
 from vtx.x86.state import Activity
 
@@ -56,6 +57,20 @@ def test_a_store_between_monitor_and_mwait_leaves_nothing_to_wait_for() -> None:
     machine = machine_with(1, MONITOR_COUNTER + store(COUNTER, 5) + MWAIT + EXIT_0)
     assert machine.run().exit_value == 0
     assert machine.now() < CHECK_TICKS
+
+
+@pytest.mark.parametrize("smi", [False, True])
+def test_an_event_between_monitor_and_mwait_leaves_nothing_to_wait_for(smi: bool) -> None:
+    machine = machine_with(1, MONITOR_COUNTER + MWAIT + EXIT_0)
+    machine.run(max_instructions=4)
+    cpu = machine.cpu
+    assert cpu.monitor is not None
+    if smi:
+        cpu.enter_smm()
+    else:
+        cpu.state.idtr.limit = 0  # the NMI is not even delivered
+        cpu.deliver(Event(2, EventKind.NMI))
+    assert cpu.monitor is None
 
 
 @pytest.mark.parametrize("code", [MWAIT + EXIT_0, MONITOR_COUNTER + MWAIT + MWAIT + EXIT_0])

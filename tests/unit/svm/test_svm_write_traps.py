@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from svm_guest import VMMCALL, guest_machine, stored, until_exit
 from svm_machine import GUEST_RIP
+from svm_machine import Machine as Bench
 
 from vmcs.vmcb.intercepts import Exit
+from vtx.x86.monitor import Monitor
 
 TRAP = 0x90  # of CR0; those of CR1 to CR15 follow
 EFER_TRAP = 0x8F
@@ -130,6 +132,18 @@ class TestMonitor:
         machine = guest_machine(self.MONITOR + store + self.MWAIT, 0x8B, 0x8C)
         until_exit(machine)
         assert (stored(machine, "EXITCODE"), stored(machine, "EXITINFO1")) == (0x8B, 0)
+
+    def test_vmrun_and_vmexit__disarm(self) -> None:
+        machine = guest_machine(self.MONITOR + VMMCALL)
+        machine.run(max_instructions=machine.cpu.instructions + 4)
+        assert machine.cpu.monitor is not None
+        until_exit(machine)
+        assert machine.cpu.monitor is None
+        bench = Bench()
+        bench.processor.monitor = Monitor(0x9000, bytes(64))
+        bench.run()
+        assert bench.svm.non_root
+        assert bench.processor.monitor is None
 
     FAULTS = [
         (b"\xb1\x01" + MONITOR[4:], 0x4D),  # MOV CL, 1: an extension that MONITOR has not

@@ -115,6 +115,47 @@ def with_stack(pointer: int, *, ist: int = 0) -> Setup:
     return apply
 
 
+def with_table(name: str, base: int, limit: int = 0xFFFF) -> Setup:
+    """The IDT, the GDT or the TSS at ``base``."""
+
+    def apply(state: CpuState, memory: FakeMemory) -> None:
+        memory.gate64(0x40, 0x58, HANDLER, 0x8E)
+        if name == "tr":
+            state.tr = Segment(0x28, base, limit, 0x8B)
+        else:
+            setattr(state, name, DescriptorTable(base, limit))
+
+    return apply
+
+
+# Tables where an address is not canonical. The gate is at 400H, the code descriptor at 58H, RSP0 at 4.
+TABLES = [
+    with_table("idtr", 0x8000_0000_0000),
+    with_table("idtr", 0x7FFF_FFFF_FBF8),  # of the gate, the second half
+    with_table("idtr", 0xFFFF_7FFF_FFFF_FB00),
+    with_table("gdtr", 0x7FFF_FFFF_FFA8),
+    with_table("tr", 0x7FFF_FFFF_FFFC),
+]
+
+
+@pytest.mark.parametrize("setup", TABLES)
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        (INTERRUPT, 1),
+        (Event(0x40, EventKind.NMI), 1),
+        (Event(0x40, EventKind.HARDWARE_EXCEPTION, error_code=0), 1),
+        (Event(0x40, INT_N, instruction_length=2), 0),
+    ],
+)
+def test_table_that_is_not_canonical__error_code_is_that_of_the_event(setup: Setup, event: Event, code: int) -> None:
+    state, memory = long_machine(cpl=3)
+    setup(state, memory)
+    if event.kind is INT_N:
+        memory.gate64(0x40, 0x58, HANDLER, 0xEE)
+    assert fault_of(state, memory, event) == Fault(Vector.GP, code)
+
+
 FAULTS = [
     ("gate-16-bit", gate(attributes=0x86), Vector.GP, GATE_ERROR | 1),
     ("gate-task", gate(attributes=0x85), Vector.GP, GATE_ERROR | 1),

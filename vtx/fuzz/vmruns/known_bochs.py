@@ -22,7 +22,6 @@ from vtx.fuzz.vmruns.known_common import (
     IN_SOME_PROGRAMS,
     INJECTION,
     LAYOUT,
-    MONITOR_HINTS,
     NMI_VECTOR,
     NO_MEMORY,
     RESUME_FLAG,
@@ -203,14 +202,6 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("IRET"),
     ),
     in_fields(
-        "table-not-canonical",
-        "Bochs",
-        apm("Exceptions and Interrupts", "Vectors"),
-        ("EXITINFO1",),
-        lambda ours, theirs: theirs ^ ours == 1 and bool(theirs & 1),
-        lambda case: case.long_mode and case.ours.code == Exit.EXCEPTION_0 + Vector.GP,
-    ),
-    in_fields(
         "interrupted-software-event",
         "vtx",
         apm(SVM, "State Saved on Exit"),
@@ -225,7 +216,6 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("MOV DR", "MOV ECX, DR") and bool(case["DR7"] & _GD),
     ),
     all_of_it("monitor-intercept", "vtx", _INTERCEPTS, lambda case: case.ours.code == Exit.MONITOR),
-    MONITOR_HINTS,
     all_of_it(
         "segments-of-virtual-8086-mode",
         "vtx",

@@ -232,12 +232,6 @@ def _fast_fxsave(case: Case) -> bool:
 
 _EFER_DEFINED: Final = 0x1D01
 _FAST_FXSAVE: Final = all_of_it("efer-ffxsr", "both", CHECKS, _fast_fxsave)
-MONITOR_HINTS: Final = all_of_it(
-    "monitor-hints",
-    "vtx",
-    apm(SVM, "Instruction Intercepts"),
-    lambda case: case.runs("MONITOR", "MWAIT") and bool(case.fields[scene.REGISTERS[Gpr.RCX]] & MASK32),
-)
 WRITE_TRAPS: Final = all_of_it(
     "write-traps",
     "both",

@@ -19,7 +19,6 @@ from vtx.fuzz.vmruns.known_common import (
     IN_SOME_PROGRAMS,
     INJECTION,
     LAYOUT,
-    MONITOR_HINTS,
     NMI_VECTOR,
     NO_MEMORY,
     RESUME_FLAG,
@@ -242,7 +241,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     all_of_it("page-directory-pointers", "vtx", apm(SVM, "Legacy PAE Mode"), _page_directory_pointers),
     overlooks("cr4-features", CHECKS, _OVERLOOKED, _CR4),
     *IN_SOME_PROGRAMS,
-    MONITOR_HINTS,
     all_of_it(
         "single-step", "vtx", RFLAGS, lambda case: case.runs("STI", "PAUSE") and bool(case["RFLAGS"] & Rflags.TF)
     ),
