@@ -216,11 +216,11 @@ APM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "General-Purpose Programming": ("1", ("Registers",)),
     "System Resources": ("2", ("CR0 Register", "RFLAGS Register")),
-    "Segmented Virtual Memory": ("2", ("Limit Checks", "Segment-Protection Overview")),
+    "Segmented Virtual Memory": ("2", ("Limit Checks", "Real Mode Segmentation", "Segment-Protection Overview")),
     "Page Translation and Protection": ("2", ("Page-Protection Checks",)),
     "Exceptions and Interrupts": ("2", ("Vectors", "Priorities")),
     "Software Debug and Performance Resources": ("2", ("Debug Registers",)),
-    "System Instruction Reference": ("3", ("LTR", "SKINIT", "SYSENTER")),
+    "System Instruction Reference": ("3", ("LTR", "SKINIT", "SYSCALL", "SYSENTER")),
 }
 
 

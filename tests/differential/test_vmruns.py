@@ -8,9 +8,9 @@ import pytest
 
 from vtx.cli.images import find_image
 from vtx.fuzz import compare
-from vtx.fuzz.classes import sort
 from vtx.fuzz.exchange import Report
 from vtx.fuzz.on_vtx import on_vtx
+from vtx.fuzz.readings import explain
 from vtx.fuzz.vmruns.case import case_of
 from vtx.fuzz.vmruns.experiment import IMAGE, ORACLES, experiment
 from vtx.fuzz.vmruns.known import KNOWN
@@ -66,6 +66,7 @@ def test_vmruns(oracle: str) -> None:
     generator = other.generator(2026)
     image = find_image(IMAGE).data
     here, there = (partial(runner, generator.profile, image) for runner in (on_vtx, other.runner))
-    found = compare.compare(experiment(generator), list(islice(generator, COUNT)), here, there)
-    outcome = sort(KNOWN[oracle], case_of(generator), found)
+    what = experiment(generator)
+    found = compare.compare(what, list(islice(generator, COUNT)), here, there)
+    outcome = explain(what, KNOWN[oracle], case_of(generator), found, here, there)
     assert [str(each) for each in outcome.unexplained] == []

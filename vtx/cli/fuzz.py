@@ -14,11 +14,12 @@ from vtx.cli.images import Unusable, find_image
 from vtx.cli.table import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from vtx.fuzz.classes import Known, Sorted
+    from vtx.fuzz.classes import Sorted
     from vtx.fuzz.compare import Disagreement, Experiment
-    from vtx.fuzz.drawing import Generator
+    from vtx.fuzz.drawing import Generator, State
+    from vtx.fuzz.readings import Classes
     from vtx.x86.profile import Profile
 
 
@@ -56,6 +57,7 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
     from vtx.fuzz.entries.states import EntryGenerator  # noqa: PLC0415
     from vtx.fuzz.on_others import on_bochs  # noqa: PLC0415
     from vtx.fuzz.on_vtx import MEMORY  # noqa: PLC0415
+    from vtx.fuzz.readings import Classes  # noqa: PLC0415
     from vtx.x86.profile import load_profile  # noqa: PLC0415
 
     profile = load_profile(PROFILE)
@@ -63,7 +65,7 @@ def entries(count: int, seed: int, listing: bool, reduced: bool) -> int:
     if listing:
         return _list(generator, count)
     campaign = Campaign(experiment(generator), profile, IMAGE, partial(on_bochs, BOCHS))
-    return campaign.run(KNOWN, case_of(generator, MEMORY), count, reduced)
+    return campaign.run(Classes(KNOWN), case_of(generator, MEMORY), count, reduced)
 
 
 @fuzz.command()
@@ -114,20 +116,18 @@ class Campaign:
     image: str
     other: Callable[[Profile, bytes, bytes], str]
 
-    def run(
-        self, known: Sequence[Known[Any]], case_of: Callable[[Disagreement[Any]], Any], count: int, reduced: bool
-    ) -> int:
+    def run(self, classes: Classes[Any], case_of: Callable[[Disagreement[Any]], Any], count: int, reduced: bool) -> int:
         """Compare ``count`` states and print the table of classes; the exit status."""
         from vtx.bench.emulators import Unavailable  # noqa: PLC0415
-        from vtx.fuzz.classes import sort  # noqa: PLC0415
         from vtx.fuzz.compare import compare, reduce  # noqa: PLC0415
         from vtx.fuzz.on_vtx import on_vtx  # noqa: PLC0415
+        from vtx.fuzz.readings import explain  # noqa: PLC0415
 
         image = find_image(self.image).data
         ours, theirs = (partial(runner, self.profile, image) for runner in (on_vtx, self.other))
         try:
             found = compare(self.experiment, list(islice(self.experiment.generator, count)), ours, theirs)
-            outcome = sort(known, case_of, found)
+            outcome = explain(self.experiment, classes, case_of, found, ours, theirs)
             if reduced and outcome.unexplained:
                 outcome.unexplained[:] = reduce(self.experiment, outcome.unexplained, ours, theirs)
         except Unavailable as error:
@@ -138,9 +138,12 @@ class Campaign:
 
 def _print(outcome: Sorted, agree: int) -> None:
     rows = [("agree", f"{agree}", "")]
-    rows += [(f"differ: {each.id}", f"{len(found)}", each.verdict) for each, found in outcome.explained.items()]
+    states: dict[tuple[str, str], set[State]] = {}
+    for each, found in outcome.explained.items():
+        states.setdefault((each.id, each.verdict), set()).update(one.state for one in found)
+    rows += [(f"differ: {name}", f"{len(those)}", verdict) for (name, verdict), those in states.items()]
     rows.append(("not explained", f"{len(outcome.unexplained)}", ""))
     print_table(("class", "states", "who is right"), rows, right=frozenset({1}))
-    for each in outcome.unexplained:
-        print(f"\n{each}")  # noqa: T201
+    for one in outcome.unexplained:
+        print(f"\n{one}")  # noqa: T201
     sys.stdout.flush()

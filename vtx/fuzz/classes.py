@@ -6,7 +6,7 @@ A class is as narrow as the behaviour it is about: a disagreement belongs to it 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from attrs import define, field, frozen
 
@@ -31,11 +31,25 @@ class Known(Generic[K]):
     overlooked: tuple[str, ...] = ()
 
 
+class Class(Protocol):
+    """Any kind of class."""
+
+    @property
+    def id(self) -> str:
+        """What it is called; several may share a name, where a difference shows in several ways."""
+        ...
+
+    @property
+    def verdict(self) -> str:
+        """Who is right."""
+        ...
+
+
 @define
 class Sorted:
     """Disagreements by the classes that explain them, and those that none does."""
 
-    explained: dict[Known[Any], list[Disagreement[Any]]] = field(factory=dict)
+    explained: dict[Class, list[Disagreement[Any]]] = field(factory=dict)
     unexplained: list[Disagreement[Any]] = field(factory=list)
 
 

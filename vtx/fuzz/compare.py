@@ -22,6 +22,7 @@ class Outcome(Protocol):
 
 
 R = TypeVar("R", bound=Outcome)
+R_contra = TypeVar("R_contra", bound=Outcome, contravariant=True)
 
 Runner = Callable[[bytes], str]
 
@@ -29,19 +30,29 @@ BATCH: Final = 8_000
 _MOST_BYTES: Final = 3 << 20
 
 
+class Differences(Protocol[R_contra]):
+    """Names what differs in two results of ``state``.
+
+    If ours is ``of`` another state, what neither run has touched does not differ.
+    """
+
+    def __call__(self, state: State, ours: R_contra, theirs: R_contra, *, of: State | None = None) -> frozenset[str]:
+        """The names."""
+        ...
+
+
 @frozen
 class Experiment(Generic[R]):
     """What is compared: states of ``generator``, given to a guest in ``format``; ``result_of`` reads its lines.
 
-    ``no_answer`` is the result of a state after which the guest is not heard of again; ``differences`` names what
-    differs in two results of a state.
+    ``no_answer`` is the result of a state after which the guest is not heard of again.
     """
 
     generator: Generator[Any]
     format: Format
     result_of: Callable[[str, list[int]], R]
     no_answer: R
-    differences: Callable[[State, R, R], frozenset[str]]
+    differences: Differences[R]
 
     def module(self, states: Sequence[State], first: int = 0) -> bytes:
         """What the guest is given for ``states``, of which the first has the number ``first``."""
@@ -111,9 +122,16 @@ def compare(experiment: Experiment[R], states: Sequence[State], ours: Runner, th
     for number, state in enumerate(states):
         one, other = our_results[number], their_results[number]
         if differing := experiment.differences(state, one, other):
-            rules = tuple(violation.rule.id for violation in generator.violations(state))
-            found.append(Disagreement(state, generator.describe(state), one, other, rules, differing))
+            found.append(disagreement(generator, state, one, other, differing))
     return found
+
+
+def disagreement(
+    generator: Generator[Any], state: State, ours: R, theirs: R, differing: frozenset[str]
+) -> Disagreement[R]:
+    """What is known of ``state``, in two results of which ``differing`` differ."""
+    rules = tuple(violation.rule.id for violation in generator.violations(state))
+    return Disagreement(state, generator.describe(state), ours, theirs, rules, differing)
 
 
 def reduce(

@@ -107,6 +107,11 @@ class Generator(ABC, Generic[F]):
         """Every field of a state."""
         return self.bases[state.base] | {self.by_encoding[encoding]: value for encoding, value in state.deltas}
 
+    def changed(self, state: State, changes: Mapping[F, int]) -> State:
+        """``state`` with other values in the fields that ``changes`` names."""
+        base, fields = self.bases[state.base], self.fields(state) | dict(changes)
+        return State(state.base, tuple((each.encoding, value) for each, value in fields.items() if base[each] != value))
+
     def describe(self, state: State) -> str:
         """A state in words."""
         changes = ", ".join(f"{self.by_encoding[encoding].name} = {value:#x}" for encoding, value in state.deltas)

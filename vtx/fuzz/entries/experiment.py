@@ -21,5 +21,5 @@ def experiment(generator: EntryGenerator) -> Experiment[Result]:
     return Experiment(generator, FORMAT, result_of, NO_ANSWER, _differences)
 
 
-def _differences(state: State, ours: Result, theirs: Result) -> frozenset[str]:
+def _differences(state: State, ours: Result, theirs: Result, *, of: State | None = None) -> frozenset[str]:
     return frozenset() if ours == theirs else frozenset(("result",))

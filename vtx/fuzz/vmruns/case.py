@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import takewhile
 from typing import Final
 
 from attrs import field, frozen
 
 from vmcs.refs import Reference
+from vmcs.vmcb import layouts
 from vmcs.vmcb.fields import BY_NAME, VmcbField
 from vmcs.vmcb.intercepts import Exit
 from vtx.fuzz.classes import Known
@@ -19,6 +21,8 @@ from vtx.fuzz.vmruns.states import VmrunGenerator, program_of
 from vtx.x86.state import Cr0, Efer, Rflags
 
 _LONG: Final = 1 << 9  # CS.L among the attributes
+_EVENT: Final = 0x8000_07FF
+_PREFIXES: Final = bytes.fromhex("262e3664656667f0f2f3")
 Seen = Mapping[str, int]
 
 
@@ -69,6 +73,15 @@ class Case:
         return not self["CR0"] & Cr0.PE
 
     @property
+    def prefixes(self) -> bytes:
+        """The legacy prefixes of what the guest was to execute first, where that is among the programs."""
+        code = scene.memory()[scene.CODE] + scene.memory()[scene.CODE + scene.PAGE]
+        linear = self["RIP"] + (0 if self.in_64_bit_mode else self["CS base"])
+        offset = linear - (scene.LOW if self.virtual_8086 else scene.CODE)
+        instruction = code[offset:] if 0 <= offset < len(code) else b""
+        return bytes(takewhile(_PREFIXES.__contains__, instruction))
+
+    @property
     def invalid(self) -> tuple[bool, bool]:
         """Whether each of the two, the model first, had VMEXIT_INVALID."""
         return self.ours.is_invalid, self.theirs.is_invalid
@@ -94,6 +107,13 @@ class Case:
 
     def _had(self, result: Result, seen: Seen, code: int, handler: int) -> bool:
         return result.code == code or (result.code == Exit.VMMCALL and seen.get("RIP", 0) & 0xFFF == handler)
+
+    def raised(self, vector: int) -> tuple[bool, bool]:
+        """Whether each of the two had the exception ``vector``, perhaps with another fault in its delivery."""
+        ours, theirs = self.exception(vector)
+        event = layouts.EVENT_VALID | layouts.InjectedType.EXCEPTION << layouts.EVENT_TYPE_SHIFT | vector
+        interrupted = (each.get("EXITINTINFO", 0) & _EVENT == event for each in (self.one, self.other))
+        return ours or next(interrupted), theirs or next(interrupted)
 
     def where(self, names: Collection[str], alike: Callable[[int, int], bool]) -> frozenset[str]:
         """Which of ``names`` differ such that ``alike`` says so of our value and theirs."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmcs.vmcb.fields import VmcbField
 from vtx.fuzz.compare import Experiment
@@ -20,6 +20,7 @@ from vtx.x86.profile import Profile, load_profile
 
 IMAGE: Final = "vmruns"
 _SIZE_SHIFT: Final = 32
+_OF_THE_EXIT: Final = frozenset(("EXITCODE", "EXITINFO1", "EXITINFO2", "EXITINTINFO"))
 
 
 def _place(encoding: int) -> int:
@@ -54,15 +55,21 @@ def experiment(generator: VmrunGenerator) -> Experiment[Result]:
     """The comparison of what ``generator`` draws."""
     not_there = () if generator.profile.has("NRIPS") else (scene.NEXT_RIP,)
 
-    def differing(state: State, ours: Result, theirs: Result) -> frozenset[str]:
-        if ours == theirs:
+    def differing(state: State, ours: Result, theirs: Result, *, of: State | None = None) -> frozenset[str]:
+        if ours == theirs and of is None:
             return frozenset()
         inputs = generator.fields(state)
+        inputs_of_ours = inputs if of is None else generator.fields(of)
         program = program_of(state.base, inputs)
         ignored: tuple[VmcbField, ...] = not_there
         if program is not None:
             ignored += tuple(scene.REGISTERS[each] for each in program.unpredictable)
-        one, other = (observed(each, inputs, ignored) for each in (ours, theirs))
-        return differences(one, other)
+        one, other = observed(ours, inputs_of_ours, ignored), observed(theirs, inputs, ignored)
+        as_given = [
+            observed(evolve(each, changed=()), given, ignored)
+            for each, given in ((ours, inputs_of_ours), (theirs, inputs))
+        ]
+        untouched = {name for name in one if (one[name], other.get(name)) == tuple(each.get(name) for each in as_given)}
+        return differences(one, other) - (untouched - _OF_THE_EXIT)
 
     return Experiment(generator, FORMAT, result_of, NO_ANSWER, differing)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from vtx.fuzz.classes import Known
+from vtx.fuzz.readings import Classes
+from vtx.fuzz.vmruns import known_bochs, known_qemu, readings
 from vtx.fuzz.vmruns.case import Case
-from vtx.fuzz.vmruns.known_bochs import OF_BOCHS
-from vtx.fuzz.vmruns.known_qemu import OF_QEMU
 
-KNOWN: Final[Mapping[str, tuple[Known[Case], ...]]] = {"bochs": OF_BOCHS, "qemu": OF_QEMU}
+KNOWN: Final[Mapping[str, Classes[Case]]] = {
+    "bochs": Classes(known_bochs.OF_BOCHS, readings.OF_BOCHS),
+    "qemu": Classes(known_qemu.OF_QEMU, readings.OF_QEMU),
+}

@@ -21,7 +21,6 @@ from vtx.fuzz.vmruns.known_common import (
     IN_SOME_MODES,
     IN_SOME_PROGRAMS,
     INJECTION,
-    LAYOUT,
     NMI_VECTOR,
     NO_MEMORY,
     RESUME_FLAG,
@@ -32,30 +31,36 @@ from vtx.fuzz.vmruns.known_common import (
     SYSENTER,
     VMLOAD,
     VMRUN,
-    WITHIN_TABLE_LIMITS,
-    WRITE_TRAPS,
+    flags_in_memory,
 )
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, Cr4, Rflags
+from vtx.x86.state import MASK32, MASK64, Rflags
 
 _EXIT: Final = apm(SVM, "#VMEXIT")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
-_INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
 _PAGE_FAULT: Final = Exit.EXCEPTION_0 + Vector.PF
 _CR3, _PROTECTED_MODE = "vmrun.cr3-reserved", "vmrun.long-mode-pe"
 _MAPS: Final = ("vmrun.iopm-address", "vmrun.msrpm-address")
 _OVERLOOKED: Final = frozenset((_CR3, _PROTECTED_MODE, EVENT_VECTOR, *_MAPS))
-_NP_BYTE: Final = 0xFF
-_L_AND_D: Final = 3 << 9
-_KIND, _WRITABLE_DATA = 0xA, 0x2
 _FRAME: Final = 40
-_PRESENT, _CODE = 0x80, 0x8
-_BT, _BS, _GD = 1 << 15, 1 << 14, 1 << 13
+_PRESENT: Final = 0x80
+_SOFTWARE: Final = (3, 4)  # types of event: exception, software interrupt
+_CAUSES, _GD = 0xE00F, 1 << 13
+_ARITHMETIC: Final = 0x8D5
 
 
-def _virtual_interrupt(case: Case) -> bool:
-    """A virtual interrupt is due; Bochs has one only when something else makes it look."""
-    return bool(case["virtual interrupt control"] & layouts.V_IRQ and case["RFLAGS"] & Rflags.IF)
+def _read_cr2(case: Case) -> Collection[str]:
+    """What comes of a guest's reading CR2."""
+    if not case.runs("MOV EAX, CR2", "a change of bit 0 in CR2"):
+        return ()
+    flags = flags_in_memory(_ARITHMETIC)(case)
+    return {"RAX", "CR2", *flags, *case.where(("RFLAGS",), lambda ours, theirs: not (ours ^ theirs) & ~_ARITHMETIC)}
+
+
+def _syscall_trap(case: Case) -> bool:
+    """SYSCALL is single-stepped, and clears RFLAGS.TF."""
+    cleared = case["RFLAGS"] & case["SFMASK"] & Rflags.TF
+    return case.runs("SYSCALL") and bool(cleared) and case.raised(Vector.DB) == (False, True)
 
 
 def _without_next_rip(case: Case) -> bool:
@@ -70,7 +75,8 @@ def _injected_type(case: Case) -> int | None:
 
 def _software_interrupt_in_virtual_8086(case: Case) -> bool:
     """A software interrupt is injected where INT n would need an I/O privilege level of 3."""
-    return case.virtual_8086 and _injected_type(case) == layouts.InjectedType.SOFTWARE_INTERRUPT
+    injected = case.virtual_8086 and _injected_type(case) == layouts.InjectedType.SOFTWARE_INTERRUPT
+    return injected and case.exception(Vector.GP)[1]
 
 
 def _real_mode_order(case: Case) -> Collection[str]:
@@ -86,19 +92,22 @@ def _short_error_code(case: Case) -> Collection[str]:
     return case.where(case.memory, lambda ours, theirs: (ours ^ theirs) & 0xFFFF == 0)
 
 
-def _other_nested_control(case: Case) -> bool:
-    """A bit of the byte with NP_ENABLE that is not NP_ENABLE."""
-    control = case["nested paging and encryption control"] & _NP_BYTE
-    return bool(control) and not control & layouts.NP_ENABLE
-
-
 def _pushed_rip(case: Case) -> Collection[str]:
     """The return address of a software interrupt that is injected: nRIP here, RIP there."""
     if _injected_type(case) not in (layouts.InjectedType.SOFTWARE_INTERRUPT, layouts.InjectedType.EXCEPTION):
         return ()
-    return case.where(case.memory, lambda ours, theirs: True)
+
+    def alike(ours: int, theirs: int) -> bool:
+        for mask, shift in _PARTS:
+            addresses = (case["nRIP"] & mask) << shift, (case["RIP"] & mask) << shift
+            if (ours & mask << shift, theirs & mask << shift) == addresses and not (ours ^ theirs) & ~(mask << shift):
+                return True
+        return False
+
+    return case.where(case.memory, alike)
 
 
+_PARTS: Final = ((MASK64, 0), *((MASK32, shift) for shift in (0, 32)), *((0xFFFF, shift) for shift in (0, 16, 32, 48)))
 _DATA_SEGMENTS: Final = ("ES", "CS", "SS", "DS", "FS", "GS")
 _LDT, _TSS = (2,), (1, 3, 9, 11)
 _FETCH: Final = 1 << 4
@@ -139,14 +148,13 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
     overlooks("paged-real-mode", CHECKS, _OVERLOOKED, _PROTECTED_MODE),
     overlooks("event-vectors", INJECTION, _OVERLOOKED, EVENT_VECTOR),
     overlooks("end-of-maps", CHECKS, _OVERLOOKED, *_MAPS),
-    WRITE_TRAPS,
-    in_fields("cr2", "vtx", VMRUN, ("CR2",), lambda ours, theirs: True),
-    all_of_it("cr2", "vtx", VMRUN, lambda case: case.runs("MOV EAX, CR2", "a change of bit 0 in CR2")),
+    in_fields(
+        "cr2", "vtx", VMRUN, ("CR2",), lambda ours, theirs: True, lambda case: case.one.get("CR2") == case["CR2"]
+    ),
+    Known("cr2", "vtx", VMRUN, _read_cr2),
     DEBUG_REGISTER_ONES,
     Known("another-kind-of-segment", "vtx", CHECKS, _garbage),
     Known("unusable-segments", "both", CHECKS, _unusable),
-    all_of_it("cpl-bits", "vtx", LAYOUT, lambda case: case["CPL"] > 3),
-    all_of_it("rsm-intercept", "vtx", _INTERCEPTS, lambda case: case.runs("RSM") and case.ours.code == Exit.RSM),
     in_fields(
         "fetch-without-nx",
         "vtx",
@@ -173,7 +181,8 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         "vtx",
         _EXCEPTIONS,
         ("DR6",),
-        lambda ours, theirs: not (ours ^ (theirs & DR6_WRITABLE | DR6_ONES)) & ~(_BS | _BT),
+        lambda ours, theirs: not (ours ^ (theirs & DR6_WRITABLE | DR6_ONES)) & ~_CAUSES,
+        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DB,
     ),
     RESUME_FLAG,
     in_fields(
@@ -206,57 +215,25 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         "vtx",
         apm(SVM, "State Saved on Exit"),
         ("EXITINTINFO",),
-        lambda ours, theirs: ours != theirs,
+        lambda ours, theirs: not ours or ours >> layouts.EVENT_TYPE_SHIFT & 7 in _SOFTWARE,
         lambda case: case.runs("INT"),
     ),
-    all_of_it(
-        "general-detect",
-        "both",
-        apm("Software Debug and Performance Resources", "Debug Registers"),
-        lambda case: case.runs("MOV DR", "MOV ECX, DR") and bool(case["DR7"] & _GD),
-    ),
-    all_of_it("monitor-intercept", "vtx", _INTERCEPTS, lambda case: case.ours.code == Exit.MONITOR),
-    all_of_it(
-        "segments-of-virtual-8086-mode",
-        "vtx",
-        apm("Segmented Virtual Memory", "Segment-Protection Overview"),
-        lambda case: case.virtual_8086 and any(case[f"{name} attributes"] & _CODE for name in ("ES", "SS", "DS")),
-    ),
-    all_of_it("absent-tss", "both", VMLOAD, lambda case: not case["TR attributes"] & _PRESENT),
-    all_of_it("nested-paging-byte", "vtx", LAYOUT, _other_nested_control),
-    all_of_it(
-        "stack-segment",
-        "both",
-        CHECKS,
-        lambda case: not case.in_64_bit_mode and case["SS attributes"] & _KIND != _WRITABLE_DATA,
-    ),
-    all_of_it("virtual-interrupt", "vtx", apm(SVM, "Injecting Virtual (INTR) Interrupts"), _virtual_interrupt),
     all_of_it("vmload-moves-the-block", "vtx", VMLOAD, lambda case: case.runs("VMLOAD", "VMSAVE")),
     SYSENTER,
-    *IN_SOME_MODES,
-    all_of_it(
-        "implicit-access",
-        "vtx",
-        apm("Page Translation and Protection", "Page-Protection Checks"),
-        lambda case: bool(case["CR4"] & Cr4.SMAP and case["RFLAGS"] & Rflags.AC),
+    all_of_it("syscall-trap", "vtx", apm("System Instruction Reference", "SYSCALL"), _syscall_trap),
+    in_fields(
+        "real-mode-loads",
+        "both",
+        apm("Segmented Virtual Memory", "Real Mode Segmentation"),
+        tuple(f"{name} attributes" for name in _DATA_SEGMENTS),
+        lambda ours, theirs: not ours & _PRESENT and bool(theirs & _PRESENT),
+        lambda case: case.real and case.runs("MOV DS"),
     ),
+    *IN_SOME_MODES,
     Known("real-mode-order", "both", None, _real_mode_order),
     NMI_VECTOR,
     SKINIT,
     *IN_SOME_PROGRAMS,
-    all_of_it(
-        "l-and-d",
-        "vtx",
-        CHECKS,
-        lambda case: case.invalid == (False, True) and case["CS attributes"] & _L_AND_D == _L_AND_D,
-    ),
     all_of_it("injected-in-virtual-8086-mode", "both", INJECTION, _software_interrupt_in_virtual_8086),
-    WITHIN_TABLE_LIMITS,
     NO_MEMORY,
-    all_of_it(
-        "another-kind-of-segment",
-        "vtx",
-        CHECKS,
-        lambda case: any(_as_system_segment(case, name) for name in SEGMENTS),
-    ),
 )

@@ -131,7 +131,9 @@ _NO_REPETITION: Final = all_of_it(
     "no-repetition",
     "both",
     apm(SVM, "Instruction Intercepts"),
-    lambda case: case.runs("REP") and _count(case) == 0,
+    lambda case: (
+        case.runs("REP") and _count(case) == 0 and (case.theirs.code == Exit.IOIO or case.raised(Vector.GP)[1])
+    ),
 )
 
 
@@ -163,7 +165,11 @@ def _foreign_tables(case: Case) -> bool:
     maps = {Exit.IOIO: "IOPM_BASE_PA", Exit.MSR: "MSRPM_BASE_PA"}
     asked = (case[name] for code, name in maps.items() if code in case.exits)
     elsewhere = any(_page(each) not in scene.TABLES for each in tables) or any(each >= MEMORY for each in asked)
-    return elsewhere and not case.rules
+    fails = case.ours.code in _LOST or case.raised(Vector.PF)[0]
+    return elsewhere and fails and not case.rules
+
+
+_LOST: Final = (Exit.NPF, Exit.EXCEPTION_0 + Vector.DF, Exit.SHUTDOWN, Exit.IOIO, Exit.MSR)
 
 
 def _page(address: int) -> int:
@@ -242,12 +248,12 @@ SYSENTER: Final = all_of_it(
     "sysenter-in-long-mode",
     "vtx",
     apm("System Instruction Reference", "SYSENTER"),
-    lambda case: case.runs("SYSENTER") and case.long_mode,
+    lambda case: case.runs("SYSENTER") and case.long_mode and case.raised(Vector.UD) == (True, False),
 )
 
 STORED_WORDS: Final = (_TABLE_LIMITS, _HIGH_HALVES, _MSR_WIDTHS, _RESERVED_FLAGS, _RESERVED_CR0, _UNOBSERVED_ATTRIBUTES)
 """Words of which more, or fewer, bits are kept than the architecture defines, and nothing else comes of it."""
-IN_SOME_MODES: Final = (_VM_IN_LONG_MODE, _VM_IN_REAL_MODE, _REAL_MODE_ERROR_CODE)
+IN_SOME_MODES: Final = (_REAL_MODE_ERROR_CODE,)
 """RFLAGS.VM where there is no virtual-8086 mode, and error codes where there are none."""
-IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE, _LMSW, _FAST_FXSAVE, _PROGRAM_READS_RESERVED_CR0)
+IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE)
 """What only shows with certain instructions, or in fields that are not in use."""

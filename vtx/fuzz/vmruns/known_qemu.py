@@ -14,6 +14,8 @@ from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
 from vtx.fuzz.vmruns.known_common import (
     CHECKS,
     DEBUG_REGISTER_ONES,
+    DR7_ONES,
+    DR7_RESERVED,
     EVENT_VECTOR,
     IN_SOME_MODES,
     IN_SOME_PROGRAMS,
@@ -28,15 +30,12 @@ from vtx.fuzz.vmruns.known_common import (
     STORED_WORDS,
     SVM,
     SYSENTER,
-    VMLOAD,
     VMRUN,
-    WITHIN_TABLE_LIMITS,
-    WRITE_TRAPS,
     flags_in_memory,
 )
 from vtx.x86.linear import is_canonical
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, Cr0, Cr4, Efer, Gpr, Rflags
+from vtx.x86.state import MASK32, MASK64, Cr0, Cr4, Efer, Gpr, Rflags
 
 _INTERCEPTS: Final = apm(SVM, "Instruction Intercepts")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
@@ -50,12 +49,6 @@ _BIG: Final = 1 << 10
 _LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
 _AVAILABLE_TSS: Final = 0x89
-
-
-def _ignores_shadow(case: Case) -> bool:
-    """The guest began in an interrupt shadow, with a virtual interrupt that is due after it."""
-    shadow = case["interrupt state"] & layouts.INTERRUPT_SHADOW
-    return bool(shadow and case["virtual interrupt control"] & layouts.V_IRQ and case["RFLAGS"] & Rflags.IF)
 
 
 def _privilege_level(case: Case) -> int:
@@ -82,45 +75,11 @@ def _double(gate: int) -> int:
     return 2 * (gate & ~7) | 2
 
 
-def _without_exit(case: Case) -> bool:
-    """QEMU has no check for the intercept of what the guest is about to execute."""
-    missing = {
-        "RDTSCP": Exit.RDTSCP,
-        "INVD": Exit.INVD,
-        "INT ": Exit.SWINT,
-        "INT3": Exit.EXCEPTION_0 + Vector.BP,
-        "INTO": Exit.EXCEPTION_0 + Vector.OF,
-    }
-    return any(case.runs(name) and case.ours.code == code for name, code in missing.items())
-
-
 def _privilege_first(case: Case) -> bool:
     """An instruction that is undefined where the guest is, at a privilege level that may not execute it either."""
     delivered = case.one.get("EXITINTINFO", 0) & 0xFF, case.other.get("EXITINTINFO", 0) & 0xFF
     differ = case.exception(Vector.UD)[0] and case.exception(Vector.GP)[1]
     return (differ or delivered == (Vector.UD, Vector.GP)) and _privilege_level(case) > 0
-
-
-def _long_mode_active(case: Case) -> bool:
-    """EFER.LMA was not what EFER.LME and CR0.PG make it."""
-    return bool(case["EFER"] & Efer.LMA) != case.long_mode
-
-
-def _event_type(case: Case) -> int:
-    return case["EVENTINJ"] >> layouts.EVENT_TYPE_SHIFT & 7
-
-
-def _is_injected(case: Case) -> bool:
-    return bool(case["EVENTINJ"] & layouts.EVENT_VALID)
-
-
-def _error_code(case: Case) -> bool:
-    """An event that is injected with an error code that its vector does not have, or without one that it has."""
-    if not _is_injected(case):
-        return False
-    valid = bool(case["EVENTINJ"] & layouts.EVENT_ERROR_CODE_VALID)
-    has_one = case["EVENTINJ"] & 0xFF in _WITH_ERROR_CODE and _event_type(case) == layouts.InjectedType.EXCEPTION
-    return valid != has_one
 
 
 def _page_directory_pointers(case: Case) -> bool:
@@ -134,8 +93,8 @@ def _pae(case: Case) -> bool:
 
 
 def _lock_prefix(case: Case) -> bool:
-    """We had an invalid opcode, and QEMU went on."""
-    return case.exception(Vector.UD) == (True, False) and case.program is None
+    """We had an invalid opcode because of a LOCK prefix, and QEMU went on."""
+    return case.exception(Vector.UD) == (True, False) and _LOCK in case.prefixes
 
 
 def _other_intercept(case: Case) -> bool:
@@ -144,35 +103,31 @@ def _other_intercept(case: Case) -> bool:
     return any(case.runs(name) and case.theirs.code == code for name, code in others.items())
 
 
-def _faults(case: Case) -> bool:
-    """Whether the model had a fault of an access to memory."""
-    return case.ours.code == Exit.NPF or any(case.exception(each)[0] for each in (Vector.SS, Vector.GP, Vector.PF))
+def _stack_not_canonical(case: Case) -> bool:
+    """Event delivery pushes to addresses that are not canonical: #SS, which QEMU takes for #GP like all others."""
+    top = case["RSP"] & ~0xF
+    pushed = (top - 8 * number & MASK64 for number in range(7))
+    beyond = case.long_mode and not all(is_canonical(each, _LINEAR_WIDTH) for each in pushed)
+    return beyond and case.ours.code in (_SS, *_FATAL) and case.theirs.code in (_GP, *_FATAL)
 
 
-def _not_canonical(case: Case) -> bool:
-    """An address beyond 48 bits faults, in long mode, before it is translated."""
-    faults = case.exception(Vector.SS)[0] or case.exception(Vector.GP)[0]
-    return case.long_mode and (faults or not is_canonical(case["RSP"], _LINEAR_WIDTH))
+def _write_not_canonical(case: Case) -> bool:
+    """WRMSR of an address that is not canonical."""
+    low, high = (case.fields[scene.REGISTERS[each]] & MASK32 for each in (Gpr.RAX, Gpr.RDX))
+    faults = case.raised(Vector.GP) == (True, False)
+    return case.runs("WRMSR") and faults and not is_canonical(high << 32 | low, _LINEAR_WIDTH)
 
 
-def _segment_checks(case: Case) -> bool:
-    """Attributes or limit of a segment make us raise an exception, which QEMU does not look for."""
-    if case["RIP"] & MASK32 > case["CS limit"] and not case.in_64_bit_mode:
-        return True
-    faults = any(case.exception(vector) == (True, False) for vector in (Vector.GP, Vector.SS, Vector.DF))
-    return (faults or case.ours.code == Exit.SHUTDOWN) and not case.in_64_bit_mode
-
-
-_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21, 29, 30))
+_SS, _GP = Exit.EXCEPTION_0 + Vector.SS, Exit.EXCEPTION_0 + Vector.GP
+_FATAL: Final = (Exit.EXCEPTION_0 + Vector.DF, Exit.SHUTDOWN)
+_LOCK: Final = 0xF0
 
 OF_QEMU: Final[tuple[Known[Case], ...]] = (
     overlooks("nested-paging-fields", apm(SVM, "Nested Paging"), _OVERLOOKED, *_NESTED_PAGING),
     overlooks("event-vectors", INJECTION, _OVERLOOKED, EVENT_VECTOR),
-    WRITE_TRAPS,
     Known("resume-flag", "vtx", RFLAGS, flags_in_memory(RF)),
     RESUME_FLAG,
     NMI_VECTOR,
-    all_of_it("real-mode-stack", "vtx", _VECTORS, lambda case: case.real and bool(case["SS attributes"] & _BIG)),
     in_fields(
         "io-address-size",
         "vtx",
@@ -183,6 +138,13 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
     ),
     *STORED_WORDS,
     DEBUG_REGISTER_ONES,
+    in_fields(
+        "general-detect",
+        "vtx",
+        apm("Software Debug and Performance Resources", "Debug Registers"),
+        ("DR7",),
+        lambda ours, theirs: ours == theirs & ~(DR7_RESERVED | _GD) & MASK32 | DR7_ONES,
+    ),
     in_fields("efer-lma", "vtx", VMRUN, ("EFER",), lambda ours, theirs: ours ^ theirs == _LMA),
     in_fields(
         "host-cr0",
@@ -198,7 +160,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         apm(SVM, "#VMEXIT"),
         lambda case: case.theirs.kind != "exit" and bool(case["EFER"] & Efer.LME and not case["CR0"] & Cr0.PG),
     ),
-    all_of_it("interrupt-shadow", "vtx", LAYOUT, _ignores_shadow),
     in_fields(
         "interrupt-shadow",
         "vtx",
@@ -216,14 +177,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: (ours >> layouts.EVENT_TYPE_SHIFT & 7, theirs >> layouts.EVENT_TYPE_SHIFT & 7) == (3, 4),
         lambda case: case.runs("INT3", "INTO"),
     ),
-    all_of_it("missing-intercepts", "vtx", _INTERCEPTS, _without_exit),
-    all_of_it("int1", "vtx", _INTERCEPTS, lambda case: case.runs("INT1")),
-    all_of_it(
-        "vmload-always-exits",
-        "vtx",
-        VMLOAD,
-        lambda case: case.runs("VMLOAD", "VMSAVE") and case.theirs.code in (Exit.VMLOAD, Exit.VMSAVE),
-    ),
+    all_of_it("int1", "vtx", _INTERCEPTS, lambda case: case.runs("INT1") and case.raised(Vector.UD)[1]),
     all_of_it("undefined-before-privilege", "vtx", apm("Exceptions and Interrupts", "Priorities"), _privilege_first),
     in_fields(
         "null-ldt",
@@ -234,21 +188,16 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda case: not case.one.get("LDTR selector", 0),
     ),
     *IN_SOME_MODES,
-    all_of_it("efer-lma", "vtx", VMRUN, _long_mode_active),
-    all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and not case.intercepts(Exit.RDPMC)),
+    all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and case.raised(Vector.UD) == (False, True)),
     SYSENTER,
-    all_of_it("event-error-code", "vtx", INJECTION, _error_code),
     all_of_it("page-directory-pointers", "vtx", apm(SVM, "Legacy PAE Mode"), _page_directory_pointers),
     overlooks("cr4-features", CHECKS, _OVERLOOKED, _CR4),
     *IN_SOME_PROGRAMS,
     all_of_it(
-        "single-step", "vtx", RFLAGS, lambda case: case.runs("STI", "PAUSE") and bool(case["RFLAGS"] & Rflags.TF)
-    ),
-    all_of_it(
-        "map-low-bits",
+        "single-step",
         "vtx",
-        LAYOUT,
-        lambda case: bool((case["IOPM_BASE_PA"] | case["MSRPM_BASE_PA"]) & 0xFFF),
+        RFLAGS,
+        lambda case: case.runs("STI", "PAUSE") and bool(case["RFLAGS"] & Rflags.TF) and case.raised(Vector.DB)[0],
     ),
     all_of_it(
         "address-before-intercept",
@@ -257,12 +206,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("VMRUN", "VMLOAD", "VMSAVE") and case.exception(Vector.GP) == (False, True),
     ),
     all_of_it("lock-prefix", "vtx", _VECTORS, _lock_prefix),
-    all_of_it(
-        "msr-index",
-        "vtx",
-        _INTERCEPTS,
-        lambda case: case.runs("RDMSR", "WRMSR") and case.fields[scene.REGISTERS[Gpr.RCX]] > MASK32,
-    ),
     all_of_it("other-intercepts", "vtx", _INTERCEPTS, _other_intercept),
     in_fields(
         "legacy-linear-addresses",
@@ -271,12 +214,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         ("EXITINFO2", "CR2"),
         lambda ours, theirs: ours == theirs & MASK32,
         lambda case: not case.long_mode,
-    ),
-    all_of_it(
-        "general-detect",
-        "vtx",
-        apm("Software Debug and Performance Resources", "Debug Registers"),
-        lambda case: bool(case["DR7"] & _GD),
     ),
     in_fields(
         "read-modify-write",
@@ -302,22 +239,8 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: ours != theirs,
         lambda case: bool(case["virtual interrupt control"] & layouts.V_IRQ),
     ),
-    all_of_it(
-        "virtual-vector",
-        "vtx",
-        LAYOUT,
-        lambda case: bool(
-            case["virtual interrupt control"] & layouts.V_IRQ and case["virtual interrupt control"] >> 40
-        ),
-    ),
-    all_of_it("monitor-access", "vtx", _INTERCEPTS, lambda case: case.runs("MONITOR") and _faults(case)),
-    all_of_it(
-        "legacy-linear-addresses",
-        "vtx",
-        apm("Segmented Virtual Memory", "Segment-Protection Overview"),
-        lambda case: not case.long_mode and max(case["GDTR base"], case["IDTR base"]) > MASK32,
-    ),
-    all_of_it("canonical", "vtx", _VECTORS, _not_canonical),
+    all_of_it("canonical", "vtx", _VECTORS, _stack_not_canonical),
+    all_of_it("canonical", "vtx", _VECTORS, _write_not_canonical),
     all_of_it(
         "tss-type",
         "vtx",
@@ -325,12 +248,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda case: case.theirs.kind != "exit" and case["TR attributes"] & 0x9F != _AVAILABLE_TSS,
     ),
     SKINIT,
-    all_of_it(
-        "double-fault",
-        "vtx",
-        _EXCEPTIONS,
-        lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DF and case.theirs.code != case.ours.code,
-    ),
     in_fields(
         "reserved-is-present",
         "vtx",
@@ -339,14 +256,11 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: ours ^ theirs == _PRESENT and bool(ours & _RESERVED),
         lambda case: case.ours.code in (Exit.NPF, Exit.EXCEPTION_0 + Vector.PF),
     ),
-    all_of_it("null-tss", "vtx", apm("System Instruction Reference", "LTR"), lambda case: case.runs("LTR")),
     all_of_it(
-        "privilege-level",
+        "null-tss",
         "vtx",
-        VMRUN,
-        lambda case: case["SS attributes"] >> 5 & 3 != _privilege_level(case),
+        apm("System Instruction Reference", "LTR"),
+        lambda case: case.runs("LTR") and case.raised(Vector.GP) == (True, False),
     ),
-    WITHIN_TABLE_LIMITS,
-    all_of_it("segment-checks", "vtx", apm("Segmented Virtual Memory", "Limit Checks"), _segment_checks),
     NO_MEMORY,
 )

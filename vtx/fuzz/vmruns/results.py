@@ -79,12 +79,13 @@ def _fields_of_words() -> dict[int, tuple[VmcbField, ...]]:
 
 _FIELDS_OF_WORD: Final = _fields_of_words()
 
-# Of the control area, what a #VMEXIT defines.
+# Of the control area, what a #VMEXIT defines; of attributes, what there is.
 _DEFINED: Final[Mapping[VmcbField, int]] = {
     scene.EVENTINJ: layouts.EVENT_VALID,
     scene.VIRTUAL: 0xF | layouts.V_IRQ,
     scene.INTERRUPT_STATE: layouts.INTERRUPT_SHADOW,
     scene.NEXT_RIP: MASK64,
+    **{each: 0xFFF for each in scene.WRITTEN if each.name.endswith("attributes")},
 }
 _SAVED: Final = tuple(each for each in (*scene.WRITTEN, *scene.HOST) if each.offset >= SAVE_AREA or each in _DEFINED)
 # Exit codes with an EXITINFO1, or EXITINFO2, on processors without decode assists too.
