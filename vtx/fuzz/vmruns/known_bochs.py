@@ -18,11 +18,11 @@ from vtx.fuzz.vmruns.known_common import (
     DR7_ONES,
     DR7_RESERVED,
     EVENT_VECTOR,
-    IN_SOME_MODES,
     IN_SOME_PROGRAMS,
     INJECTION,
     NMI_VECTOR,
     NO_MEMORY,
+    REAL_MODE_ERROR_CODE,
     RESUME_FLAG,
     SEGMENTS,
     SKINIT,
@@ -61,6 +61,12 @@ def _syscall_trap(case: Case) -> bool:
     """SYSCALL is single-stepped, and clears RFLAGS.TF."""
     cleared = case["RFLAGS"] & case["SFMASK"] & Rflags.TF
     return case.runs("SYSCALL") and bool(cleared) and case.raised(Vector.DB) == (False, True)
+
+
+def _moves_the_block(case: Case) -> bool:
+    """VMLOAD or VMSAVE has been executed."""
+    stopped = case.ours.code in (Exit.VMLOAD, Exit.VMSAVE) or case.raised(Vector.GP)[0] or case.raised(Vector.UD)[0]
+    return case.runs("VMLOAD", "VMSAVE") and not stopped
 
 
 def _without_next_rip(case: Case) -> bool:
@@ -218,7 +224,7 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: not ours or ours >> layouts.EVENT_TYPE_SHIFT & 7 in _SOFTWARE,
         lambda case: case.runs("INT"),
     ),
-    all_of_it("vmload-moves-the-block", "vtx", VMLOAD, lambda case: case.runs("VMLOAD", "VMSAVE")),
+    all_of_it("vmload-moves-the-block", "vtx", VMLOAD, _moves_the_block),
     SYSENTER,
     all_of_it("syscall-trap", "vtx", apm("System Instruction Reference", "SYSCALL"), _syscall_trap),
     in_fields(
@@ -229,7 +235,7 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: not ours & _PRESENT and bool(theirs & _PRESENT),
         lambda case: case.real and case.runs("MOV DS"),
     ),
-    *IN_SOME_MODES,
+    REAL_MODE_ERROR_CODE,
     Known("real-mode-order", "both", None, _real_mode_order),
     NMI_VECTOR,
     SKINIT,

@@ -13,7 +13,7 @@ from vtx.fuzz.on_vtx import MEMORY
 from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, Cr0, Gpr, Rflags
+from vtx.x86.state import MASK32, Cr0, Gpr
 
 SVM: Final = "Secure Virtual Machine"
 LAYOUT: Final = apm(SVM, "Layout of VMCB")
@@ -54,10 +54,6 @@ def _reserved_flags(case: Case) -> frozenset[str]:
     return saved | flags_in_memory(_RFLAGS_RESERVED | RF)(case)
 
 
-def _beyond_16_bits(case: Case) -> bool:
-    return case["IDTR limit"] > _LIMIT or case["GDTR limit"] > _LIMIT
-
-
 _TABLE_LIMITS: Final = in_fields(
     "table-limits",
     "vtx",
@@ -65,7 +61,6 @@ _TABLE_LIMITS: Final = in_fields(
     ("GDTR limit", "IDTR limit"),
     lambda ours, theirs: ours == theirs & _LIMIT,
 )
-WITHIN_TABLE_LIMITS: Final = all_of_it("table-limits", "vtx", LAYOUT, _beyond_16_bits)
 
 
 def _high_halves(case: Case) -> frozenset[str]:
@@ -85,19 +80,22 @@ RESUME_FLAG: Final = in_fields(
     "resume-flag", "vtx", RFLAGS, ("RFLAGS",), lambda ours, theirs: (ours ^ theirs) & RFLAGS_DEFINED == RF
 )
 _RESERVED_FLAGS: Final[Known[Case]] = Known("reserved-flags", "vtx", RFLAGS, _reserved_flags)
-_READS_CR0: Final = ("MOV EAX, CR0", "a change of", "SMSW", "_LMSW", "CLTS")
-_PROGRAM_READS_RESERVED_CR0: Final = all_of_it(
-    "reserved-cr0",
-    "both",
-    apm("System Resources", "CR0 Register"),
-    lambda case: case.runs(*_READS_CR0) and bool(case["CR0"] & MASK32 & ~_CR0_DEFINED),
-)
 _RESERVED_CR0: Final = in_fields(
     "reserved-cr0",
     "both",
     apm("System Resources", "CR0 Register"),
-    ("CR0", "RAX"),  # the latter is what programs read it into
+    ("CR0",),
     lambda ours, theirs: ours == theirs & _CR0_DEFINED | _ET,
+)
+_CHANGES: Final = tuple(f"a change of {bits} in CR0" for bits in ("MP", "EM", "TS", "NE", "nothing"))
+_READS_CR0: Final = ("MOV EAX, CR0", "SMSW", *_CHANGES)
+_READ_RESERVED_CR0: Final = in_fields(
+    "reserved-cr0",
+    "both",
+    apm("System Resources", "CR0 Register"),
+    ("RAX",),  # what programs read it into
+    lambda ours, theirs: not (ours ^ theirs) & (_CR0_DEFINED | _ET),
+    lambda case: case.runs(*_READS_CR0),
 )
 
 
@@ -188,7 +186,7 @@ def _real_mode_error_code(case: Case) -> frozenset[str]:
     return interrupted | (of_exit if case.ours.code == Exit.EXCEPTION_0 + Vector.GP else frozenset())
 
 
-_REAL_MODE_ERROR_CODE: Final[Known[Case]] = Known(
+REAL_MODE_ERROR_CODE: Final[Known[Case]] = Known(
     "real-mode-error-code", "both", apm(SVM, "Exception Intercepts"), _real_mode_error_code
 )
 NMI_VECTOR: Final = in_fields(
@@ -203,47 +201,33 @@ SKINIT: Final = all_of_it(
     "skinit",
     "both",
     apm("System Instruction Reference", "SKINIT"),
-    lambda case: case.runs("SKINIT") or case.theirs.code == Exit.SKINIT,
-)
-_VM_IN_REAL_MODE: Final = all_of_it(
-    "vm-in-real-mode", "both", RFLAGS, lambda case: case.real and bool(case["RFLAGS"] & Rflags.VM)
-)
-_VM_IN_LONG_MODE: Final = all_of_it(
-    "vm-in-long-mode", "vtx", RFLAGS, lambda case: case.long_mode and bool(case["RFLAGS"] & Rflags.VM)
+    lambda case: case.raised(Vector.UD) == (True, False) and (case.runs("SKINIT") or case.theirs.code == Exit.SKINIT),
 )
 DR6_WRITABLE, DR6_ONES = 0x1_E00F, 0xFFFF_0FF0
 DR7_RESERVED, DR7_ONES = 0xD800, 0x400
+
+
+def _has_ones(ours: int, theirs: int) -> bool:
+    """Whether ours is what theirs is as DR6 or DR7, with what is reserved as it must be."""
+    return ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~DR7_RESERVED & MASK32 | DR7_ONES)
+
+
 DEBUG_REGISTER_ONES: Final = in_fields(
     "debug-register-ones",
     "vtx",
     apm("Software Debug and Performance Resources", "Debug Registers"),
-    ("DR6", "DR7", "RCX"),  # the last is what programs read them into
-    lambda ours, theirs: ours in (theirs & DR6_WRITABLE | DR6_ONES, theirs & ~DR7_RESERVED & MASK32 | DR7_ONES),
+    ("DR6", "DR7"),
+    _has_ones,
+)
+READ_DEBUG_REGISTER_ONES: Final = in_fields(
+    "debug-register-ones",
+    "vtx",
+    apm("Software Debug and Performance Resources", "Debug Registers"),
+    ("RCX",),  # what programs read them into
+    _has_ones,
+    lambda case: case.runs("MOV ECX, DR"),
 )
 EVENT_VECTOR: Final = "vmrun.event-vector"
-_LMSW: Final = all_of_it(
-    "lmsw",
-    "vtx",
-    apm(SVM, "Instruction Intercepts"),
-    lambda case: case.runs("_LMSW") and case.ours.code == Exit.CR0_SEL_WRITE,
-)
-_FFXSR: Final = 1 << 14
-
-
-def _fast_fxsave(case: Case) -> bool:
-    """EFER.FFXSR is the only bit that is reserved here."""
-    only = case.rules == ("vmrun.efer-reserved",) and case["EFER"] & ~_EFER_DEFINED == _FFXSR
-    return case.invalid == (True, False) and only
-
-
-_EFER_DEFINED: Final = 0x1D01
-_FAST_FXSAVE: Final = all_of_it("efer-ffxsr", "both", CHECKS, _fast_fxsave)
-WRITE_TRAPS: Final = all_of_it(
-    "write-traps",
-    "both",
-    apm(SVM, "Control Register Write Traps"),
-    lambda case: Exit.EFER_WRITE_TRAP <= case.ours.code < Exit.CR0_WRITE_TRAP + 16,
-)
 SYSENTER: Final = all_of_it(
     "sysenter-in-long-mode",
     "vtx",
@@ -253,7 +237,5 @@ SYSENTER: Final = all_of_it(
 
 STORED_WORDS: Final = (_TABLE_LIMITS, _HIGH_HALVES, _MSR_WIDTHS, _RESERVED_FLAGS, _RESERVED_CR0, _UNOBSERVED_ATTRIBUTES)
 """Words of which more, or fewer, bits are kept than the architecture defines, and nothing else comes of it."""
-IN_SOME_MODES: Final = (_REAL_MODE_ERROR_CODE,)
-"""RFLAGS.VM where there is no virtual-8086 mode, and error codes where there are none."""
-IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE)
+IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE, _READ_RESERVED_CR0, READ_DEBUG_REGISTER_ONES)
 """What only shows with certain instructions, or in fields that are not in use."""

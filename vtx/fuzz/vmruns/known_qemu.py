@@ -17,12 +17,12 @@ from vtx.fuzz.vmruns.known_common import (
     DR7_ONES,
     DR7_RESERVED,
     EVENT_VECTOR,
-    IN_SOME_MODES,
     IN_SOME_PROGRAMS,
     INJECTION,
     LAYOUT,
     NMI_VECTOR,
     NO_MEMORY,
+    REAL_MODE_ERROR_CODE,
     RESUME_FLAG,
     RF,
     RFLAGS,
@@ -77,9 +77,7 @@ def _double(gate: int) -> int:
 
 def _privilege_first(case: Case) -> bool:
     """An instruction that is undefined where the guest is, at a privilege level that may not execute it either."""
-    delivered = case.one.get("EXITINTINFO", 0) & 0xFF, case.other.get("EXITINTINFO", 0) & 0xFF
-    differ = case.exception(Vector.UD)[0] and case.exception(Vector.GP)[1]
-    return (differ or delivered == (Vector.UD, Vector.GP)) and _privilege_level(case) > 0
+    return case.raised(Vector.UD)[0] and case.raised(Vector.GP)[1] and _privilege_level(case) > 0
 
 
 def _page_directory_pointers(case: Case) -> bool:
@@ -187,7 +185,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: not ours & 0x80 and bool(theirs & 0x80),
         lambda case: not case.one.get("LDTR selector", 0),
     ),
-    *IN_SOME_MODES,
+    REAL_MODE_ERROR_CODE,
     all_of_it("rdpmc", "vtx", _INTERCEPTS, lambda case: case.runs("RDPMC") and case.raised(Vector.UD) == (False, True)),
     SYSENTER,
     all_of_it("page-directory-pointers", "vtx", apm(SVM, "Legacy PAE Mode"), _page_directory_pointers),
@@ -235,9 +233,17 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         "virtual-interrupt-delivery",
         "vtx",
         apm(SVM, "Injecting Virtual (INTR) Interrupts"),
-        ("EXITINTINFO", "virtual interrupt control"),
-        lambda ours, theirs: ours != theirs,
+        ("EXITINTINFO",),
+        lambda ours, theirs: theirs == ours | layouts.InjectedType.EXCEPTION << layouts.EVENT_TYPE_SHIFT,
         lambda case: bool(case["virtual interrupt control"] & layouts.V_IRQ),
+    ),
+    in_fields(
+        "virtual-interrupt-delivery",
+        "vtx",
+        apm(SVM, "Injecting Virtual (INTR) Interrupts"),
+        ("virtual interrupt control",),
+        lambda ours, theirs: theirs == ours | layouts.V_IRQ,
+        lambda case: bool(case.one.get("EXITINTINFO", 0) & layouts.EVENT_VALID),
     ),
     all_of_it("canonical", "vtx", _VECTORS, _stack_not_canonical),
     all_of_it("canonical", "vtx", _VECTORS, _write_not_canonical),
