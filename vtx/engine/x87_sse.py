@@ -30,12 +30,13 @@ _ALL_MASKED: Final = 0x1F80
 _FLUSH_WITH_UNDERFLOW_MASKED: Final = 1 << 15 | 1 << 11
 _MXCSR: Final = layout.FPU + 216
 _XMM_STRIDE: Final = 64
+_X87_REGISTERS: Final = struct.Struct("10s6x" * 8)
+_XMM_REGISTERS: Final = struct.Struct("16s48x" * 16)
 
 _HEAD: Final = struct.Struct("<HHBxHQQII")  # FCW FSW FTW FOP FIP FDP MXCSR MXCSR_MASK
 _TOP_SHIFT: Final = 11
 _TOP_MASK: Final = 7 << _TOP_SHIFT
 _MXCSR_MASK: Final = 0xFFFF
-_REGISTER_BYTES: Final = 10
 
 # What a processor holds when it is switched on: masked exceptions, all x87 registers +0.
 POWER_UP: Final = _HEAD.pack(0x0040, 0, 0xFF, 0, 0, 0, 0x1F80, _MXCSR_MASK).ljust(LEGACY_AREA, b"\0")
@@ -90,12 +91,9 @@ def legacy_area(image: memoryview) -> bytes:
         _unpack(image, "<I", _MXCSR),
         _MXCSR_MASK,
     )
-    for number in range(8):
-        start = _REGISTERS + 16 * ((top + number) & 7)
-        area[32 + 16 * number : 42 + 16 * number] = image[start : start + _REGISTER_BYTES]
-    for number in range(16):
-        start = layout.XMM0 + _XMM_STRIDE * number
-        area[160 + 16 * number : 176 + 16 * number] = image[start : start + 16]
+    x87 = _X87_REGISTERS.unpack_from(image, _REGISTERS)
+    _X87_REGISTERS.pack_into(area, 32, *x87[top:], *x87[:top])
+    area[160:] = b"".join(_XMM_REGISTERS.unpack_from(image, layout.XMM0))
     return bytes(area)
 
 
@@ -108,9 +106,8 @@ def set_legacy_area(image: memoryview, area: bytes) -> tuple[int, int]:
     image[_TAGS : _TAGS + 8] = bytes(not tags >> number & 1 for number in range(8))
     struct.pack_into("<H", image, _OPCODE, opcode)
     struct.pack_into("<QQ", image, _POINTERS, instruction, operand)
-    for number in range(8):
-        start = _REGISTERS + 16 * ((top + number) & 7)
-        image[start : start + _REGISTER_BYTES] = area[32 + 16 * number : 42 + 16 * number]
+    x87 = _X87_REGISTERS.unpack_from(area, 32)
+    _X87_REGISTERS.pack_into(image, _REGISTERS, *x87[8 - top :], *x87[: 8 - top])
     for number in range(16):
         start = layout.XMM0 + _XMM_STRIDE * number
         image[start : start + 16] = area[160 + 16 * number : 176 + 16 * number]

@@ -7,6 +7,7 @@ instructions' pages.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import pytest
 from processor_bench import ABSENT, CODE, DATA, ProcessorBench, long_mode, protected_mode
@@ -210,6 +211,56 @@ class TestMxcsr:
         bench = bench_of(self.FXRSTOR, state)
         bench.memory.write(AREA, image(mxcsr=0xFFFF_FFFF)[:512])
         bench.run()
+
+    @pytest.mark.parametrize(
+        ("start", "osfxsr", "stored"),
+        [
+            (long_mode, True, [(0, 416)]),
+            (protected_mode, True, [(0, 288)]),
+            (long_mode, False, [(0, 24), (32, 160)]),
+            (protected_mode, False, [(0, 24), (32, 160)]),
+        ],
+    )
+    def test_fxsave__what_is_stored(
+        self, start: Callable[[], CpuState], osfxsr: bool, stored: list[tuple[int, int]]
+    ) -> None:
+        """SDM Vol. 2, "FXSAVE—Save x87 FPU, MMX Technology, and SSE State": the rest of memory stays as it was."""
+        state = start()
+        state.cr4 = state.cr4 | OSFXSR if osfxsr else state.cr4 & ~OSFXSR
+        bench = bench_of("0fae06" + "0fae07", state)  # FXSAVE [RSI]; FXSAVE [RDI]
+        bench.memory.write(OTHER, b"\x00" * 512)
+        bench.memory.write(AREA, b"\xff" * 512)
+        bench.run()
+        one, other = bench.memory.read(OTHER, 512), bench.memory.read(AREA, 512)
+        same = [position for position in range(512) if one[position] == other[position]]
+        assert same == [position for begin, end in stored for position in range(begin, end)]
+
+    def test_fxsave__pointers_have_32_bits_without_rex_w(self) -> None:
+        load = "480fae0f"  # FXRSTOR64 [RDI]
+        bench = bench_of(load + "0fae06" + "480fae07", long_mode())  # FXSAVE [RSI]; FXSAVE64 [RDI]
+        area = bytearray(image()[:512])
+        struct.pack_into("<QQ", area, 8, 0x1122_3344_5566_7788, 0x99AA_BBCC_DDEE_FF00)
+        bench.memory.write(AREA, bytes(area))
+        bench.run()
+        assert bench.memory.read(OTHER + 8, 16) == struct.pack("<QQ", 0x5566_7788, 0xDDEE_FF00)
+        assert bench.memory.read(AREA + 8, 16) == bytes(area[8:24])
+
+    def test_fxsave__that_faults_stores_nothing(self) -> None:
+        bench = bench_of("0fae06", long_mode(), rsi=ABSENT - 0x100)
+        bench.page(ABSENT, 0)
+        bench.memory.write(ABSENT - 0x100, b"\xcc" * 0x100)
+        event = bench.event()
+        assert (event.vector, event.address) == (Vector.PF, ABSENT)
+        assert bench.memory.read(ABSENT - 0x100, 0x100) == b"\xcc" * 0x100
+
+    @pytest.mark.parametrize("code", [LDMXCSR, "0fae1f", FXRSTOR, "0fae07"])
+    def test_the_engine_is_not_asked(self, code: str) -> None:
+        """They are executed by the model alone: it would take any value for MXCSR."""
+        bench = bench_of(code, long_mode())
+        bench.memory.write(AREA, image()[:512] if code == self.FXRSTOR else struct.pack("<I", 0x1F80))
+        bench.processor.native = None  # type: ignore[method-assign, assignment]
+        bench.run()
+        assert bench.processor.instructions == 2
 
 
 class TestRandom:

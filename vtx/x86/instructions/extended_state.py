@@ -22,7 +22,18 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import operand_address, require_feature, require_ring_0
-from vtx.x86.instructions.sse_control import MXCSR_MASK, require_not_task_switched
+from vtx.x86.instructions.sse_control import (
+    MXCSR,
+    X87_CONTROL,
+    X87_REGISTERS,
+    XMM,
+    StateArea,
+    check_mxcsr,
+    load_registers,
+    narrow,
+    require_not_task_switched,
+    xmm_registers,
+)
 from vtx.x86.msr_table import IA32_PM_CTL1, IA32_XSS
 from vtx.x86.operations import SIMPLE, ExtendedStateTransfer, Plain
 from vtx.x86.outcome import gp, ud
@@ -41,19 +52,12 @@ from vtx.x86.save_area import (
     compacted_offset,
     standard_offset,
 )
-from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, MASK64, Cr4, Gpr, Rflags
+from vtx.x86.state import MASK32, Cr4, Gpr
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
-_X87_CONTROL: Final = slice(0, 24)
-_MXCSR: Final = slice(24, 28)
-_MXCSR_AND_MASK: Final = slice(24, 32)
-_X87_REGISTERS: Final = slice(32, 160)
-_XMM: Final = 160
-_ALL_XMM: Final = slice(_XMM, 416)
-_LOW_XMM: Final = slice(_XMM, 288)  # outside 64-bit mode
+_MXCSR_AND_MASK: Final = slice(MXCSR.start, MXCSR.stop + 4)
 _INITIAL_X87: Final = struct.pack("<H", 0x037F).ljust(24, b"\0")
 _INITIAL_MXCSR: Final = struct.pack("<I", 0x1F80)
 _XCR0, _XINUSE = 0, 1  # what ECX names for XGETBV
@@ -139,15 +143,13 @@ def xgetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 
 @frozen
-class _Area:
-    """A save area at ``linear``; ``requested`` are the components that the instruction is about.
+class _Area(StateArea):
+    """A save area; ``requested`` are the components that the instruction is about.
 
     ``enabled`` are those that it could be about.
     """
 
-    cpu: LogicalProcessor
     instruction: Instruction
-    linear: int
     enabled: int
     requested: int
 
@@ -156,32 +158,10 @@ class _Area:
         """Whether the x87 pointers are 64 bits each."""
         return self.instruction.mnemonic in _WIDE
 
-    def at(self, offset: int) -> int:
-        """The linear address of a part of it."""
-        return (self.linear + offset) & (MASK64 if self.cpu.state.in_64_bit_mode else MASK32)
-
     def reach(self, end: int, *, write: bool) -> None:
         """The faults of segmentation, and for not being canonical, of an area of ``end`` bytes."""
         if end > LEGACY_AND_HEADER_SIZE:
             operand_address(self.cpu, self.instruction, end, write=write)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """A part of it, with the privilege of the running code."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
-        return self.cpu.mmu.read_bytes(self.at(offset), size, user=user, ac=ac)
-
-    def check_writable(self, offset: int, size: int) -> None:
-        """The faults of writing a part of it."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
-        self.cpu.mmu.check(self.at(offset), size, AccessKind.WRITE, user=user, ac=ac)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Store a part of it."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
-        self.cpu.mmu.write_bytes(self.at(offset), data, user=user, ac=ac)
 
 
 def _mask_operand(cpu: LogicalProcessor) -> int:
@@ -194,7 +174,7 @@ def _area(cpu: LogicalProcessor, instruction: Instruction, enabled: int, *, save
     linear = operand_address(cpu, instruction, LEGACY_AND_HEADER_SIZE, write=save)
     if linear % ALIGNMENT:
         raise gp(0)
-    return _Area(cpu, instruction, linear, enabled, _mask_operand(cpu) & enabled)
+    return _Area(cpu, linear, instruction, enabled, _mask_operand(cpu) & enabled)
 
 
 def _user_area(cpu: LogicalProcessor, instruction: Instruction, feature: str, *, save: bool) -> _Area:
@@ -214,27 +194,16 @@ def _supervisor_area(cpu: LogicalProcessor, instruction: Instruction, *, save: b
     return _area(cpu, instruction, cpu.state.xcr0 | supervisor, save=save)
 
 
-def _xmm(cpu: LogicalProcessor) -> slice:
-    """The XMM registers that there are in this mode."""
-    return _ALL_XMM if cpu.state.in_64_bit_mode else _LOW_XMM
-
-
 def _in_use(cpu: LogicalProcessor, legacy: bytes) -> int:
     """XINUSE, of all components whether enabled or not. MXCSR does not count."""
     used = sum(each.mask for each in _REGISTERS if _exists(cpu, each) and each.load(cpu) != each.initial)
-    if legacy[_X87_CONTROL] != _INITIAL_X87 or any(legacy[_X87_REGISTERS]):
+    if legacy[X87_CONTROL] != _INITIAL_X87 or any(legacy[X87_REGISTERS]):
         used |= X87_STATE
-    return used | SSE_STATE if any(legacy[_xmm(cpu)]) else used
+    return used | SSE_STATE if any(legacy[xmm_registers(cpu)]) else used
 
 
 def _exists(cpu: LogicalProcessor, register: _Register) -> bool:
     return bool((cpu.profile.xcr0_supported | cpu.profile.xss_supported) & register.mask)
-
-
-def _narrow(pointers: bytes) -> bytes:
-    """The control part of the x87 state with 32-bit pointers; processors no longer save the selectors."""
-    head, instruction, operand = struct.unpack_from("<QQQ", pointers)
-    return struct.pack("<QQQ", head, instruction & MASK32, operand & MASK32)
 
 
 # XSAVE, XSAVEOPT, XSAVEC, XSAVES
@@ -253,13 +222,13 @@ def _parts(area: _Area, legacy: bytes, saved: int, format_: int) -> list[tuple[i
     """
     cpu, parts = area.cpu, []
     if saved & X87_STATE:
-        pointers = legacy[_X87_CONTROL]
-        parts.append((0, pointers if area.wide else _narrow(pointers)))
-        parts.append((_X87_REGISTERS.start, legacy[_X87_REGISTERS]))
+        pointers = legacy[X87_CONTROL]
+        parts.append((0, pointers if area.wide else narrow(pointers)))
+        parts.append((X87_REGISTERS.start, legacy[X87_REGISTERS]))
     if (saved if format_ else area.requested) & SSE_STATE:
-        parts.append((_MXCSR.start, legacy[_MXCSR_AND_MASK]))
+        parts.append((MXCSR.start, legacy[_MXCSR_AND_MASK]))
     if saved & SSE_STATE:
-        parts.append((_XMM, legacy[_xmm(cpu)]))
+        parts.append((XMM, legacy[xmm_registers(cpu)]))
     for each in _REGISTERS:
         if saved & each.mask:
             size = each.component.size
@@ -271,7 +240,7 @@ def _save(area: _Area, *, omit_initial: bool, compact: bool) -> None:
     """Store the requested components, all or those in use; the header says which of them are in use."""
     cpu, legacy = area.cpu, area.cpu.engine.legacy_area()
     in_use = _in_use(cpu, legacy) & area.requested
-    if compact and area.requested & SSE_STATE and legacy[_MXCSR] != _INITIAL_MXCSR:
+    if compact and area.requested & SSE_STATE and legacy[MXCSR] != _INITIAL_MXCSR:
         in_use |= SSE_STATE
     format_ = area.requested | COMPACTED if compact else 0
     parts = _parts(area, legacy, in_use if omit_initial else area.requested, format_)
@@ -351,32 +320,30 @@ def _restore(area: _Area, header: Header) -> None:
         if not register.store(cpu, value):
             raise gp(0)
     if area.requested & (X87_STATE | SSE_STATE):
-        cpu.engine.set_legacy_area(legacy)
-        cpu.reload = True  # MXCSR may unmask exceptions
+        load_registers(cpu, legacy)
     cpu.retire(area.instruction)
 
 
-def _loaded_legacy(area: _Area, header: Header) -> bytes:
+def _loaded_legacy(area: _Area, header: Header) -> bytearray:
     """The x87 and SSE registers as they will be; #GP(0) for bits that MXCSR has not."""
     loaded, initial = area.requested & header.present, area.requested & ~header.present
-    legacy, xmm = bytearray(area.cpu.engine.legacy_area()), _xmm(area.cpu)
+    legacy, xmm = bytearray(area.cpu.engine.legacy_area()), xmm_registers(area.cpu)
     if loaded & X87_STATE:
-        pointers = area.read(0, _X87_CONTROL.stop)
-        legacy[_X87_CONTROL] = pointers if area.wide else _narrow(pointers)
-        legacy[_X87_REGISTERS] = area.read(_X87_REGISTERS.start, 128)
+        pointers = area.read(0, X87_CONTROL.stop)
+        legacy[X87_CONTROL] = pointers if area.wide else narrow(pointers)
+        legacy[X87_REGISTERS] = area.read(X87_REGISTERS.start, 128)
     elif initial & X87_STATE:
-        legacy[_X87_CONTROL], legacy[_X87_REGISTERS] = _INITIAL_X87, bytes(128)
+        legacy[X87_CONTROL], legacy[X87_REGISTERS] = _INITIAL_X87, bytes(128)
     if (loaded if header.compacted else area.requested) & SSE_STATE:
-        legacy[_MXCSR] = area.read(_MXCSR.start, 4)
-        if int.from_bytes(legacy[_MXCSR], "little") & ~MXCSR_MASK:
-            raise gp(0)
+        legacy[MXCSR] = area.read(MXCSR.start, 4)
+        check_mxcsr(legacy)
     elif initial & SSE_STATE:
-        legacy[_MXCSR] = _INITIAL_MXCSR
+        legacy[MXCSR] = _INITIAL_MXCSR
     if loaded & SSE_STATE:
-        legacy[xmm] = area.read(_XMM, xmm.stop - xmm.start)
+        legacy[xmm] = area.read(XMM, xmm.stop - xmm.start)
     elif initial & SSE_STATE:
         legacy[xmm] = bytes(xmm.stop - xmm.start)
-    return bytes(legacy)
+    return legacy
 
 
 HANDLERS: Final = {

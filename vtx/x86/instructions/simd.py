@@ -25,7 +25,7 @@ from iced_x86 import Instruction as IcedInstruction
 from vtx.x86 import access
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import operand_address, read_linear
-from vtx.x86.instructions.sse_control import MXCSR_OFFSET, require_sse
+from vtx.x86.instructions.sse_control import MXCSR, XMM, require_sse
 from vtx.x86.operand_checks import operand_fault
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, ud
 from vtx.x86.state import Cr4
@@ -42,7 +42,6 @@ _ALL: Final = 0x3F
 _MASKS_SHIFT: Final = 7
 _DENORMALS_ARE_ZEROS: Final = 1 << 6
 _OSXMMEXCPT: Final = int(Cr4.OSXMMEXCPT)
-_XMM0_OFFSET: Final = 160  # in the legacy area
 
 
 def _mnemonics(operations: str, kinds: str) -> frozenset[int]:
@@ -111,7 +110,7 @@ _FORMATS: Final = {
 
 
 def _mxcsr(area: bytearray) -> int:
-    return int.from_bytes(area[MXCSR_OFFSET : MXCSR_OFFSET + 4], "little")
+    return int.from_bytes(area[MXCSR], "little")
 
 
 def arithmetic(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -147,7 +146,7 @@ def arithmetic(cpu: LogicalProcessor, instruction: Instruction) -> None:
         area[:] = engine.legacy_area()
     else:
         return
-    area[MXCSR_OFFSET : MXCSR_OFFSET + 4] = (mxcsr | met).to_bytes(4, "little")
+    area[MXCSR] = (mxcsr | met).to_bytes(4, "little")
     engine.set_legacy_area(bytes(area))
     if unmasked:
         raise InstructionAborted(Fault(Vector.XM)) if state.cr4 & _OSXMMEXCPT else ud()
@@ -162,7 +161,7 @@ def _compare(cpu: LogicalProcessor, instruction: Instruction, area: bytearray) -
     raw = Decoder(instruction.bits, instruction.encoding).decode()
     form, result, met = _FORMATS[MemorySizeExt.element_type(raw.memory_size)], bytearray(area), 0
     relation, negated = instruction.immediate & 3, instruction.immediate >> 2 & 1
-    start = _XMM0_OFFSET + 16 * RegisterExt.number(raw.op0_register)
+    start = XMM + 16 * RegisterExt.number(raw.op0_register)
     for number, (source, destination) in enumerate(_elements(cpu, instruction, raw, form, area)):
         if any(map(form.is_nan if relation in _OF_ORDER else form.is_signaling_nan, (source, destination))):
             met |= _INVALID
@@ -195,7 +194,7 @@ def _elements(
     """For each element the value of the source, and that of the destination if it is an operand, too."""
 
     def of_register(register: int, number: int) -> int:
-        start = _XMM0_OFFSET + 16 * register + form.size * number
+        start = XMM + 16 * register + form.size * number
         return int.from_bytes(area[start : start + form.size], "little")
 
     count = MemorySizeExt.element_count(raw.memory_size)

@@ -68,16 +68,7 @@ _QUIET: Final = frozenset(
 _CR3: Final = 3
 
 # The engine is needed to execute these after all, and it cannot be while it runs.
-_ENGINE_NEEDED: Final = frozenset(
-    (
-        *(Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64),
-        *(Mnemonic.XRSTOR, Mnemonic.XRSTOR64, Mnemonic.XSAVES, Mnemonic.XSAVES64, Mnemonic.XRSTORS, Mnemonic.XRSTORS64),
-        Mnemonic.XGETBV,
-        *(Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF),
-        *sse_control.HANDLERS,
-        *simd.HANDLERS,
-    )
-)
+_ENGINE_NEEDED: Final = frozenset((Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, *simd.HANDLERS))
 
 
 def is_answered(instruction: Instruction) -> bool:
