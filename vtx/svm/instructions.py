@@ -1,9 +1,12 @@
 """The SVM instructions: what may stop each, and what it does.
 
-Interpretations. Without its CPUID feature, SKINIT is an invalid opcode whatever EFER.SVME is.
+Interpretations. Without its CPUID feature, SKINIT is an invalid opcode whatever EFER.SVME is. The guest VMCB address
+check of CPUID lets the intercepts of VMRUN, VMLOAD and VMSAVE come before the #GP for every address that is none of a
+control block.
 
-Spec: APM Vol. 2, "VMRUN Instruction", "VMSAVE and VMLOAD Instructions", "VMMCALL Instruction", "Global Interrupt Flag,
-STGI and CLGI Instructions", "TLB Control", "Enabling SVM", "Secure Startup with SKINIT".
+Spec: APM Vol. 2, "Instruction Intercepts", "VMRUN Instruction", "VMSAVE and VMLOAD Instructions", "VMMCALL
+Instruction", "Global Interrupt Flag, STGI and CLGI Instructions", "TLB Control", "Enabling SVM", "Secure Startup with
+SKINIT".
 """
 
 from __future__ import annotations
@@ -140,6 +143,7 @@ ROWS: Final[dict[int, Row]] = {
     Mnemonic.SKINIT: Row("SKINIT", Exit.SKINIT, _skinit),
     Mnemonic.INVLPGA: Row("INVLPGA", Exit.INVLPGA, _invlpga),
 }
+_OF_CONTROL_BLOCKS: Final = frozenset((Mnemonic.VMRUN, Mnemonic.VMLOAD, Mnemonic.VMSAVE))
 _WITHOUT_PRIVILEGE: Final = frozenset((Mnemonic.VMMCALL,))
 _OF_SECURE_STARTUP: Final = frozenset((Mnemonic.SKINIT, Mnemonic.STGI))
 """What EFER.SVME need not enable where there is SKINIT."""
@@ -166,6 +170,9 @@ def _outcome(operation: SvmOperation, row: Row, instruction: Instruction) -> Out
         if fault is not None:
             return fault
     if operation.guest_mode:
+        early = instruction.mnemonic in _OF_CONTROL_BLOCKS and not operation.features.late_address_check
+        if early and _address(operation, instruction) is None:
+            return _GP
         record = of_instruction(operation, row.intercept, instruction)
         if record is not None:
             if row.intercept is Exit.INVLPGA and operation.features.decode_assists:

@@ -47,6 +47,7 @@ class Features:
     x2avic: bool
     idle_hlt: bool
     tlbi_control: bool
+    late_address_check: bool
 
     @classmethod
     def of(cls, profile: Profile) -> Features:
@@ -69,6 +70,7 @@ class Features:
             x2avic=profile.has("x2AVIC"),
             idle_hlt=profile.has("IdleHltIntercept"),
             tlbi_control=profile.has("TlbiCtl"),
+            late_address_check=profile.has("NestedVirtVmcbAddrChk"),
         )
 
 

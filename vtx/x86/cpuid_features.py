@@ -194,6 +194,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
             18: "x2AVIC",
             24: "TlbiCtl",
             25: "VNMI",
+            28: "NestedVirtVmcbAddrChk",
             30: "IdleHltIntercept",
         },
     ),

@@ -24,6 +24,7 @@ from vtx.svm import intercepts
 from vtx.x86 import operations as op
 from vtx.x86.event import Event
 from vtx.x86.operations import Plain, Simple, TaskSwitchSource
+from vtx.x86.outcome import Fault, Vector
 
 MOV = 1 << 63
 NOP = b"\x90"
@@ -157,6 +158,24 @@ def test_svm_instruction_in_a_guest(code: bytes, number: int) -> None:
     assert machine.execute(code)
     assert (machine.stored("EXITCODE"), machine.stored("nRIP")) == (number, GUEST_RIP + 3)
     assert machine.stored("EXITINFO1") == (0x123 if number == 0x7A else 0)
+
+
+@pytest.mark.parametrize(("code", "number"), [(VMRUN, 0x80), (VMLOAD, 0x82), (VMSAVE, 0x83)])
+@pytest.mark.parametrize("address", [0x123, 1 << 48])
+def test_bad_address__comes_before_the_intercept_unless_cpuid_says_otherwise(
+    code: bytes, number: int, address: int
+) -> None:
+    for profile in ("zen-server", "everything-amd"):
+        machine = Machine(profile)
+        machine.intercept(number)
+        machine.run()
+        machine.state.gpr[0] = address
+        if profile == "zen-server":
+            assert machine.fault_of(code) == Fault(Vector.GP, 0)
+            assert machine.svm.non_root
+        else:
+            assert machine.execute(code)
+            assert machine.stored("EXITCODE") == number
 
 
 def test_vmmcall_exits_from_user_mode() -> None:

@@ -55,6 +55,7 @@ def test_last_register_of_rdpru_and_count_of_invlpgb(profile: str, edx: int) -> 
         (0x8000_0008, 1, 8, False),  # MCOMMIT
         (0x8000_0008, 1, 21, False),  # INVLPGB of nested pages
         (0x8000_000A, 3, 24, False),  # TlbiCtl
+        (0x8000_000A, 3, 28, False),  # guest VMCB address check
     ],
 )
 def test_feature_bit(leaf: int, register: int, bit: int, zen: bool) -> None:

@@ -197,12 +197,6 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         RFLAGS,
         lambda case: case.runs("STI", "PAUSE") and bool(case["RFLAGS"] & Rflags.TF) and case.raised(Vector.DB)[0],
     ),
-    all_of_it(
-        "address-before-intercept",
-        "vtx",
-        _INTERCEPTS,
-        lambda case: case.runs("VMRUN", "VMLOAD", "VMSAVE") and case.exception(Vector.GP) == (False, True),
-    ),
     all_of_it("lock-prefix", "vtx", _VECTORS, _lock_prefix),
     all_of_it("other-intercepts", "vtx", _INTERCEPTS, _other_intercept),
     in_fields(
