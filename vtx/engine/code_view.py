@@ -37,6 +37,8 @@ BOUNDARY: Final = 1 << 63
 
 _MOST_REMEMBERED: Final = 1 << 16
 
+_Key = tuple[int, int, int, int | bytes | None]
+
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
 # asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
 # of null selectors, and nothing tells their interrupt shadow from that of STI. UMONITOR and its like pass for MFENCE.
@@ -147,7 +149,8 @@ class CodeView:
         self._writable: set[int] = set()
         self._guarded: set[tuple[int, int | None]] = set()
         self._places: dict[tuple[int, int, int], Place] = {}
-        self._facts: dict[tuple[int, int, int, int | bytes | None], int] = {}
+        self._facts: dict[_Key, int] = {}
+        self._stops: dict[_Key, Stop] = {}  # of the blocks whose facts have one
 
     def granted(self, page: int, frame: int, *, writable: bool) -> None:
         """Linear ``page`` is executed from ``frame`` from now on; ``writable`` if stores to it go unnoticed."""
@@ -160,6 +163,7 @@ class CodeView:
     def changed(self) -> None:
         """Code was modified: what is remembered about it is void."""
         self._facts.clear()
+        self._stops.clear()
         self._places.clear()
 
     def frames(self, linear: int, size: int) -> set[int | None]:
@@ -181,16 +185,18 @@ class CodeView:
 
     def facts(self, linear: int, size: int, kind: int) -> int:
         """The facts about ``size`` bytes of code of ``kind``."""
-        page = linear >> PAGE_SHIFT
-        version = self.read(linear, size) if page in self._writable else self._frames.get(page)
-        key = (linear, size, kind, version)
+        key = self._key(linear, size, kind)
         facts = self._facts.get(key)
         if facts is None:
             if len(self._facts) >= _MOST_REMEMBERED:
                 self.changed()
-            facts = self._look(linear, self.read(linear, size), kind)
-            self._facts[key] = facts
+            facts = self._facts[key] = self._look(key, self.read(linear, size))
         return facts
+
+    def _key(self, linear: int, size: int, kind: int) -> _Key:
+        """What is remembered about a block is for these bytes: where they cannot change unnoticed, for the frame."""
+        page = linear >> PAGE_SHIFT
+        return linear, size, kind, self.read(linear, size) if page in self._writable else self._frames.get(page)
 
     def has_boundary(self, linear: int, size: int, kind: int) -> bool:
         """Whether an instruction of the code at ``linear`` begins ``size`` bytes behind it."""
@@ -199,10 +205,14 @@ class CodeView:
                 return bool(instruction.ip - linear == size)
         return False
 
-    def _look(self, linear: int, code: bytes, kind: int) -> int:
+    def _look(self, key: _Key, code: bytes) -> int:
+        linear, _, kind, _ = key
         count = sum(1 for _ in Decoder(width(kind), code))
         block = self._block(linear, code, kind)
-        facts = count if block.stop is None else count | STOP
+        facts = count
+        if block.stop is not None:
+            facts |= STOP
+            self._stops[key] = block.stop
         if not block.guards:
             return facts
         place = self._guards.add(block.guards)
@@ -252,7 +262,8 @@ class CodeView:
 
     def stop(self, linear: int, size: int, kind: int) -> Stop | None:
         """Where to stop in a block of which `facts` said `STOP`."""
-        return self._block(linear, self.read(linear, size), kind).stop
+        stop = self._stops.get(self._key(linear, size, kind))
+        return stop or self._block(linear, self.read(linear, size), kind).stop
 
     def _block(self, linear: int, code: bytes, kind: int) -> Block:
         frame = self._frames.get(linear >> PAGE_SHIFT)

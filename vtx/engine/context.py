@@ -143,7 +143,9 @@ class Context:
 
     def set_legacy_area(self, area: bytes) -> None:
         """Replace the x87/SSE state by that of ``area``."""
-        control, mxcsr = x87_sse.set_legacy_area(self._image, area)
+        control, mxcsr = wanted = x87_sse.set_legacy_area(self._image, area)
+        if wanted == x87_sse.controls(self._image):
+            return  # the rest gets there with the next `load`
         self.restore()
         # The library derives the rounding and the like of its arithmetic from these two when they are written.
         for register, value in (

@@ -29,9 +29,11 @@ _UNDERFLOW_AND_PRECISION: Final = 1 << 4 | 1 << 5
 _ALL_MASKED: Final = 0x1F80
 _FLUSH_WITH_UNDERFLOW_MASKED: Final = 1 << 15 | 1 << 11
 _MXCSR: Final = layout.FPU + 216
-_XMM_STRIDE: Final = 64
 _X87_REGISTERS: Final = struct.Struct("10s6x" * 8)
-_XMM_REGISTERS: Final = struct.Struct("16s48x" * 16)
+_XMM_REGISTERS: Final = struct.Struct("16s48x" * 16)  # the high parts have no instruction that would change them
+_XMM_IN_AREA: Final = struct.Struct("16s" * 16)
+_EMPTY: Final = [bytes(not tags >> number & 1 for number in range(8)) for tags in range(256)]
+_TAGS_OF: Final = {empty: tags for tags, empty in enumerate(_EMPTY)}
 
 _HEAD: Final = struct.Struct("<HHBxHQQII")  # FCW FSW FTW FOP FIP FDP MXCSR MXCSR_MASK
 _TOP_SHIFT: Final = 11
@@ -72,12 +74,17 @@ def follow_mxcsr(image: memoryview) -> bool:
     return mxcsr & _ALL_MASKED != _ALL_MASKED
 
 
+def controls(image: memoryview) -> tuple[int, int]:
+    """Control word and MXCSR, without the exceptions met since the last `settle`."""
+    return _unpack(image, "<H", _CONTROL), _unpack(image, "<I", _MXCSR)
+
+
 def legacy_area(image: memoryview) -> bytes:
     """The registers in a context's ``image`` as FXSAVE64 stores them, `LEGACY_AREA` bytes."""
     settle(image)
     top = _unpack(image, "<I", _TOP) & 7
     status = _unpack(image, "<H", _STATUS) & ~_TOP_MASK | top << _TOP_SHIFT
-    tags = sum(1 << number for number in range(8) if not image[_TAGS + number])
+    tags = _TAGS_OF[bytes(image[_TAGS : _TAGS + 8])]
     area = bytearray(LEGACY_AREA)
     _HEAD.pack_into(
         area,
@@ -98,17 +105,18 @@ def legacy_area(image: memoryview) -> bytes:
 
 
 def set_legacy_area(image: memoryview, area: bytes) -> tuple[int, int]:
-    """Put the registers of ``area`` into ``image``; control word and MXCSR, which are for the library to set."""
+    """Put the registers of ``area`` into ``image``; control word and MXCSR, which are for the library to set.
+
+    The image has their former values (`controls`).
+    """
     control, status, tags, opcode, instruction, operand, mxcsr, _ = _HEAD.unpack_from(area)
     top = status >> _TOP_SHIFT & 7
     image[_SSE_STATUS + _FLAGS] = 0
     struct.pack_into("<IH", image, _TOP, top, status & ~_TOP_MASK)
-    image[_TAGS : _TAGS + 8] = bytes(not tags >> number & 1 for number in range(8))
+    image[_TAGS : _TAGS + 8] = _EMPTY[tags]
     struct.pack_into("<H", image, _OPCODE, opcode)
     struct.pack_into("<QQ", image, _POINTERS, instruction, operand)
     x87 = _X87_REGISTERS.unpack_from(area, 32)
     _X87_REGISTERS.pack_into(image, _REGISTERS, *x87[8 - top :], *x87[: 8 - top])
-    for number in range(16):
-        start = layout.XMM0 + _XMM_STRIDE * number
-        image[start : start + 16] = area[160 + 16 * number : 176 + 16 * number]
+    _XMM_REGISTERS.pack_into(image, layout.XMM0, *_XMM_IN_AREA.unpack_from(area, 160))
     return control, mxcsr

@@ -150,14 +150,14 @@ def fxsave(cpu: LogicalProcessor, instruction: Instruction) -> None:
 def fxrstor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """FXRSTOR, which takes MXCSR and the XMM registers only if CR4.OSFXSR is set."""
     area, legacy = _area(cpu, instruction, write=False), bytearray(cpu.engine.legacy_area())
-    control = area.read(0, X87_CONTROL.stop)
+    with_sse = bool(cpu.state.cr4 & _OSFXSR)
+    rest = slice(X87_REGISTERS.start, xmm_registers(cpu).stop) if with_sse else X87_REGISTERS
+    stored = area.read(0, rest.stop)
+    control = stored[X87_CONTROL]
     legacy[X87_CONTROL] = control if instruction.mnemonic == Mnemonic.FXRSTOR64 else narrow(control)
-    if cpu.state.cr4 & _OSFXSR:
-        legacy[MXCSR] = area.read(MXCSR.start, 4)
-        rest = slice(X87_REGISTERS.start, xmm_registers(cpu).stop)
-    else:
-        rest = X87_REGISTERS
-    legacy[rest] = area.read(rest.start, rest.stop - rest.start)
+    legacy[rest] = stored[rest]
+    if with_sse:
+        legacy[MXCSR] = stored[MXCSR]
     check_mxcsr(legacy)
     load_registers(cpu, legacy)
     cpu.retire(instruction)
