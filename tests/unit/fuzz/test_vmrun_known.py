@@ -46,6 +46,18 @@ def pushed(flags: int) -> Result:
     return Result("exit", 0x78, changed=((FLAGS_PUSHED, flags),))
 
 
+def code_pushed(code: int) -> Result:
+    return Result("exit", 0x78, changed=((scene.STACK + 0x7D0, code),))
+
+
+def during(event: int) -> Result:
+    return Result("exit", 0x4E, interrupted=event)
+
+
+NEGATIVE, EXTENDED = {"EVENTINJ": 0x8001_FFF8_8000_0B0D}, 0xFFFF_FFFF_8001_FFF8
+AND = at("MOV EAX, CR0")["RIP"] + 1  # AND AL, AL, which leaves AF undefined
+
+
 @pytest.mark.parametrize("oracle", KNOWN)
 def test_every_class_is_documented(oracle: str) -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
@@ -94,6 +106,18 @@ def test_every_class_is_documented(oracle: str) -> None:
         ("bochs", {"CR2": 5, **at("SMSW")}, halted(RAX=5), halted(RAX=7), []),
         ("bochs", at("SYSCALL") | {"RFLAGS": 0x102, "SFMASK": 0x100}, HALTED, DB, ["syscall-trap"]),
         ("bochs", at("SYSCALL") | {"RFLAGS": 0x102}, HALTED, DB, []),
+        ("bochs", {"EVENTINJ": 0x8000_0303}, code_pushed(0x1A), code_pushed(0x1B), ["injected-int3"]),
+        ("bochs", {"EVENTINJ": 0x8000_0306}, code_pushed(0x32), code_pushed(0x33), []),
+        ("qemu", NEGATIVE, code_pushed(0x8001_FFF8), code_pushed(EXTENDED), ["error-code-width"]),
+        ("qemu", NEGATIVE, code_pushed(0x8001_FFF0), code_pushed(EXTENDED), []),
+        ("qemu", {"EVENTINJ": 0x8000_0433}, during(0x8000_0B0D), during(0x8000_0433), ["interrupted-event"]),
+        ("qemu", {"EVENTINJ": 0x8000_0433}, during(0x8000_0433), during(0x8000_0B0D), []),
+        ("qemu", {"EVENTINJ": 0x8000_0433}, during(0x8000_0B0D), during(0x8000_0434), []),
+        ("bochs", {"DR6": 0xFFFF_8FF0}, halted(DR6=0xFFFF_CFF0), halted(DR6=0xFFFF_4FF0), ["debug-status"]),
+        ("bochs", {"DR6": 0xFFFF_8FF0}, halted(DR6=0xFFFF_CFF0), halted(DR6=0xFFFF_8FF0), []),
+        ("bochs", {"RIP": AND}, halted(RFLAGS=2), halted(RFLAGS=0x12), ["undefined-flags"]),
+        ("bochs", {"RIP": AND}, halted(RFLAGS=2), halted(RFLAGS=0x42), []),
+        ("bochs", at("SMSW"), halted(RFLAGS=2), halted(RFLAGS=0x12), []),
     ],
 )
 def test_known_classes_are_narrow(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from itertools import takewhile
 from typing import Final
 
 from attrs import field, frozen
+from iced_x86 import Decoder, RflagsBits
 
 from vmcs.refs import Reference
 from vmcs.vmcb import layouts
@@ -22,7 +22,15 @@ from vtx.x86.state import Cr0, Efer, Rflags
 
 _LONG: Final = 1 << 9  # CS.L among the attributes
 _EVENT: Final = 0x8000_07FF
-_PREFIXES: Final = bytes.fromhex("262e3664656667f0f2f3")
+_DEFAULT_SIZE: Final = 1 << 10
+_FLAGS: Final = {
+    RflagsBits.OF: Rflags.OF,
+    RflagsBits.SF: Rflags.SF,
+    RflagsBits.ZF: Rflags.ZF,
+    RflagsBits.AF: Rflags.AF,
+    RflagsBits.CF: Rflags.CF,
+    RflagsBits.PF: Rflags.PF,
+}
 Seen = Mapping[str, int]
 
 
@@ -73,13 +81,20 @@ class Case:
         return not self["CR0"] & Cr0.PE
 
     @property
-    def prefixes(self) -> bytes:
-        """The legacy prefixes of what the guest was to execute first, where that is among the programs."""
+    def code(self) -> bytes:
+        """The code that the guest was to execute first, where that is among the programs; else nothing."""
         code = scene.memory()[scene.CODE] + scene.memory()[scene.CODE + scene.PAGE]
         linear = self["RIP"] + (0 if self.in_64_bit_mode else self["CS base"])
         offset = linear - (scene.LOW if self.virtual_8086 else scene.CODE)
-        instruction = code[offset:] if 0 <= offset < len(code) else b""
-        return bytes(takewhile(_PREFIXES.__contains__, instruction))
+        return code[offset:] if 0 <= offset < len(code) else b""
+
+    @property
+    def undefined_flags(self) -> int:
+        """The bits of RFLAGS that the guest's first instruction leaves undefined."""
+        wide = self["CS attributes"] & _DEFAULT_SIZE and not self.virtual_8086
+        instruction = Decoder(64 if self.in_64_bit_mode else 32 if wide else 16, self.code).decode()
+        undefined = instruction.rflags_undefined
+        return sum(bit for flag, bit in _FLAGS.items() if undefined & flag)
 
     @property
     def invalid(self) -> tuple[bool, bool]:

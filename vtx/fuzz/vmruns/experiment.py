@@ -15,6 +15,7 @@ from vtx.fuzz.exchange import Format
 from vtx.fuzz.on_others import on_bochs, on_qemu
 from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.results import NO_ANSWER, Result, differences, observed, result_of
+from vtx.fuzz.vmruns.scene import canonical
 from vtx.fuzz.vmruns.states import VmrunGenerator, program_of
 from vtx.x86.profile import Profile, load_profile
 
@@ -51,6 +52,12 @@ ORACLES: Final[Mapping[str, Oracle]] = {
 }
 
 
+def _follows(values: tuple[int, int], given: tuple[int, int]) -> bool:
+    """Whether two values of a field are as different as those that it was given: untouched, or both changed alike."""
+    kept = all(value in (each, canonical(each)) for value, each in zip(values, given, strict=True))
+    return kept or values[0] ^ values[1] == given[0] ^ given[1]
+
+
 def experiment(generator: VmrunGenerator) -> Experiment[Result]:
     """The comparison of what ``generator`` draws."""
     not_there = () if generator.profile.has("NRIPS") else (scene.NEXT_RIP,)
@@ -65,11 +72,18 @@ def experiment(generator: VmrunGenerator) -> Experiment[Result]:
         if program is not None:
             ignored += tuple(scene.REGISTERS[each] for each in program.unpredictable)
         one, other = observed(ours, inputs_of_ours, ignored), observed(theirs, inputs, ignored)
-        as_given = [
-            observed(evolve(each, changed=()), given, ignored)
-            for each, given in ((ours, inputs_of_ours), (theirs, inputs))
-        ]
-        untouched = {name for name in one if (one[name], other.get(name)) == tuple(each.get(name) for each in as_given)}
-        return differences(one, other) - (untouched - _OF_THE_EXIT)
+        differing = differences(one, other)
+        if of is None:
+            return differing
+        given, given_other = (
+            observed(evolve(each, changed=()), fields, ignored)
+            for each, fields in ((ours, inputs_of_ours), (theirs, inputs))
+        )
+        return frozenset(
+            name
+            for name in differing
+            if name in _OF_THE_EXIT
+            or not _follows((one.get(name, 0), other.get(name, 0)), (given.get(name, 0), given_other.get(name, 0)))
+        )
 
     return Experiment(generator, FORMAT, result_of, NO_ANSWER, differing)

@@ -45,7 +45,7 @@ _OVERLOOKED: Final = frozenset((_CR3, _PROTECTED_MODE, EVENT_VECTOR, *_MAPS))
 _FRAME: Final = 40
 _PRESENT: Final = 0x80
 _SOFTWARE: Final = (3, 4)  # types of event: exception, software interrupt
-_CAUSES, _GD = 0xE00F, 1 << 13
+_CAUSES, _GD, _BT = 0xE00F, 1 << 13, 1 << 15
 _ARITHMETIC: Final = 0x8D5
 
 
@@ -96,6 +96,21 @@ def _short_error_code(case: Case) -> Collection[str]:
     if not case["EVENTINJ"] & layouts.EVENT_ERROR_CODE_VALID or not case["EVENTINJ"] >> 48:
         return ()
     return case.where(case.memory, lambda ours, theirs: (ours ^ theirs) & 0xFFFF == 0)
+
+
+def _undefined_flags(case: Case) -> Collection[str]:
+    """Flags that the guest's instruction leaves undefined, when that is none of the programs."""
+    undefined = case.undefined_flags
+    if case.program is not None or not undefined:
+        return ()
+    return case.where(("RFLAGS",), lambda ours, theirs: not (ours ^ theirs) & ~undefined)
+
+
+def _injected_int3(case: Case) -> Collection[str]:
+    """The error code of a fault in the delivery of an INT3 or INTO that is injected: with EXT there."""
+    if _injected_type(case) != layouts.InjectedType.EXCEPTION or case["EVENTINJ"] & 0xFF not in (Vector.BP, Vector.OF):
+        return ()
+    return case.where((*case.memory, "EXITINFO1"), lambda ours, theirs: theirs == ours | 1)
 
 
 def _pushed_rip(case: Case) -> Collection[str]:
@@ -190,6 +205,14 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: not (ours ^ (theirs & DR6_WRITABLE | DR6_ONES)) & ~_CAUSES,
         lambda case: case.ours.code == Exit.EXCEPTION_0 + Vector.DB,
     ),
+    in_fields(
+        "debug-status",
+        "vtx",
+        _EXCEPTIONS,
+        ("DR6",),
+        lambda ours, theirs: ours ^ (theirs & DR6_WRITABLE | DR6_ONES) == _BT & ours,
+        lambda case: case.ours.code != Exit.EXCEPTION_0 + Vector.DB and bool(case["DR6"] & _BT),
+    ),
     RESUME_FLAG,
     in_fields(
         "shadow-of-a-fault",
@@ -200,6 +223,7 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         lambda case: Exit.EXCEPTION_0 <= case.ours.code < Exit.EXCEPTION_0 + 32,
     ),
     Known("error-code-width", "vtx", INJECTION, _short_error_code),
+    Known("injected-int3", "both", INJECTION, _injected_int3),
     in_fields(
         "debug-status",
         "vtx",
@@ -241,5 +265,6 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
     SKINIT,
     *IN_SOME_PROGRAMS,
     all_of_it("injected-in-virtual-8086-mode", "both", INJECTION, _software_interrupt_in_virtual_8086),
+    Known("undefined-flags", "both", apm("General-Purpose Programming", "Registers"), _undefined_flags),
     NO_MEMORY,
 )

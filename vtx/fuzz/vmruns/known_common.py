@@ -163,7 +163,7 @@ def _foreign_tables(case: Case) -> bool:
     maps = {Exit.IOIO: "IOPM_BASE_PA", Exit.MSR: "MSRPM_BASE_PA"}
     asked = (case[name] for code, name in maps.items() if code in case.exits)
     elsewhere = any(_page(each) not in scene.TABLES for each in tables) or any(each >= MEMORY for each in asked)
-    fails = case.ours.code in _LOST or case.raised(Vector.PF)[0]
+    fails = case.ours.code in _LOST or case.raised(Vector.PF)[0] or case.raised(Vector.UD)[0]  # ones are no instruction
     return elsewhere and fails and not case.rules
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import takewhile
 from typing import Final
 
 from vmcs.refs import apm
@@ -48,6 +49,7 @@ _GD: Final = 1 << 13
 _BIG: Final = 1 << 10
 _LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
+_EVENT: Final = 0x8000_07FF
 _AVAILABLE_TSS: Final = 0x89
 
 
@@ -71,6 +73,24 @@ def _idt_error_code(case: Case) -> Collection[str]:
     return case.where((*case.memory, "EXITINFO1"), alike)
 
 
+def _extended_error_code(case: Case) -> Collection[str]:
+    """An injected error code with its sign extended."""
+    code = case["EVENTINJ"] >> 32
+    negative = code | MASK32 << 32
+    return case.where(case.memory, lambda ours, theirs: (ours, theirs) == (code, negative)) if code >> 31 else ()
+
+
+def _interrupted_event(case: Case) -> Collection[str]:
+    """EXITINTINFO of an exception whose delivery exits, after that of an injected event has led to it."""
+    injected = case["EVENTINJ"]
+
+    def alike(ours: int, theirs: int) -> bool:
+        exception = ours >> layouts.EVENT_TYPE_SHIFT & 7 == layouts.InjectedType.EXCEPTION
+        return exception and not (theirs ^ injected) & _EVENT and bool((ours ^ injected) & _EVENT)
+
+    return case.where(("EXITINTINFO",), alike) if injected & layouts.EVENT_VALID else ()
+
+
 def _double(gate: int) -> int:
     return 2 * (gate & ~7) | 2
 
@@ -92,7 +112,8 @@ def _pae(case: Case) -> bool:
 
 def _lock_prefix(case: Case) -> bool:
     """We had an invalid opcode because of a LOCK prefix, and QEMU went on."""
-    return case.exception(Vector.UD) == (True, False) and _LOCK in case.prefixes
+    prefixes = bytes(takewhile(_PREFIXES.__contains__, case.code))
+    return case.exception(Vector.UD) == (True, False) and _LOCK in prefixes
 
 
 def _other_intercept(case: Case) -> bool:
@@ -119,6 +140,7 @@ def _write_not_canonical(case: Case) -> bool:
 _SS, _GP = Exit.EXCEPTION_0 + Vector.SS, Exit.EXCEPTION_0 + Vector.GP
 _FATAL: Final = (Exit.EXCEPTION_0 + Vector.DF, Exit.SHUTDOWN)
 _LOCK: Final = 0xF0
+_PREFIXES: Final = bytes.fromhex("262e3664656667f0f2f3")
 
 OF_QEMU: Final[tuple[Known[Case], ...]] = (
     overlooks("nested-paging-fields", apm(SVM, "Nested Paging"), _OVERLOOKED, *_NESTED_PAGING),
@@ -167,6 +189,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda case: bool(case["interrupt state"] & layouts.INTERRUPT_SHADOW),
     ),
     Known("idt-error-code", "vtx", _VECTORS, _idt_error_code),
+    Known("error-code-width", "vtx", INJECTION, _extended_error_code),
     in_fields(
         "int3-type",
         "vtx",
@@ -175,6 +198,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda ours, theirs: (ours >> layouts.EVENT_TYPE_SHIFT & 7, theirs >> layouts.EVENT_TYPE_SHIFT & 7) == (3, 4),
         lambda case: case.runs("INT3", "INTO"),
     ),
+    Known("interrupted-event", "vtx", apm(SVM, "State Saved on Exit"), _interrupted_event),
     all_of_it("int1", "vtx", _INTERCEPTS, lambda case: case.runs("INT1") and case.raised(Vector.UD)[1]),
     all_of_it("undefined-before-privilege", "vtx", apm("Exceptions and Interrupts", "Priorities"), _privilege_first),
     in_fields(

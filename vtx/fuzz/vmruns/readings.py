@@ -14,7 +14,7 @@ from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.case import Case
 from vtx.fuzz.vmruns.known_common import CHECKS, INJECTION, LAYOUT, RFLAGS, SEGMENTS, SVM, VMLOAD, VMRUN
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, MASK64, Cr4, Efer, Gpr, Rflags
+from vtx.x86.state import MASK32, Cr4, Efer, Gpr, Rflags
 
 Changes = Mapping[VmcbField, int]
 _BY_KEYWORD: Final = {name.replace(" ", "_"): each for name, each in BY_NAME.items()}
@@ -87,6 +87,15 @@ def _error_code(case: Case) -> Changes:
     return _set(case, EVENTINJ=word | valid if has_one else word & ~valid)
 
 
+def _equal_priority(case: Case) -> Changes:
+    """A virtual interrupt of the priority of V_TPR as one that ignores that."""
+    control = case["virtual interrupt control"]
+    equal = control >> layouts.V_INTR_PRIO_SHIFT & 0xF == control & layouts.V_TPR & 0xF
+    if not equal or not control & layouts.V_IRQ:
+        return _NOTHING
+    return _set(case, virtual_interrupt_control=control | layouts.V_IGN_TPR)
+
+
 def _level_of_stack(case: Case) -> Changes:
     """The DPL of SS for the privilege level."""
     return _NOTHING if case.real or case.virtual_8086 else _set(case, CPL=case["SS attributes"] >> 5 & 3)
@@ -103,18 +112,20 @@ def _flat(case: Case) -> Changes:
 
 
 def _address_of_data(case: Case) -> Changes:
-    """rAX of MONITOR as an address that can be read."""
-    origin = case.fields[scene.RIP] - case.fields[scene.RIP] % (scene.CODE_PAGES * scene.PAGE)
-    return _set(case, RAX=origin + scene.DATA - scene.CODE)
+    """MONITOR of what can be read."""
+    base = next(each for each in scene.BASES if each.name == case.base)
+    segment = {each: value for each, value in scene.fields_of(base).items() if each.name in _OF_DS}
+    changes = segment | {scene.RAX: base.origin + scene.DATA - scene.CODE}
+    return {each: value for each, value in changes.items() if case.fields[each] != value}
+
+
+_OF_DS: Final = ("DS attributes", "DS limit", "DS base")
 
 
 def _canonical_addresses(case: Case) -> Changes:
     """MSRs with addresses made canonical."""
-    return _set(case, **{name: _canonical(case[name]) for name in ("LSTAR", "CSTAR", "SYSENTER_EIP", "SYSENTER_ESP")})
-
-
-def _canonical(address: int) -> int:
-    return (address & (1 << 48) - 1 ^ 1 << 47) - (1 << 47) & MASK64
+    names = ("LSTAR", "CSTAR", "SYSENTER_EIP", "SYSENTER_ESP")
+    return _set(case, **{name: scene.canonical(case[name]) for name in names})
 
 
 # What this model takes a VMCB for.
@@ -204,6 +215,7 @@ OF_QEMU: Final[tuple[Reading[Case], ...]] = (
     Reading("missing-intercepts", "vtx", _INTERCEPTS, _if_runs(("INT3",), _without(Exit.EXCEPTION_0 + Vector.BP))),
     Reading("missing-intercepts", "vtx", _INTERCEPTS, _if_runs(("INTO",), _without(Exit.EXCEPTION_0 + Vector.OF))),
     Reading("vmload-always-exits", "vtx", VMLOAD, _always_exits),
+    Reading("task-priority", "vtx", apm(SVM, "Injecting Virtual (INTR) Interrupts"), _equal_priority),
     Reading("event-error-code", "vtx", INJECTION, _error_code),
     Reading("privilege-level", "vtx", VMRUN, _level_of_stack),
     Reading("privilege-level", "vtx", VMRUN, _level_of_mode, by_us=True),

@@ -17,7 +17,7 @@ from vmcs.vmcb import layouts
 from vmcs.vmcb.fields import BY_NAME, FIELDS, VmcbField
 from vmcs.vmcb.intercepts import Exit
 from vtx.fuzz.vmruns.programs import BLOCK, PROGRAMS, SAFE_MSRS, SAFE_PORTS, SLOT, VMMCALL
-from vtx.x86.state import Cr0, Cr4, Efer, Gpr
+from vtx.x86.state import MASK64, Cr0, Cr4, Efer, Gpr
 
 START: Final = 0x0280_0000
 PAGE: Final = 0x1000
@@ -325,6 +325,11 @@ BASES: Final[tuple[Base, ...]] = (
     Base("software interrupt injected", {**_event(_TYPE.SOFTWARE_INTERRUPT, 0x33), "nRIP": 2}),
     Base("interrupt injected in real mode", {**_REAL, **_event(_TYPE.EXTERNAL_INTERRUPT, 0x34)}, 0),
 )
+
+
+def canonical(address: int) -> int:
+    """The low 48 bits of ``address`` with their sign extended."""
+    return (address & (1 << 48) - 1 ^ 1 << 47) - (1 << 47) & MASK64
 
 
 def fields_of(base: Base) -> dict[VmcbField, int]:
