@@ -98,7 +98,14 @@ def test_logical_x2apic(destination: int, expected: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "event"),
-    [(0x4200, "smi"), (0x4400, "nmi"), (0x4500, "init"), (0xC500, "init"), (0x4612, ("start-up", 0x12))],
+    [
+        (0x4200, "smi"),
+        (0x4400, "nmi"),
+        (0x4500, "init"),
+        (0xC500, "init"),
+        (0x0500, "init"),
+        (0x4612, ("start-up", 0x12)),
+    ],
 )
 def test_delivery_modes(command: int, event: object) -> None:
     machine = Machine(2)

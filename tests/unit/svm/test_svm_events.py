@@ -88,6 +88,13 @@ def test_fault_during_delivery(delivering: Event, word: int) -> None:
     assert (machine.stored("EXITCODE"), machine.stored("EXITINFO1"), machine.stored("EXITINTINFO")) == (0x4D, 9, word)
 
 
+def test_double_fault_is_not_said_to_have_interrupted_anything() -> None:
+    """The exception that comes of two is an exception of its own: EXITINTINFO is for the one that is not delivered."""
+    machine = running(0x48)
+    assert machine.svm.delivery_fault(Event(13, error_code=0), Fault(Vector.DF, 0))
+    assert (machine.stored("EXITCODE"), machine.stored("EXITINTINFO")) == (0x48, 0)
+
+
 def test_shutdown() -> None:
     assert not running().svm.delivery_fault(Event(8, error_code=0), None)
     machine = running(SHUTDOWN)

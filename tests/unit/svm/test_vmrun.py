@@ -389,3 +389,46 @@ def test_host_save_area_that_moves() -> None:
     machine.state.rip = HOST_RIP
     machine.run()
     assert machine.memory.read_u64(0x38_0000 + 0x578) == HOST_RIP + 3
+
+
+def test_real_mode_guest__that_enters_protected_mode_is_at_level_0() -> None:
+    """The privilege level is that of SS, whatever CPL of the control block says of a mode that has none."""
+    machine = Machine()
+    machine.fields |= {"EFER": 0x1000, "CR0": 0x10, "CPL": 3, "SS attributes": 0x93}
+    machine.run()
+    assert machine.state.segments[2].access_rights >> 5 & 3 == 0
+    machine.state.cr0 |= 1
+    assert machine.state.cpl == 0
+
+
+def test_pat_of_a_guest_with_nested_paging_is_its_own() -> None:
+    machine = Machine()
+    machine.use_nested_paging()
+    msrs = machine.processor.msrs
+    msrs.write(0x277, 0x0101_0101_0101_0101)
+    machine.run()
+    assert msrs.read(0x277) == 0x0007_0406_0007_0406
+    msrs.write(0x277, 0x0606_0606_0606_0606)
+    machine.svm.exit(Vmexit(Exit.CPUID))
+    assert machine.stored("G_PAT") == 0x0606_0606_0606_0606
+    assert msrs.read(0x277) == 0x0101_0101_0101_0101
+
+
+def test_pat_of_a_guest_without_nested_paging_is_the_hosts() -> None:
+    machine = Machine()
+    msrs = machine.processor.msrs
+    machine.run()
+    msrs.write(0x277, 0x0606_0606_0606_0606)
+    machine.svm.exit(Vmexit(Exit.CPUID))
+    assert machine.stored("G_PAT") == 0x0007_0406_0007_0406
+    assert msrs.read(0x277) == 0x0606_0606_0606_0606
+
+
+def test_vmload_of_registers_that_have_32_bits() -> None:
+    machine = Machine()
+    wide = 0x1111_2222_3333_4444
+    machine.fields |= dict.fromkeys(("STAR", "LSTAR", "CSTAR", "SFMASK", "SYSENTER_CS", "SYSENTER_EIP"), wide)
+    machine.store()
+    machine.execute(VMLOAD)
+    found = [machine.processor.msrs.values[index] for index in (0xC000_0081, 0xC000_0082, 0xC000_0084, 0x174, 0x176)]
+    assert found == [wide, wide, 0x3333_4444, 0x3333_4444, wide]

@@ -393,7 +393,8 @@ CONTROL_CASES: tuple[Case, ...] = (
         "controls.injection-error-code-setting",
         {},
         GENERAL_PROTECTION,
-        event(0x8000_030D),  # general protection without its error code
+        *(event(0x8000_0300 | vector) for vector in (8, 10, 11, 12, 13, 14, 17)),  # without their error codes
+        *(event(0x8000_0B00 | vector) for vector in (0, 1, 3, 4, 5, 7, 9, 15, 16, 18, 19, 20)),  # with one
         event(0x8000_0B06),  # invalid opcode with one
         event(0x8000_0830),  # external interrupt with one
         event(0x8000_0A02),  # NMI with one

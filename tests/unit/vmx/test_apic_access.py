@@ -118,6 +118,18 @@ def test_alignment_with_register_virtualization(offset: int, size: int, virtuali
     assert bool(instruction.executed) == virtualized == vmx.non_root
 
 
+@pytest.mark.parametrize(("size", "virtualized"), [(1, True), (2, True), (4, True), (8, False)])
+def test_size_without_register_virtualization(size: int, virtualized: bool) -> None:
+    """At the task priority alone; bytes of it that do not begin there are not it."""
+    for kind in (READ, WRITE):
+        processor, vmx = guest(*TPR_ONLY)
+        access(processor, vmx, kind, 0x80, size, value=0)
+        assert vmx.non_root == virtualized, kind
+        processor, vmx = guest(*TPR_ONLY)
+        access(processor, vmx, kind, 0x81, 1, value=0)
+        assert not vmx.non_root, kind
+
+
 def test_exit__saves_length_and_resume_flag() -> None:
     processor, vmx = guest(*TPR_ONLY)
     access(processor, vmx, READ, 0x20)

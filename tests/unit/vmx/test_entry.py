@@ -298,3 +298,14 @@ def test_ept__is_the_second_level_of_the_guest_alone() -> None:
     assert processor.mmu.second_level.tag == 0x3001E
     vmx.vmcall()
     assert processor.mmu.second_level.tag is None
+
+
+@pytest.mark.parametrize(("cr0", "efer"), [(0x31, 0x901), (0x8000_0031, 0x801)])
+def test_guest_outside_ia_32e_mode__keeps_lme_unless_it_pages(cr0: int, efer: int) -> None:
+    """Without "load IA32_EFER", LMA is that of the control, and so is LME if CR0.PG is loaded with 1."""
+    processor, vmx = make_vmx()
+    vmcs = prepare(vmx, c.ENABLE_EPT, c.UNRESTRICTED_GUEST, fields={f.EPT_POINTER: 0x3001E, f.GUEST_CR0: cr0})
+    vmcs[f.VM_ENTRY_CONTROLS] &= ~c.ENTRY_IA32E_MODE_GUEST.mask
+    vmcs[f.GUEST_CS_ACCESS_RIGHTS], vmcs[f.GUEST_CR4] = 0xC09B, 0x2000
+    assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
+    assert processor.state.efer == efer  # the host's is D01H

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from attrs import evolve
 from vmx_machine import BUSY_TSS, CODE_64, DATA, HOST_RIP, PAGE_TABLES, REGION_A, UNUSABLE, launch, make_vmx, prepare
 
 from vmcs import controls as c
@@ -244,6 +245,13 @@ class TestPdptes:
         ]
         assert vmcs[f.GUEST_CR3] == 0x20000
 
+    def test_not_saved_without_ept(self) -> None:
+        processor, vmx, _ = launch()
+        processor.state.efer = 0
+        processor.state.pdptrs = [0x1001, 0x2001, 0x3001, 0x4001]
+        vmx.exit(VmExit(Reason.CPUID))
+        assert read(vmx, f.GUEST_PDPTE0, f.GUEST_PDPTE3) == [0, 0]
+
     def test_not_saved_without_pae_paging(self) -> None:
         processor, vmx, _ = launch(c.ENABLE_EPT, fields={f.EPT_POINTER: 0x3001E})
         processor.state.pdptrs = [0x1001, 0x2001, 0x3001, 0x4001]
@@ -361,3 +369,23 @@ def test_32_bit_host__with_invalid_pdptes__aborts() -> None:
     processor.memory.write_u64(0x22000 + 8, 0x5003)
     assert vmx.vmcall() == VmxAborted(AbortIndicator.HOST_PDPTES)
     assert processor.shutdown is not None
+
+
+def test_injected_event__is_injected_once() -> None:
+    """An exit clears the valid bit, whatever the exit is for; the rest of the field stays."""
+    _, vmx, vmcs = launch(fields={f.VM_ENTRY_INTERRUPTION_INFORMATION: 0x8000_0030, f.GUEST_RFLAGS: 0x202})
+    assert vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION] == 0x8000_0030
+    vmx.exit(VmExit(Reason.CPUID))
+    assert vmcs[f.VM_ENTRY_INTERRUPTION_INFORMATION] == 0x30
+
+
+def test_32_bit_host__has_no_pcids_and_what_else_the_field_says() -> None:
+    """CR4.PCIDE is cleared, CR4.PAE is as in the field; a 64-bit host has PAE set."""
+    processor, vmx, vmcs = launch()
+    vmcs[f.VM_EXIT_CONTROLS] &= ~c.EXIT_HOST_ADDRESS_SPACE_SIZE.mask
+    vmcs[f.HOST_CR4], vmcs[f.HOST_CR0] = 0x2_2010, 0x33
+    view = vmx.operation.view
+    assert view is not None
+    vmx.operation.view = evolve(view, exit=vmcs[f.VM_EXIT_CONTROLS])
+    vmx.exit(VmExit(Reason.CPUID))
+    assert (processor.state.cr4, processor.state.efer & 0x500) == (0x2010, 0)

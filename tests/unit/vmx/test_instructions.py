@@ -19,7 +19,7 @@ from vmcs import fields as f
 from vmcs.exits import InstructionError as Error
 from vmcs.exits import Reason
 from vtx.vmx import Vmx
-from vtx.vmx.outcome import Outcome, VmExited, VmFailInvalid, VmFailValid, VmSucceed
+from vtx.vmx.outcome import Outcome, VmEntered, VmExited, VmFailInvalid, VmFailValid, VmSucceed
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.profile import DEFAULT_PROFILE, load_profile
 from vtx.x86.state import Shadow
@@ -348,6 +348,15 @@ class TestLaunchAndResume:
         _, vmx, _ = launch()
         vmx.vmcall()
         assert vmx.vmlaunch() == VmFailValid(Error.VMLAUNCH_WITH_NON_CLEAR_VMCS)
+
+    def test_resume_of_a_vmcs_that_was_cleared(self) -> None:
+        """Its launch state in memory counts when it is loaded again."""
+        _, vmx, _ = launch()
+        vmx.vmcall()
+        assert vmx.vmclear(REGION_A) == VmSucceed()
+        assert vmx.vmptrld(REGION_A) == VmSucceed()
+        assert vmx.vmresume() == VmFailValid(Error.VMRESUME_WITH_NON_LAUNCHED_VMCS)
+        assert vmx.vmlaunch() == VmEntered()
 
     def test_resume_of_a_clear_vmcs(self) -> None:
         _, vmx = make_vmx()

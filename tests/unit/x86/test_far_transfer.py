@@ -146,6 +146,16 @@ class TestLongMode:
         event = through_pointer(bench, GATE | 3, 0, 8).event()
         assert (event.vector, event.error_code) == (GP, GATE)
 
+    @pytest.mark.parametrize(("dpl", "rpl", "good"), [(0, 0, True), (2, 2, True), (2, 3, False), (0, 1, False)])
+    def test_gate_privilege__counts_the_selector_too(self, dpl: int, rpl: int, good: bool) -> None:
+        bench = far_bench(CALL_64, long_mode(), target=CODE_64_0, gate=gate(TARGET, ENTRY, dpl=dpl), gate_high=0)
+        through_pointer(bench, GATE | rpl, 0, 8)
+        if good:
+            assert bench.run().rip == ENTRY + 1
+        else:
+            event = bench.event()
+            assert (event.vector, event.error_code) == (GP, GATE)
+
     def test_gate_with_a_short_tss(self) -> None:
         bench = far_bench(CALL_64, long_mode(3), target=CODE_64_0, gate=gate(TARGET, ENTRY), gate_high=0)
         bench.state.tr.limit = 10

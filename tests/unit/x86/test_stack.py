@@ -4,7 +4,7 @@ import pytest
 from event_fixtures import FakeMemory
 
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
-from vtx.x86.stack import Stack
+from vtx.x86.stack import Stack, within_limit
 from vtx.x86.state import Segment
 
 TOP = 0x7000
@@ -77,3 +77,23 @@ def test_non_canonical_frame(pointer: int) -> None:
     with pytest.raises(InstructionAborted) as aborted:
         stack.check_room(5, 8)
     assert aborted.value.cause == Fault(Vector.SS, 0)
+
+
+@pytest.mark.parametrize(
+    ("rights", "limit", "offset", "size", "within"),
+    [
+        (0x4093, 0xFFF, 0xFFC, 4, True),
+        (0x4093, 0xFFF, 0xFFD, 4, False),
+        (0x4093, 0xFFF, 0x1000, 1, False),
+        # Expand-down: what is above the limit, up to the end that the size of the stack gives.
+        (0x4097, 0xFFF, 0x1000, 4, True),
+        (0x4097, 0xFFF, 0xFFF, 4, False),
+        (0x4097, 0xFFF, 0xFFFF_FFFC, 4, True),
+        (0x4097, 0xFFF, 0xFFFF_FFFD, 4, False),
+        (0x0097, 0xFFF, 0xFFFC, 4, True),
+        (0x0097, 0xFFF, 0xFFFD, 4, False),
+    ],
+)
+def test_limit(rights: int, limit: int, offset: int, size: int, within: bool) -> None:
+    """SDM Vol. 3, "Limit Checking"."""
+    assert within_limit(Segment(0x10, 0, limit, rights), offset, size) == within
