@@ -125,4 +125,16 @@ def test_tables_have_one_row_per_privilege_and_one_column_per_attribute():
     for pkru in (None, 0x5555_5555):
         table = permission_table(PermissionControls(True, True, True, True, pkru, None))
         assert len(table) == len(Privilege)
-        assert all(len(row) == 128 for row in table)
+        assert all(len(row) == 3 * 128 for row in table)  # anyone may fetch; user mode alone; supervisor mode alone
+
+
+@pytest.mark.parametrize("pkru", [None, 0x5555_5555])
+def test_who_may_fetch_takes_away_nothing_but_the_fetch(pkru):
+    table = permission_table(PermissionControls(True, True, False, False, pkru, None))
+    for privilege, row in zip(Privilege, table, strict=True):
+        for attributes in range(128):
+            plain = row[attributes]
+            without = plain & ~4  # execution, of the values of AccessKind
+            by_user, by_supervisor = row[attributes | 1 << 7], row[attributes | 1 << 8]
+            expected = (plain, without) if privilege is Privilege.USER else (without, plain)
+            assert (by_user, by_supervisor) == expected
