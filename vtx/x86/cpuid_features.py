@@ -164,7 +164,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
         ECX,
         {0: "LAHF64", 2: "SVM", 4: "AltMovCr8", 5: "LZCNT", 8: "PREFETCHW", 12: "SKINIT", 29: "MONITORX"},
     ),
-    (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 22: "MmxExt", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),
+    (0x8000_0001, 0, EDX, {11: "SYSCALL", 20: "NX", 22: "MmxExt", 25: "FFXSR", 26: "PAGE1GB", 27: "RDTSCP", 29: "LM"}),
     (0x8000_0007, 0, EDX, {8: "INVARIANT-TSC"}),
     (
         0x8000_0008,

@@ -260,6 +260,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
             ("LM", Efer.LME),
             ("NX", Efer.NXE),
             ("SVM", Efer.SVME),
+            ("FFXSR", Efer.FFXSR),
             ("MCOMMIT", Efer.MCOMMIT),
         ),
         features=("LM", "NX", "SYSCALL"),

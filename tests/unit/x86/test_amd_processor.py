@@ -51,6 +51,7 @@ def test_last_register_of_rdpru_and_count_of_invlpgb(profile: str, edx: int) -> 
     ("leaf", "register", "bit", "zen"),
     [
         (0x8000_0001, 2, 29, True),  # MONITORX
+        (0x8000_0001, 3, 25, True),  # FFXSR
         (0x8000_0008, 1, 3, False),  # INVLPGB
         (0x8000_0008, 1, 8, False),  # MCOMMIT
         (0x8000_0008, 1, 21, False),  # INVLPGB of nested pages
@@ -101,6 +102,7 @@ def test_msr_of_amd(index: int, reset: int) -> None:
     [
         (0xC000_0080, 0x1000, True),  # EFER.SVME
         (0xC000_0080, 0x2000, False),  # EFER.LMSLE
+        (0xC000_0080, 0x4000, True),  # EFER.FFXSR
         (0xC000_0080, 0x2_0000, False),  # EFER.MCOMMIT
         (0xC001_0117, 0x12_3000, True),
         (0xC001_0117, 0x12_3800, False),

@@ -6,6 +6,7 @@ instructions' pages.
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable
 
@@ -234,6 +235,25 @@ class TestMxcsr:
         one, other = bench.memory.read(OTHER, 512), bench.memory.read(AREA, 512)
         same = [position for position in range(512) if one[position] == other[position]]
         assert same == [position for begin, end in stored for position in range(begin, end)]
+
+    # Whether FXSAVE and FXRSTOR leave the XMM registers out, where EFER.FFXSR is set.
+    FAST = [(long_mode(), True), (long_mode(3), False), (long_mode(compatibility=True), False)]
+
+    @pytest.mark.parametrize(("state", "fast"), FAST)
+    @pytest.mark.parametrize("enable", [0, 1 << 14])
+    def test_fast_fxsave_and_fxrstor(self, state: CpuState, fast: bool, enable: int) -> None:
+        """APM Vol. 2, "Extended Feature Enable Register (EFER)": at CPL 0 of 64-bit mode, and MXCSR is not left out."""
+        state = copy.deepcopy(state)
+        state.efer |= enable
+        bench = bench_of("0fae0f" + "0fae06", state)  # FXRSTOR [RDI]; FXSAVE [RSI]
+        bench.memory.write(AREA, image(mxcsr=0x3F80, xmm0=b"\x5a" * 16)[:512])
+        bench.memory.write(OTHER, b"\xcc" * 512)
+        bench.processor.run_once()
+        bench.processor.run_once()
+        saved, xmm0 = bench.memory.read(OTHER, 512), bench.processor.engine.legacy_area()[160:176]
+        assert saved[24:28] == b"\x80\x3f\x00\x00"
+        assert (saved[160:176] == b"\xcc" * 16) == bool(fast and enable)
+        assert (xmm0 == b"\x5a" * 16) != bool(fast and enable)
 
     def test_fxsave__pointers_have_32_bits_without_rex_w(self) -> None:
         load = "480fae0f"  # FXRSTOR64 [RDI]

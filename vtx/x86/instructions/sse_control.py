@@ -3,7 +3,7 @@
 Interpretations. With CR4.OSFXSR clear, FXSAVE and FXRSTOR leave MXCSR and the XMM registers alone, as they may.
 
 Spec: SDM Vol. 2, "LDMXCSR—Load MXCSR Register", "FXRSTOR—Restore x87 FPU, MMX, XMM, and MXCSR State"; Vol. 1, "MXCSR
-Control and Status Register".
+Control and Status Register"; APM Vol. 2, "Extended Feature Enable Register (EFER)" (FFXSR).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import operand_address, read_linear, write_linear
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp, ud
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, MASK64, Cr0, Cr4, Rflags
+from vtx.x86.state import MASK32, MASK64, Cr0, Cr4, Efer, Rflags
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -38,6 +38,7 @@ _AREA_SIZE: Final = 512
 _AREA_ALIGNMENT: Final = 16
 _TS, _EM = int(Cr0.TS), int(Cr0.EM)
 _OSFXSR: Final = int(Cr4.OSFXSR)
+_FFXSR: Final = int(Efer.FFXSR)
 
 
 def require_not_task_switched(cpu: LogicalProcessor, mask: int = _TS) -> None:
@@ -133,13 +134,20 @@ def _area(cpu: LogicalProcessor, instruction: Instruction, *, write: bool) -> St
     return StateArea(cpu, linear)
 
 
+def _end(cpu: LogicalProcessor) -> int:
+    """Where the registers end that FXSAVE and FXRSTOR move: with EFER.FFXSR the kernel does without the XMM ones."""
+    state = cpu.state
+    fast = state.efer & _FFXSR and state.in_64_bit_mode and not state.cpl
+    return X87_REGISTERS.stop if fast else xmm_registers(cpu).stop
+
+
 def fxsave(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """FXSAVE, which stores MXCSR and the XMM registers only if CR4.OSFXSR is set."""
     area, legacy = _area(cpu, instruction, write=True), cpu.engine.legacy_area()
     control = legacy[X87_CONTROL]
     stored = control if instruction.mnemonic == Mnemonic.FXSAVE64 else narrow(control)
     if cpu.state.cr4 & _OSFXSR:
-        stored += legacy[X87_CONTROL.stop : xmm_registers(cpu).stop]
+        stored += legacy[X87_CONTROL.stop : _end(cpu)]
     else:
         stored += area.read(X87_CONTROL.stop, 8) + legacy[X87_REGISTERS]
     area.check_writable(0, len(stored))
@@ -151,7 +159,7 @@ def fxrstor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """FXRSTOR, which takes MXCSR and the XMM registers only if CR4.OSFXSR is set."""
     area, legacy = _area(cpu, instruction, write=False), bytearray(cpu.engine.legacy_area())
     with_sse = bool(cpu.state.cr4 & _OSFXSR)
-    rest = slice(X87_REGISTERS.start, xmm_registers(cpu).stop) if with_sse else X87_REGISTERS
+    rest = slice(X87_REGISTERS.start, _end(cpu)) if with_sse else X87_REGISTERS
     stored = area.read(0, rest.stop)
     control = stored[X87_CONTROL]
     legacy[X87_CONTROL] = control if instruction.mnemonic == Mnemonic.FXRSTOR64 else narrow(control)
