@@ -216,7 +216,10 @@ APM_CONTENTS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "General-Purpose Programming": ("1", ("Registers",)),
     "System Resources": ("2", ("CR0 Register", "RFLAGS Register")),
-    "Segmented Virtual Memory": ("2", ("Limit Checks", "Real Mode Segmentation", "Segment-Protection Overview")),
+    "Segmented Virtual Memory": (
+        "2",
+        ("Limit Checks", "Real Mode Segmentation", "Segment-Protection Overview", "Virtual-8086 Mode Segmentation"),
+    ),
     "Page Translation and Protection": ("2", ("Page-Protection Checks",)),
     "Exceptions and Interrupts": ("2", ("Vectors", "Priorities")),
     "Software Debug and Performance Resources": ("2", ("Debug Registers",)),

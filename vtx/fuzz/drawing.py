@@ -83,6 +83,10 @@ class Generator(ABC, Generic[F]):
     def returns(self, state: State) -> bool:
         """Whether the harness can go on after ``state``, as far as the rules can tell."""
 
+    def may_be_tried(self, state: State) -> bool:
+        """The same of a state that was not drawn, but made of one that was."""
+        return self.returns(state)
+
     @abstractmethod
     def sources(self, each: F) -> Sequence[F]:
         """Fields whose value is something to try in ``each``."""

@@ -146,7 +146,7 @@ def _attempts(
             theirs = generator.changed(theirs, changes(reading, evolve(found, state=theirs)))
             if reading.by_us:
                 ours = theirs
-        if generator.returns(ours) and generator.returns(theirs):
+        if generator.may_be_tried(ours) and generator.may_be_tried(theirs):
             yield Attempt(tuple(chosen), ours, theirs)
 
 

@@ -12,7 +12,7 @@ import pytest
 from processor_bench import CODE, DATA, STACK, ProcessorBench, long_mode, protected_mode, real_mode
 
 from vtx.x86.outcome import Vector
-from vtx.x86.state import CpuState, Shadow
+from vtx.x86.state import CpuState, Segment, Shadow
 
 MOV_SS_AX, MOV_SS_AT_RDI, POP_SS, LSS_ESP_AT_EDI = "8ed0", "8e17", "17", "0fb227"
 DATA_0, DATA_3 = 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF
@@ -120,6 +120,17 @@ def test_8086_modes__only_selector_and_base(code: str, pointer: int, mode: type[
     bench.run_to(CODE + len(code) // 2)
     assert (state.ss.selector, state.ss.base) == (0x123, 0x1230)
     assert (state.ss.access_rights, state.ss.limit, state.gpr[4]) == (rights, limit, pointer)
+
+
+@pytest.mark.parametrize(("limit", "rights"), [(0xFFFF_FFFF, 0xC093), (0xFFF, 0xF3)])
+def test_virtual_8086_mode__a_segment_of_that_mode(limit: int, rights: int) -> None:
+    """What VMRUN has loaded of the segment before is gone, as after IRET to that mode."""
+    state = real_mode()
+    state.cr0 |= 1
+    state.rflags |= 1 << 17 | 3 << 12
+    state.ss.limit, state.ss.access_rights = limit, rights
+    segment_bench(MOV_SS_AX, state, 0x123).run_to(CODE + 2)
+    assert state.ss == Segment(0x123, 0x1230, 0xFFFF, 0xF3)
 
 
 def test_pop_beyond_the_stack_segment() -> None:

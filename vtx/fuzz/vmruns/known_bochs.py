@@ -37,6 +37,7 @@ from vtx.x86.outcome import Vector
 from vtx.x86.state import MASK32, MASK64, Rflags
 
 _EXIT: Final = apm(SVM, "#VMEXIT")
+_VIRTUAL_8086: Final = apm("Segmented Virtual Memory", "Virtual-8086 Mode Segmentation")
 _EXCEPTIONS: Final = apm(SVM, "Exception Intercepts")
 _PAGE_FAULT: Final = Exit.EXCEPTION_0 + Vector.PF
 _CR3, _PROTECTED_MODE = "vmrun.cr3-reserved", "vmrun.long-mode-pe"
@@ -258,6 +259,14 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
         tuple(f"{name} attributes" for name in _DATA_SEGMENTS),
         lambda ours, theirs: not ours & _PRESENT and bool(theirs & _PRESENT),
         lambda case: case.real and case.runs("MOV DS"),
+    ),
+    in_fields(
+        "virtual-8086-loads",
+        "Bochs",
+        _VIRTUAL_8086,
+        ("DS attributes", "DS limit"),
+        lambda ours, theirs: theirs in (0xF3, 0xFFFF),
+        lambda case: case.virtual_8086 and case.runs("MOV DS"),
     ),
     REAL_MODE_ERROR_CODE,
     Known("real-mode-order", "both", None, _real_mode_order),

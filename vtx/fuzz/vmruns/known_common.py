@@ -232,7 +232,12 @@ SYSENTER: Final = all_of_it(
     "sysenter-in-long-mode",
     "vtx",
     apm("System Instruction Reference", "SYSENTER"),
-    lambda case: case.runs("SYSENTER") and case.long_mode and case.raised(Vector.UD) == (True, False),
+    lambda case: (
+        case.runs("SYSENTER")
+        and case.long_mode
+        and (case.raised(Vector.UD)[0] or case.ours.code in _LOST)
+        and not case.raised(Vector.UD)[1]
+    ),
 )
 
 STORED_WORDS: Final = (_TABLE_LIMITS, _HIGH_HALVES, _MSR_WIDTHS, _RESERVED_FLAGS, _RESERVED_CR0, _UNOBSERVED_ATTRIBUTES)

@@ -49,6 +49,7 @@ _GD: Final = 1 << 13
 _BIG: Final = 1 << 10
 _LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
+_STACK_SEGMENT: Final = (2, 4)  # behind the stack pointer, in a TSS
 _EVENT: Final = 0x8000_07FF
 _AVAILABLE_TSS: Final = 0x89
 
@@ -230,6 +231,22 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         ("EXITINFO2", "CR2"),
         lambda ours, theirs: ours == theirs & MASK32,
         lambda case: not case.long_mode,
+    ),
+    in_fields(
+        "virtual-8086-loads",
+        "vtx",
+        apm("Segmented Virtual Memory", "Virtual-8086 Mode Segmentation"),
+        ("SS attributes", "SS limit"),
+        lambda ours, theirs: ours in (0xF3, 0xFFFF),
+        lambda case: case.virtual_8086 and case.runs("MOV SS"),
+    ),
+    in_fields(
+        "inner-stack-order",
+        "both",
+        apm("Exceptions and Interrupts", "Priorities"),
+        ("EXITINFO2", "CR2"),
+        lambda ours, theirs: ours - theirs in _STACK_SEGMENT,
+        lambda case: not case.long_mode and bool(case.one.get("EXITINTINFO", 0) & layouts.EVENT_VALID),
     ),
     in_fields(
         "read-modify-write",

@@ -69,7 +69,8 @@ _SPECIAL: Final[Mapping[VmcbField, tuple[int, ...]]] = {
 _ALL_EXCEPTIONS: Final = 0xFFFF_FFFF
 _EXCEPTIONS: Final = scene.INTERCEPTS[Exit.EXCEPTION_0 >> 5]
 _CS_BASE, _CS_LIMIT = BY_NAME["CS base"], BY_NAME["CS limit"]
-_CS_ATTRIBUTES: Final = BY_NAME["CS attributes"]
+_CS_ATTRIBUTES, _SS_ATTRIBUTES = BY_NAME["CS attributes"], BY_NAME["SS attributes"]
+_DPL: Final = 3 << 5
 _LONG: Final = 1 << 9
 _WHOLE_SEGMENT: Final = 0xFFFF
 _PLACES: Final = (
@@ -173,6 +174,12 @@ class VmrunGenerator(Generator[VmcbField]):
         if not _is_paged(block) and not self._stays(state.base):
             return False
         return _gets_on(block) and _does_no_harm(block)
+
+    def may_be_tried(self, state: State) -> bool:
+        """See `Generator.may_be_tried`. What privilege level the stack segment has makes a guest go nowhere else."""
+        fields = self.fields(state)
+        attributes = fields[_SS_ATTRIBUTES] & ~_DPL | self.bases[state.base][_SS_ATTRIBUTES] & _DPL
+        return self.returns(self.changed(state, {_SS_ATTRIBUTES: attributes}))
 
     def _stays(self, base: int) -> bool:
         """Whether a guest that can reach all memory stays where it belongs: it has code and stack of its base."""

@@ -17,7 +17,7 @@ from iced_x86 import Code, Mnemonic
 
 from vtx.x86 import descriptors
 from vtx.x86.decode import Instruction, write_register
-from vtx.x86.descriptors import is_null, null_segment, selector_fault
+from vtx.x86.descriptors import is_null, null_segment, real_mode_segment, selector_fault
 from vtx.x86.instructions.common import read_far_pointer, read_operand
 from vtx.x86.linear import LinearMemory
 from vtx.x86.outcome import Vector, gp
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
 _SS: Final = SegmentRegister.SS
+_VIRTUAL_8086: Final = 0xF3  # access rights of every segment in that mode
 _FAR_POINTERS: Final[Mapping[int, SegmentRegister]] = {
     Mnemonic.LES: SegmentRegister.ES,
     Mnemonic.LSS: SegmentRegister.SS,
@@ -39,13 +40,20 @@ _FAR_POINTERS: Final[Mapping[int, SegmentRegister]] = {
 _MOVES_TO_SEGMENT: Final = (Code.MOV_SREG_RM16, Code.MOV_SREG_R32M16, Code.MOV_SREG_R64M16)
 
 
+def _segment_8086(state: CpuState, selector: int, current: Segment) -> Segment:
+    """A segment at 16 times ``selector``: in virtual-8086 mode a new one, in real-address mode else as ``current``."""
+    if state.virtual_8086:
+        return real_mode_segment(selector, _VIRTUAL_8086)
+    return evolve(current, selector=selector, base=selector << 4)
+
+
 def stack_segment(state: CpuState, memory: LinearMemory, selector: int) -> Segment:
     """What SS holds once loaded with ``selector`` at the current privilege level.
 
     Raises #GP, or #SS for a segment that is not present.
     """
     if not state.protected or state.virtual_8086:
-        return evolve(state.ss, selector=selector, base=selector << 4)
+        return _segment_8086(state, selector, state.ss)
     cpl = state.cpl
     if is_null(selector):
         if not state.in_64_bit_mode or cpl == 3 or selector != cpl:
@@ -61,7 +69,7 @@ def data_segment(state: CpuState, memory: LinearMemory, selector: int, current: 
     Raises #GP, or #NP for a segment that is not present.
     """
     if not state.protected or state.virtual_8086:
-        return evolve(current, selector=selector, base=selector << 4)
+        return _segment_8086(state, selector, current)
     if is_null(selector):
         return null_segment(selector)
     descriptor = descriptors.read_descriptor(state, memory, selector)
