@@ -255,6 +255,19 @@ def test_virtual_nmi() -> None:
     assert not machine.state.nmi_blocked
 
 
+@pytest.mark.parametrize("shadow", [Shadow.STI, Shadow.MOV_SS])
+def test_virtual_nmi_waits_for_the_end_of_an_interrupt_shadow(shadow: Shadow) -> None:
+    machine = Machine()
+    machine.intercept(NMI)
+    machine.fields[CONTROL] = V_NMI_ENABLE | V_NMI
+    machine.run()
+    machine.state.shadow = shadow
+    assert not machine.svm.boundary() and not machine.processor.delivered
+    machine.state.shadow = Shadow.NONE
+    assert machine.svm.boundary()
+    assert machine.processor.delivered == [Event(2, EventKind.NMI)]
+
+
 def test_debug_traps_come_first() -> None:
     machine = running(NMI)
     machine.processor.nmi = True

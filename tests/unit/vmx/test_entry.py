@@ -227,6 +227,17 @@ class TestMsrLoad:
         assert vmx.current_vmcs.launch_state is LaunchState.CLEAR
         assert vmx.vmlaunch() == outcome
 
+    @pytest.mark.parametrize(("host", "guest"), [(False, 8), (True, 0)])
+    def test_failure__leaves_blocking_by_nmi_as_the_host_had_it(self, host: bool, guest: int) -> None:
+        """The guest's has been loaded already: an entry that fails enters nothing."""
+        processor, vmx = make_vmx()
+        fields = {f.VM_ENTRY_MSR_LOAD_COUNT: 1, f.VM_ENTRY_MSR_LOAD_ADDRESS: self.AREA}
+        prepare(vmx, fields=fields | {f.GUEST_INTERRUPTIBILITY_STATE: guest})
+        processor.memory.write_u64(self.AREA, 0xDEAD)
+        processor.state.nmi_blocked = host
+        assert vmx.vmlaunch() == EntryFailed(Reason.ENTRY_FAILURE_MSR_LOADING | ENTRY_FAILURE, 1)
+        assert processor.state.nmi_blocked == host
+
     def test_unbacked_area__fails_at_once(self) -> None:
         processor, vmx = make_vmx()
         prepare(vmx, fields={f.VM_ENTRY_MSR_LOAD_COUNT: 1, f.VM_ENTRY_MSR_LOAD_ADDRESS: 0x1337_0000})

@@ -84,7 +84,8 @@ class TestVmfunc:
 
     @pytest.mark.parametrize(("function", "index"), [(0, 512), (0, 2), (0, 3), (1, 1), (63, 1), (1 << 32 | 1, 1)])
     def test_exits(self, function: int, index: int) -> None:
-        _, vmx = guest(c.ENABLE_VM_FUNCTIONS)
+        processor, vmx = guest(c.ENABLE_VM_FUNCTIONS)
+        processor.memory.write_u64(LIST + 8 * 512, EPT_B | EPTP_BITS)  # a good one, but beyond the list
         assert vmx.vmfunc(function, index) == VmExited(Reason.VMFUNC, 0)
 
     def test_exits_for_a_disabled_function(self) -> None:

@@ -124,6 +124,15 @@ def test_save_keeps_what_the_header_says_of_other_components() -> None:
     assert header(bench) == (0xFF00_0000_0000_0007, 0)
 
 
+@pytest.mark.parametrize("code", [XSAVE, XSAVEOPT])
+def test_save_clears_what_the_header_says_of_requested_components(code: str) -> None:
+    """They are in their initial configuration now, and those that are not requested may still be present."""
+    bench = bench_of(FNINIT + code, asked=X87 | PKRU)
+    bench.memory.write_u64(TO + 512, 0xFFFF)
+    bench.run()
+    assert header(bench) == (0xFDFE, 0)
+
+
 def test_registers_that_the_mode_has_not() -> None:
     """Outside 64-bit mode, XMM8 to XMM15 are neither stored nor loaded."""
     bench = bench_of("0fae26", state=protected_mode(), asked=SSE, xcr0=3)

@@ -193,6 +193,19 @@ def test_xrstors__refuses_a_bad_area(data: bytes, offset: int) -> None:
     assert guest.run().exception == 13
 
 
+def test_xrstors__that_is_refused_has_changed_nothing() -> None:
+    """PKRU comes before HDC state, at 576 and 584; IA32_PM_CTL1 does not take the value of the latter."""
+    pkru = 1 << 9
+    guest = Guest(ENABLE + FILL + xrstors(ALL | pkru))
+    guest.machine.cpu.state.xcr0 |= pkru
+    guest.machine.cpu.state.pkru = 0x30
+    guest.put(header(ALL | pkru, ALL | pkru | 1 << 63) + struct.pack("<QQ", 0x1C, 2), 512)
+    guest.put(struct.pack("<I", 0x1F80), 24)
+    assert guest.run().exception == 13
+    assert (guest.machine.cpu.state.pkru, guest.machine.cpu.msrs.read(PM_CTL1)) == (0x30, 0)
+    assert guest.machine.cpu.engine.legacy_area()[176:192] == b"\xff" * 16
+
+
 @pytest.mark.parametrize("make", [xsaves, xrstors])
 def test_alignment(make) -> None:  # type: ignore[no-untyped-def]
     assert Guest(ENABLE + make(3, address=AREA + 16)).run().exception == 13
