@@ -96,6 +96,7 @@ def test_every_class_is_documented(oracle: str) -> None:
         ("qemu", at("LLDT"), GP, HALTED, []),
         ("qemu", at("INT1"), HALTED, UD, ["int1"]),
         ("qemu", at("INT1"), HALTED, GP, []),
+        ("qemu", at("INT1"), HALTED, Result("exit", 0x7F, interrupted=0x8000_0306), ["int1"]),
         ("qemu", at("INT3"), HALTED, UD, []),
         ("qemu", {"RSP": 1 << 47 | 0x18}, SS, GP, ["canonical"]),
         ("qemu", {"RSP": 1 << 46}, SS, GP, []),

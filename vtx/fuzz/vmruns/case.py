@@ -127,7 +127,7 @@ class Case:
         """Whether each of the two had the exception ``vector``, perhaps with another fault in its delivery."""
         ours, theirs = self.exception(vector)
         event = layouts.EVENT_VALID | layouts.InjectedType.EXCEPTION << layouts.EVENT_TYPE_SHIFT | vector
-        interrupted = (each.get("EXITINTINFO", 0) & _EVENT == event for each in (self.one, self.other))
+        interrupted = (each.interrupted & _EVENT == event for each in (self.ours, self.theirs))
         return ours or next(interrupted), theirs or next(interrupted)
 
     def where(self, names: Collection[str], alike: Callable[[int, int], bool]) -> frozenset[str]:

@@ -24,6 +24,7 @@ from vtx.fuzz.vmruns.known_common import (
     NO_MEMORY,
     REAL_MODE_ERROR_CODE,
     RESUME_FLAG,
+    RFLAGS_DEFINED,
     SEGMENTS,
     SKINIT,
     STORED_WORDS,
@@ -48,6 +49,7 @@ _PRESENT: Final = 0x80
 _SOFTWARE: Final = (3, 4)  # types of event: exception, software interrupt
 _CAUSES, _GD, _BT = 0xE00F, 1 << 13, 1 << 15
 _ARITHMETIC: Final = 0x8D5
+_LBR: Final = 1
 
 
 def _read_cr2(case: Case) -> Collection[str]:
@@ -55,7 +57,8 @@ def _read_cr2(case: Case) -> Collection[str]:
     if not case.runs("MOV EAX, CR2", "a change of bit 0 in CR2"):
         return ()
     flags = flags_in_memory(_ARITHMETIC)(case)
-    return {"RAX", "CR2", *flags, *case.where(("RFLAGS",), lambda ours, theirs: not (ours ^ theirs) & ~_ARITHMETIC)}
+    others = RFLAGS_DEFINED & ~_ARITHMETIC
+    return {"RAX", "CR2", *flags, *case.where(("RFLAGS",), lambda ours, theirs: not (ours ^ theirs) & others)}
 
 
 def _syscall_trap(case: Case) -> bool:
@@ -274,6 +277,14 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
     SKINIT,
     *IN_SOME_PROGRAMS,
     all_of_it("injected-in-virtual-8086-mode", "both", INJECTION, _software_interrupt_in_virtual_8086),
+    in_fields(
+        "branch-records",
+        "vtx",
+        apm(SVM, "Layout of VMCB"),
+        ("BR_FROM", "BR_TO", "LASTEXCPFROM", "LASTEXCPTO"),
+        lambda ours, theirs: ours != theirs,
+        lambda case: bool(case["virtualization of LBR, VMLOAD and VMSAVE"] & case["DBGCTL"] & _LBR),
+    ),
     Known("undefined-flags", "both", apm("General-Purpose Programming", "Registers"), _undefined_flags),
     NO_MEMORY,
 )

@@ -50,7 +50,8 @@ def flags_in_memory(bits: int) -> Callable[[Case], frozenset[str]]:
 def _reserved_flags(case: Case) -> frozenset[str]:
     if not case["RFLAGS"] & MASK32 & _RFLAGS_RESERVED and case["RFLAGS"] & _RFLAGS_ONES:
         return frozenset()
-    saved = case.where(("RFLAGS",), lambda ours, theirs: ours == theirs & RFLAGS_DEFINED | _RFLAGS_ONES)
+    names = ("RFLAGS", "R11") if case.runs("SYSCALL") else ("RFLAGS",)
+    saved = case.where(names, lambda ours, theirs: ours == theirs & RFLAGS_DEFINED | _RFLAGS_ONES)
     return saved | flags_in_memory(_RFLAGS_RESERVED | RF)(case)
 
 
@@ -242,5 +243,16 @@ SYSENTER: Final = all_of_it(
 
 STORED_WORDS: Final = (_TABLE_LIMITS, _HIGH_HALVES, _MSR_WIDTHS, _RESERVED_FLAGS, _RESERVED_CR0, _UNOBSERVED_ATTRIBUTES)
 """Words of which more, or fewer, bits are kept than the architecture defines, and nothing else comes of it."""
-IN_SOME_PROGRAMS: Final = (_NO_REPETITION, _MAPS_NOT_IN_USE, _READ_RESERVED_CR0, READ_DEBUG_REGISTER_ONES)
+_ROM: Final = in_fields(
+    "rom",
+    "both",
+    None,
+    ("RAX",),  # what programs load
+    lambda ours, theirs: ours != theirs,
+    lambda case: (
+        case.runs("a load from") and not case.long_mode and case.fields[scene.REGISTERS[Gpr.RDI]] & MASK32 >= _TOP
+    ),
+)
+_TOP: Final = 0xF000_0000
+IN_SOME_PROGRAMS: Final = (_ROM, _NO_REPETITION, _MAPS_NOT_IN_USE, _READ_RESERVED_CR0, READ_DEBUG_REGISTER_ONES)
 """What only shows with certain instructions, or in fields that are not in use."""

@@ -27,6 +27,7 @@ from vtx.fuzz.vmruns.known_common import (
     RESUME_FLAG,
     RF,
     RFLAGS,
+    RFLAGS_DEFINED,
     SKINIT,
     STORED_WORDS,
     SVM,
@@ -49,6 +50,7 @@ _GD: Final = 1 << 13
 _BIG: Final = 1 << 10
 _LINEAR_WIDTH: Final = 48
 _LMA: Final = int(Efer.LMA)
+_ARITHMETIC_AND_DF: Final = 0xCD5
 _STACK_SEGMENT: Final = (2, 4)  # behind the stack pointer, in a TSS
 _EVENT: Final = 0x8000_07FF
 _AVAILABLE_TSS: Final = 0x89
@@ -128,7 +130,8 @@ def _stack_not_canonical(case: Case) -> bool:
     top = case["RSP"] & ~0xF
     pushed = (top - 8 * number & MASK64 for number in range(7))
     beyond = case.long_mode and not all(is_canonical(each, _LINEAR_WIDTH) for each in pushed)
-    return beyond and case.ours.code in (_SS, *_FATAL) and case.theirs.code in (_GP, *_FATAL)
+    theirs = (_GP, *_FATAL) if top != 1 << _LINEAR_WIDTH - 1 else (_PF, Exit.NPF, *_FATAL)
+    return beyond and case.ours.code in (_SS, *_FATAL) and case.theirs.code in theirs
 
 
 def _write_not_canonical(case: Case) -> bool:
@@ -138,7 +141,12 @@ def _write_not_canonical(case: Case) -> bool:
     return case.runs("WRMSR") and faults and not is_canonical(high << 32 | low, _LINEAR_WIDTH)
 
 
-_SS, _GP = Exit.EXCEPTION_0 + Vector.SS, Exit.EXCEPTION_0 + Vector.GP
+def _int1(case: Case) -> bool:
+    """INT1, which is an invalid opcode there."""
+    return case.runs("INT1") and (case.raised(Vector.UD)[1] or case.theirs.code in _FATAL)
+
+
+_SS, _GP, _PF = (Exit.EXCEPTION_0 + vector for vector in (Vector.SS, Vector.GP, Vector.PF))
 _FATAL: Final = (Exit.EXCEPTION_0 + Vector.DF, Exit.SHUTDOWN)
 _LOCK: Final = 0xF0
 _PREFIXES: Final = bytes.fromhex("262e3664656667f0f2f3")
@@ -200,7 +208,7 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         lambda case: case.runs("INT3", "INTO"),
     ),
     Known("interrupted-event", "vtx", apm(SVM, "State Saved on Exit"), _interrupted_event),
-    all_of_it("int1", "vtx", _INTERCEPTS, lambda case: case.runs("INT1") and case.raised(Vector.UD)[1]),
+    all_of_it("int1", "vtx", _INTERCEPTS, _int1),
     all_of_it("undefined-before-privilege", "vtx", apm("Exceptions and Interrupts", "Priorities"), _privilege_first),
     in_fields(
         "null-ldt",
@@ -239,6 +247,14 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         ("SS attributes", "SS limit"),
         lambda ours, theirs: ours in (0xF3, 0xFFFF),
         lambda case: case.virtual_8086 and case.runs("MOV SS"),
+    ),
+    in_fields(
+        "syscall-flags",
+        "vtx",
+        apm("System Instruction Reference", "SYSCALL"),
+        ("RFLAGS",),
+        lambda ours, theirs: not (ours ^ theirs) & RFLAGS_DEFINED & ~_ARITHMETIC_AND_DF,
+        lambda case: case.runs("SYSCALL"),
     ),
     in_fields(
         "inner-stack-order",
@@ -301,7 +317,11 @@ OF_QEMU: Final[tuple[Known[Case], ...]] = (
         "null-tss",
         "vtx",
         apm("System Instruction Reference", "LTR"),
-        lambda case: case.runs("LTR") and case.raised(Vector.GP) == (True, False),
+        lambda case: (
+            case.runs("LTR")
+            and (case.raised(Vector.GP)[0] or case.ours.code in _FATAL)
+            and not case.raised(Vector.GP)[1]
+        ),
     ),
     NO_MEMORY,
 )

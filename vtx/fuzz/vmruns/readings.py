@@ -188,6 +188,12 @@ _VM_IN_REAL_MODE: Final = Reading[Case](
     by_us=True,
 )
 _COMMON: Final = (
+    Reading[Case](
+        "implicit-access",
+        "vtx",
+        apm("Page Translation and Protection", "Page-Protection Checks"),
+        lambda case: _set(case, CR4=case["CR4"] & ~Cr4.SMAP) if case["RFLAGS"] & Rflags.AC else _NOTHING,
+    ),
     Reading[Case]("efer-ffxsr", "both", CHECKS, lambda case: _set(case, EFER=case["EFER"] & ~_FFXSR)),
     Reading[Case]("lmsw", "vtx", _INTERCEPTS, _if_runs(("LMSW",), _without(Exit.CR0_SEL_WRITE))),
     Reading[Case](
@@ -307,12 +313,6 @@ OF_BOCHS: Final[tuple[Reading[Case], ...]] = (
         ),
     ),
     Reading("msr-widths", "both", VMLOAD, _canonical_addresses),
-    Reading(
-        "implicit-access",
-        "vtx",
-        apm("Page Translation and Protection", "Page-Protection Checks"),
-        lambda case: _set(case, CR4=case["CR4"] & ~Cr4.SMAP) if case["RFLAGS"] & Rflags.AC else _NOTHING,
-    ),
     Reading(
         "l-and-d",
         "vtx",
