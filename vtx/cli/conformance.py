@@ -31,6 +31,7 @@ _MOST_FAILURES: Final = 10
 @click.option("--test", "tests", multiple=True, metavar="T", help="Only tests of this name or pattern (vmx_*).")
 @click.option("--exclude", "excluded", multiple=True, metavar="T", help="No tests of this name or pattern.")
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Processor to be; the first one that fits.")
+@click.option("--cpu", "flags", default="", metavar="FLAGS", help="Change every processor: -pku,+smep,phys-bits=40.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Tests at a time [default: one per processor].")
 @click.option(
     "--timeout-scale",
@@ -49,6 +50,7 @@ def conformance(
     tests: tuple[str, ...],
     excluded: tuple[str, ...],
     profiles: tuple[str, ...],
+    flags: str,
     jobs: int | None,
     timeout_scale: float,
     junit: Path | None,
@@ -68,7 +70,7 @@ def conformance(
       130  interrupted from the keyboard; the table has what was done by then
       2    wrong usage, or DIR is no such build
     """
-    suite, plans = _plan(directory, groups, tests, excluded, profiles)
+    suite, plans = _plan(directory, groups, tests, excluded, profiles, flags)
     if only_list:
         _list(plans, as_json=as_json)
         return 0
@@ -92,8 +94,10 @@ def _plan(
     tests: tuple[str, ...],
     excluded: tuple[str, ...],
     profiles: tuple[str, ...],
+    flags: str,
 ) -> tuple[Suite, list[Plan]]:
     from vtx.conformance.plan import Planner, Selection  # noqa: PLC0415 - not before the options are known to be good
+    from vtx.conformance.processor import UnsupportedError  # noqa: PLC0415
     from vtx.conformance.suite import SuiteError, load_suite  # noqa: PLC0415
     from vtx.x86.toml_section import ProfileError  # noqa: PLC0415
 
@@ -101,9 +105,11 @@ def _plan(
         suite = load_suite(directory)
         selection = Selection(tests, groups, excluded)
         chosen = selection.select(suite)
-        planner = Planner(suite, profiles)
+        planner = Planner(suite, profiles, flags=flags)
     except SuiteError as error:
         raise Unusable(str(error)) from None
+    except UnsupportedError as error:
+        raise Unusable(f"--cpu {flags}: {error}") from None
     except ProfileError as error:
         raise Unusable(f"profile {error}") from None
     return suite, [planner.plan(test, asked_for=selection.asks_for(test)) for test in chosen]

@@ -10,7 +10,7 @@ from typing import Any, Final
 from attrs import field, frozen
 
 from vtx.conformance.options import MachineOptions, machine_options
-from vtx.conformance.processor import UnsupportedError, Wish, adapt, features_of, parse_wish
+from vtx.conformance.processor import UnsupportedError, adapt, features_of, parse_wish, unknown_flags
 from vtx.conformance.suite import MANUAL, Suite, SuiteError, SuiteTest
 from vtx.x86.profile import DEFAULT_PROFILE, profile_document, profile_names
 
@@ -116,16 +116,26 @@ def _is_like(name: str, model: str | None) -> bool:
     return model is not None and (name == model or name.startswith(f"{model}-"))
 
 
+_ANY_MODEL: Final = "any"
+
+
 class Planner:
     """Plans the tests of ``suite`` for processors of ``profiles``.
 
     A test gets the first profile that can be what it asks for; without ``profiles``, the one that is most like the
     processor it names, the default one, or any other.
-    A test for more than ``most_processors`` is left out. `ProfileError` for a profile that cannot be used.
+    ``flags`` are changes to the processor of every test, as QEMU's ``-cpu`` has them behind the model's name.
+    A test for more than ``most_processors`` is left out. `ProfileError` for a profile that cannot be used,
+    `UnsupportedError` for flags that mean nothing here.
     """
 
-    def __init__(self, suite: Suite, profiles: Sequence[str] = (), *, most_processors: int = 64) -> None:
+    def __init__(
+        self, suite: Suite, profiles: Sequence[str] = (), *, flags: str = "", most_processors: int = 64
+    ) -> None:
+        if unknown := unknown_flags(flags):
+            raise UnsupportedError(f"unknown flag {unknown[0]!r}")
         self._suite = suite
+        self._flags = flags
         self._most_processors = most_processors
         known = [profile_document(name) for name in profile_names()]
         self._free_choice = not profiles
@@ -178,7 +188,7 @@ class Planner:
         return f"needs {processors} processors" if processors > self._most_processors else ""
 
     def _processor(self, options: MachineOptions) -> tuple[str, Mapping[str, Any]]:
-        wish = parse_wish(options.processor) if options.processor is not None else Wish()
+        wish = parse_wish(",".join(filter(None, (options.processor or _ANY_MODEL, self._flags))))
         reason: UnsupportedError | None = None
         candidates = self._candidates
         if self._free_choice:

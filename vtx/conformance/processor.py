@@ -176,6 +176,12 @@ def _name_here(flag: str) -> str | None:
     return _CONTROL_FLAGS.get(flag) or _feature(flag)
 
 
+def unknown_flags(flags: str) -> tuple[str, ...]:
+    """Which of ``flags`` are no features or controls of a profile; `UnsupportedError` for what is no flag at all."""
+    wish = parse_wish(f",{flags}") if flags else Wish()
+    return tuple(flag for flag in (*wish.on, *wish.off) if _name_here(flag) is None)
+
+
 def features_of(documents: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """Features and VMX controls that at least one of these profiles has: what a processor here can be made to have."""
     found: set[str] = set()

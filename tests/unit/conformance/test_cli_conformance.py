@@ -124,6 +124,11 @@ def test_list(directory: Path) -> None:
     ]
 
 
+def test_flags(directory: Path) -> None:
+    rows = json.loads(vtx(directory, "--list", "--json", "--cpu", "-pku,phys-bits=36").stdout)
+    assert rows[0]["processor"] == "skylake-server -pku phys-bits=36"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,6 +137,8 @@ def test_list(directory: Path) -> None:
         (["--profile", "nix"], "profile nix: expected a profile name"),
         (["--junit", "no/such/place.xml"], "cannot write 'no/such/place.xml': No such file or directory"),
         (["--jobs", "0"], "Invalid value for '--jobs'"),
+        (["--cpu", "-nix"], "--cpu -nix: unknown flag 'nix'"),
+        (["--cpu", "nix"], "--cpu nix: processor property nix"),
     ],
 )
 def test_wrong_usage_is_one_line(directory: Path, arguments: list[str], message: str) -> None:

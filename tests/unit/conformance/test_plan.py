@@ -165,6 +165,38 @@ def test_first_profile_that_fits(tmp_path: Path) -> None:
     assert job.processor == "everything"
 
 
+@pytest.mark.parametrize(
+    ("flags", "processor"),
+    [
+        ("-smep", "everything -smep"),
+        ("smep=off,phys-bits=40", "everything -smep phys-bits=40"),
+        ("+smep", "everything"),
+        ("-vmx-pml,-smap", "everything -vmx-pml -smap"),
+        ("", "everything"),
+    ],
+)
+def test_flags_for_every_test(tmp_path: Path, flags: str, processor: str) -> None:
+    found = suite(tmp_path, "[t]\nfile = a.flat\nqemu_params = -cpu max\n")
+    job = Planner(found, flags=flags).plan(found.tests[0], asked_for=False).job
+    assert job is not None
+    assert job.processor == processor
+    assert ("SMEP" in job.profile["cpuid"]["features"]) == ("-smep" not in processor)
+
+
+def test_flags_for_a_test_that_names_no_processor(tmp_path: Path) -> None:
+    found = suite(tmp_path, "[t]\nfile = a.flat\n")
+    job = Planner(found, flags="-smep").plan(found.tests[0], asked_for=False).job
+    assert job is not None
+    assert job.processor == "skylake-server -smep"
+
+
+def test_flags_come_after_those_of_the_test(tmp_path: Path) -> None:
+    found = suite(tmp_path, "[t]\nfile = a.flat\nqemu_params = -cpu max,-smep\n")
+    job = Planner(found, flags="+smep").plan(found.tests[0], asked_for=False).job
+    assert job is not None
+    assert job.processor == "everything"
+
+
 def test_profile_like_the_named_processor(tmp_path: Path) -> None:
     models = ("max", "host,migratable=no", "qemu64", "Skylake-Server")
     configuration = "".join(f"[{model}]\nfile = a.flat\nqemu_params = -cpu {model}\n" for model in models)
