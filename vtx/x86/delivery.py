@@ -304,10 +304,8 @@ def _through_64_bit_gate(delivery: _Delivery, gate: Gate) -> None:
     handler = _handler(delivery, gate)
     width = linear_address_width(state)
     pointer = _ia32e_stack_pointer(delivery, handler)
-    if not is_canonical(pointer, width):
+    if (gate.ist or handler.inner) and not is_canonical(pointer, width):  # the current one counts where it is used
         raise InstructionAborted(Fault(Vector.SS, delivery.external))
-    if not is_canonical(gate.offset, width):
-        raise gp(delivery.external)
     stack = Stack.of(
         state,
         delivery.memory,
@@ -318,6 +316,8 @@ def _through_64_bit_gate(delivery: _Delivery, gate: Gate) -> None:
     )
     frame = _frame(delivery, with_stack=True)
     stack.check_room(len(frame), 8)
+    if not is_canonical(gate.offset, width):
+        raise gp(delivery.external)
     code = descriptors.set_accessed(state, delivery.memory, gate.selector, handler.code)
     stack.push(*frame, size=8)
 

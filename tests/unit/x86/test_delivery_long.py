@@ -180,6 +180,25 @@ def test_faults(setup: Setup, vector: Vector, code: int) -> None:
     assert fault_of(state, memory, INTERRUPT) == Fault(vector, code)
 
 
+def test_same_privilege__the_stack_pointer_itself_need_not_be_canonical() -> None:
+    """SDM Vol. 2, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure": the addresses of the pushes are what counts."""
+    state, memory = long_machine()
+    memory.gate64(0x40, 0x58, HANDLER, 0x8E)
+    state.gpr[Gpr.RSP] = 0x8000_0000_0000
+    deliver(state, memory, INTERRUPT)
+    assert memory.words(0x8000_0000_0000 - 40, 5, 8) == [RIP, 0x58, 0x202, 0x8000_0000_0000, 0x10]
+    assert state.gpr[Gpr.RSP] == 0x8000_0000_0000 - 40
+
+
+@pytest.mark.parametrize("pointer", [0x8000_0000_0010, 0xFFFF_8000_0000_0010])
+@pytest.mark.parametrize("offset", [HANDLER, 0x8000_0000_0000])
+def test_same_privilege__pushes_that_are_not_canonical_come_before_the_handler(pointer: int, offset: int) -> None:
+    state, memory = long_machine()
+    memory.gate64(0x40, 0x58, offset, 0x8E)
+    state.gpr[Gpr.RSP] = pointer
+    assert fault_of(state, memory, INTERRUPT) == Fault(Vector.SS, 1)
+
+
 @pytest.mark.parametrize("limit", [11, 0x67])
 def test_tss_limit__reaches_the_end_of_rsp0(limit: int) -> None:
     state, memory = long_machine(cpl=3)
