@@ -9,6 +9,7 @@ from vmcs.refs import apm
 from vmcs.vmcb import layouts
 from vmcs.vmcb.intercepts import BY_NUMBER, Exit
 from vtx.fuzz.classes import Known
+from vtx.fuzz.vmruns import scene
 from vtx.fuzz.vmruns.case import Case, all_of_it, in_fields, overlooks
 from vtx.fuzz.vmruns.known_common import (
     CHECKS,
@@ -35,7 +36,7 @@ from vtx.fuzz.vmruns.known_common import (
     flags_in_memory,
 )
 from vtx.x86.outcome import Vector
-from vtx.x86.state import MASK32, MASK64, Rflags
+from vtx.x86.state import MASK32, MASK64, Gpr, Rflags
 
 _EXIT: Final = apm(SVM, "#VMEXIT")
 _VIRTUAL_8086: Final = apm("Segmented Virtual Memory", "Virtual-8086 Mode Segmentation")
@@ -71,6 +72,17 @@ def _moves_the_block(case: Case) -> bool:
     """VMLOAD or VMSAVE has been executed."""
     stopped = case.ours.code in (Exit.VMLOAD, Exit.VMSAVE) or case.raised(Vector.GP)[0] or case.raised(Vector.UD)[0]
     return case.runs("VMLOAD", "VMSAVE") and not stopped
+
+
+def _bad_address(case: Case) -> bool:
+    """VMRUN, VMLOAD or VMSAVE of what is no address of a control block: we had the fault, Bochs the intercept."""
+    return case.runs("VMRUN", "VMLOAD", "VMSAVE") and case.exception(Vector.GP) == (True, False)
+
+
+def _wide_extensions(case: Case) -> bool:
+    """MONITOR or MWAIT with extensions in ECX that are good, and something above them in RCX."""
+    high = case.fields[scene.REGISTERS[Gpr.RCX]] >> 32
+    return case.runs("MONITOR", "MWAIT") and bool(high) and case.exception(Vector.GP) == (False, True)
 
 
 def _without_next_rip(case: Case) -> bool:
@@ -254,6 +266,8 @@ OF_BOCHS: Final[tuple[Known[Case], ...]] = (
     ),
     all_of_it("vmload-moves-the-block", "vtx", VMLOAD, _moves_the_block),
     SYSENTER,
+    all_of_it("address-before-intercept", "vtx", apm(SVM, "Instruction Intercepts"), _bad_address),
+    all_of_it("monitor-hints", "vtx", apm(SVM, "Instruction Intercepts"), _wide_extensions),
     all_of_it("syscall-trap", "vtx", apm("System Instruction Reference", "SYSCALL"), _syscall_trap),
     in_fields(
         "real-mode-loads",
