@@ -107,8 +107,8 @@ class LogicalProcessor(ProcessorCore):
         return None if found is None else Translations(*found[:3], self.implicit_pages, found[3])
 
     def basis(self, linear_page: int) -> Basis | None:
-        """See `EngineClient.basis`."""
-        found = self.mmu.basis(linear_page)
+        """See `EngineClient.basis`. What is granted for one access only rests on that."""
+        found = None if self.implicit_pages else self.mmu.basis(linear_page)
         return None if found is None else Basis(*found)
 
     def port_in(self, port: int, size: int, cpl: int) -> int | None:
