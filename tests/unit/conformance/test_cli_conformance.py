@@ -80,7 +80,7 @@ def test_junit_file(directory: Path, tmp_path: Path) -> None:
     assert [case.get("name") for case in root.iter("testcase")] == ["a", "b"]
     properties = {each.get("name"): each.get("value") for each in root.iter("property")}
     assert properties["suite revision"] == "0123abcd"
-    assert properties["processor of good"] == "skylake-server"
+    assert properties["processor of good"] == "skylake-server -pku"
 
 
 def test_junit_file_has_what_a_killed_run_knew(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_list(directory: Path) -> None:
     done = vtx(directory, "--list")
     assert done.returncode == 0
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[1] == ["good", "g", "good.flat", "1", "128M", "90", "skylake-server"]
+    assert lines[1] == ["good", "g", "good.flat", "1", "128M", "90", "skylake-server", "-pku"]
     assert lines[4][:3] == ["spare", "unlisted", "nodefault"]
     assert [row["test"] for row in json.loads(vtx(directory, "--list", "--json").stdout)] == [
         "good",
@@ -125,8 +125,10 @@ def test_list(directory: Path) -> None:
 
 
 def test_flags(directory: Path) -> None:
-    rows = json.loads(vtx(directory, "--list", "--json", "--cpu", "-pku,phys-bits=36").stdout)
-    assert rows[0]["processor"] == "skylake-server -pku phys-bits=36"
+    rows = json.loads(vtx(directory, "--list", "--json", "--cpu", "-smap,phys-bits=36").stdout)
+    assert rows[0]["processor"] == "skylake-server -smap phys-bits=36"
+    rows = json.loads(vtx(directory, "--list", "--json", "--cpu", "").stdout)
+    assert rows[0]["processor"] == "skylake-server"
 
 
 @pytest.mark.parametrize(
