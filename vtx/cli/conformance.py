@@ -43,7 +43,7 @@ _MOST_FAILURES: Final = 10
 @click.option(
     "--timeout-scale",
     type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
+    default=30.0,
     show_default=True,
     metavar="X",
     help="Multiplies the suite's time-outs, which are meant for hardware.",
