@@ -15,8 +15,8 @@ from vtx.engine import layout, native
 from vtx.engine.clock import BlockClock
 from vtx.engine.coherence import Coherence, Member
 from vtx.engine.transfer import Hook
-from vtx.x86.execution import Translations
 from vtx.x86.memory import PhysicalMemory
+from vtx.x86.mmu import Translations
 
 try:
     from vtx.engine import _fills  # type: ignore[attr-defined, unused-ignore]
@@ -60,7 +60,7 @@ class FillMemory(Protocol):
     def remember(
         self, grant: int, frame: int, translation: object, large: object, entries: tuple[tuple[int, int], ...] | None
     ) -> None:
-        """The answer to the fill being asked for, and what it rests on (see `vtx.x86.execution.Basis`)."""
+        """The answer to the fill being asked for, and what it rests on (see `vtx.x86.mmu.Basis`)."""
         ...
 
 

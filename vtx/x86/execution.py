@@ -7,12 +7,12 @@ instructions or before one, with one of the events below; ``CpuState`` then hold
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from attrs import define, frozen
 
 from vtx.x86.decode import Instruction
-from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.mmu import Basis, Grant, Refusal, Translations
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import CpuState
 
@@ -129,33 +129,6 @@ class Place:
     answers: bool | None = None
     quiet: bool = False
     shortcut: Callable[[], bool] | None = None
-
-
-class Translations(NamedTuple):
-    """Where a client keeps what its fills rest on, as long as the engine's translations need no flush.
-
-    ``context`` is a number of its own for each set of registers, second level and so on that a fill depends on.
-    ``local`` and ``global_`` are translations by linear page number; the former come first. The page numbers in
-    ``implicit`` are granted for one access only. Large pages that were granted are noted in ``large``.
-    """
-
-    context: int
-    local: dict[int, Any]
-    global_: dict[int, Any]
-    implicit: set[int]
-    large: set[tuple[int, int]]
-
-
-class Basis(NamedTuple):
-    """What a fill rests on: ``translation``, which is among `Translations` or could be made anew from ``entries``.
-
-    These are offsets of paging-structure entries in RAM and their values, None if they are not known. ``large`` is what
-    is to be noted about a large page.
-    """
-
-    translation: object
-    large: tuple[int, int] | None
-    entries: tuple[tuple[int, int], ...] | None
 
 
 class EngineClient(Protocol):

@@ -94,6 +94,38 @@ class Grant(NamedTuple):
         return bool(self.permissions & AccessKind.EXECUTE)
 
 
+class Translations(NamedTuple):
+    """Where what fills rest on is kept, as long as the engine's TLB needs no flush.
+
+    ``context`` is a number of its own for each set of registers, second level and so on that a fill depends on.
+    ``local`` and ``global_`` are translations by linear page number; the former come first. The page numbers in
+    ``implicit`` are granted for one access only. Large pages that were granted are noted in ``large``.
+    """
+
+    context: int
+    local: dict[int, Translation]
+    global_: dict[int, Translation]
+    implicit: set[int]
+    large: set[tuple[int, int]]
+
+
+class Basis(NamedTuple):
+    """What a fill rests on: ``translation``, which is among `Translations` or could be made anew from ``entries``.
+
+    These are offsets of paging-structure entries in RAM and their values, None if they are not known. ``large`` is what
+    is to be noted about a large page.
+    """
+
+    translation: Translation
+    large: tuple[int, int] | None
+    entries: tuple[tuple[int, int], ...] | None
+
+
+def _large_page(size: int, page: int) -> tuple[int, int]:
+    """The large page of ``size`` bytes that the linear page number ``page`` is a piece of, as it is noted."""
+    return size, page // (size >> PAGE_SHIFT)
+
+
 def _invalidates_all(old: PagingContext, new: PagingContext) -> bool:
     """Whether going from ``old`` to ``new`` by MOV to CR0 or CR4 or WRMSR invalidates all translations.
 
@@ -152,10 +184,10 @@ class Mmu:
         self._number: int | None = None
         self.update(CpuState())
 
-    # What fills rest on (see `vtx.x86.execution`).
+    # What fills rest on.
 
-    def translations(self) -> tuple[int, dict[int, Translation], dict[int, Translation], set[tuple[int, int]]] | None:
-        """The number of the context, local and global translations, and where large pages are noted."""
+    def translations(self, implicit: set[int]) -> Translations | None:
+        """Where it is kept from now on, None to be asked for each fill; ``implicit`` as in `Translations`."""
         if self.reserved_page is not None or self.hlat is not None:
             return None
         if self._number is None:
@@ -166,20 +198,18 @@ class Mmu:
                     self._numbers.clear()
                 number = self._numbers[context] = self._next_number()
             self._number = number
-        return self._number, *self.tlb.pages(), self._large_granted
+        return Translations(self._number, *self.tlb.pages(), implicit, self._large_granted)
 
-    def basis(
-        self, linear: int
-    ) -> tuple[Translation, tuple[int, int] | None, tuple[tuple[int, int], ...] | None] | None:
-        """The translation at ``linear``, what is noted about a large page, and the entries read, if it is known."""
+    def basis(self, linear: int) -> Basis | None:
+        """What the last fill at ``linear`` rests on, if it can be said."""
         page = (linear & self._linear_mask) >> PAGE_SHIFT
         found, remembered = self.tlb.find(page), self._walks.remembered(page)
         if found is None and remembered is not None:
             found = remembered[0]
         if found is None:
             return None
-        large = (found.size, page // (found.size >> PAGE_SHIFT)) if found.size > PAGE_SIZE else None
-        return found, large, remembered[1] if remembered is not None and remembered[0] is found else None
+        entries = remembered[1] if remembered is not None and remembered[0] is found else None
+        return Basis(found, _large_page(found.size, page) if found.size > PAGE_SIZE else None, entries)
 
     # Following the registers.
 
@@ -341,9 +371,7 @@ class Mmu:
 
     def _flush_engine_page(self, page: int) -> None:
         noted = self._large_granted
-        if len(noted) >= _LARGE_PAGES_NOTED or any(
-            (size, page // (size >> PAGE_SHIFT)) in noted for size in LARGE_SIZES
-        ):
+        if len(noted) >= _LARGE_PAGES_NOTED or any(_large_page(size, page) in noted for size in LARGE_SIZES):
             # The engine may hold pieces of this large page that the TLB has already evicted.
             self._flush_engine_all()
         else:
@@ -358,8 +386,7 @@ class Mmu:
         if not isinstance(result, Translation):
             return result
         if result.size > PAGE_SIZE and len(self._large_granted) < _LARGE_PAGES_NOTED:
-            page = (linear & self._linear_mask) >> PAGE_SHIFT
-            self._large_granted.add((result.size, page // (result.size >> PAGE_SHIFT)))
+            self._large_granted.add(_large_page(result.size, (linear & self._linear_mask) >> PAGE_SHIFT))
         return Grant(result.physical >> PAGE_SHIFT, self._permissions[privilege][result.attributes] & result.cacheable)
 
     def resolve(self, linear: int, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:

@@ -23,7 +23,6 @@ from vtx.x86.execution import (
     REPLANNED,
     STEP,
     UNPLANNED,
-    Basis,
     BudgetSpent,
     EngineEvent,
     ExceptionTrap,
@@ -33,11 +32,10 @@ from vtx.x86.execution import (
     Place,
     Plan,
     RefusedFill,
-    Translations,
 )
 from vtx.x86.instructions.table import HANDLERS, has_earlier_fault, is_answered, is_quiet
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.mmu import Basis, Grant, Refusal, Translations
 from vtx.x86.monitor import CHECK_TICKS, LONGEST_WAIT, Wait
 from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
@@ -103,13 +101,11 @@ class LogicalProcessor(ProcessorCore):
 
     def translations(self) -> Translations | None:
         """See `EngineClient.translations`."""
-        found = self.mmu.translations()
-        return None if found is None else Translations(*found[:3], self.implicit_pages, found[3])
+        return self.mmu.translations(self.implicit_pages)
 
     def basis(self, linear_page: int) -> Basis | None:
         """See `EngineClient.basis`. What is granted for one access only rests on that."""
-        found = None if self.implicit_pages else self.mmu.basis(linear_page)
-        return None if found is None else Basis(*found)
+        return None if self.implicit_pages else self.mmu.basis(linear_page)
 
     def port_in(self, port: int, size: int, cpl: int) -> int | None:
         """A port read the engine may make on the spot: outside non-root operation, at CPL 0."""

@@ -8,9 +8,9 @@ from attrs import define, field
 
 from vtx.addresses import PAGE_SHIFT
 from vtx.engine.unicorn_engine import UnicornEngine
-from vtx.x86.execution import NOT_ANSWERED, Basis, EngineEvent, Place, Plan, Stepped, Translations
+from vtx.x86.execution import NOT_ANSWERED, EngineEvent, Place, Plan, Stepped
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.mmu import Grant, Refusal
+from vtx.x86.mmu import Basis, Grant, Refusal, Translations
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import ALL_PERMISSIONS, AccessKind
 from vtx.x86.state import CpuState, Segment

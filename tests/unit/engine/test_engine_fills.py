@@ -16,9 +16,9 @@ from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import fills
 from vtx.engine.coherence import Coherence
 from vtx.engine.unicorn_engine import UnicornEngine
-from vtx.x86.execution import Basis, InstructionTrap, RefusedFill, Translations
+from vtx.x86.execution import InstructionTrap, RefusedFill
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.mmu import Grant
+from vtx.x86.mmu import Basis, Grant, Translations
 from vtx.x86.outcome import Fault, Vector
 from vtx.x86.second_level import AccessKind
 
