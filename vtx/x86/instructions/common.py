@@ -52,16 +52,22 @@ def operand_address(cpu: LogicalProcessor, instruction: Instruction, size: int, 
     return linear_address(cpu.state, instruction, size, write=write, width=linear_address_width(cpu.state))
 
 
+def privilege(cpu: LogicalProcessor) -> tuple[bool, bool]:
+    """Of an explicit access of the running code: whether it is one of user mode, and RFLAGS.AC."""
+    state = cpu.state
+    return state.cpl == 3, bool(state.rflags & Rflags.AC)
+
+
 def read_linear(cpu: LogicalProcessor, linear: int, size: int) -> int:
     """A data read with the privilege of the running code."""
-    state = cpu.state
-    return cpu.mmu.read(linear, size, user=state.cpl == 3, ac=bool(state.rflags & Rflags.AC))
+    user, ac = privilege(cpu)
+    return cpu.mmu.read(linear, size, user=user, ac=ac)
 
 
 def write_linear(cpu: LogicalProcessor, linear: int, size: int, value: int) -> None:
     """A data write with the privilege of the running code."""
-    state = cpu.state
-    cpu.mmu.write(linear, size, value, user=state.cpl == 3, ac=bool(state.rflags & Rflags.AC))
+    user, ac = privilege(cpu)
+    cpu.mmu.write(linear, size, value, user=user, ac=ac)
 
 
 def read_far_pointer(cpu: LogicalProcessor, instruction: Instruction) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction, unchecked_linear_address
-from vtx.x86.instructions.common import operand_address, read_linear, write_linear
+from vtx.x86.instructions.common import operand_address, privilege, read_linear, write_linear
 from vtx.x86.io_permission import check_io_permission
 from vtx.x86.operations import PortIo
 from vtx.x86.second_level import AccessKind
@@ -81,7 +81,7 @@ def port_string(cpu: LogicalProcessor, instruction: Instruction) -> None:
         return
     operand_address(cpu, instruction, size, write=is_in)
     if is_in:
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        user, ac = privilege(cpu)
         cpu.mmu.check(linear, size, AccessKind.WRITE, user=user, ac=ac)
         write_linear(cpu, linear, size, cpu.port_read(port, size))
     else:

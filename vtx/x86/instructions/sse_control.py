@@ -15,10 +15,10 @@ from attrs import frozen
 from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
-from vtx.x86.instructions.common import operand_address, read_linear, write_linear
+from vtx.x86.instructions.common import operand_address, privilege, read_linear, write_linear
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp, ud
 from vtx.x86.second_level import AccessKind
-from vtx.x86.state import MASK32, MASK64, Cr0, Cr4, Efer, Rflags
+from vtx.x86.state import MASK32, MASK64, Cr0, Cr4, Efer
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -78,20 +78,17 @@ class StateArea:
 
     def read(self, offset: int, size: int) -> bytes:
         """A part of it."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        user, ac = privilege(self.cpu)
         return self.cpu.mmu.read_bytes(self.at(offset), size, user=user, ac=ac)
 
     def check_writable(self, offset: int, size: int) -> None:
         """The faults of writing a part of it."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        user, ac = privilege(self.cpu)
         self.cpu.mmu.check(self.at(offset), size, AccessKind.WRITE, user=user, ac=ac)
 
     def write(self, offset: int, data: bytes) -> None:
         """Store a part of it."""
-        state = self.cpu.state
-        user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+        user, ac = privilege(self.cpu)
         self.cpu.mmu.write_bytes(self.at(offset), data, user=user, ac=ac)
 
 

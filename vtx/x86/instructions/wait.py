@@ -16,7 +16,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.cpuid import MISC_ENABLE_MONITOR
 from vtx.x86.decode import Instruction, read_register
-from vtx.x86.instructions.common import ARITHMETIC, operand_address, read_linear, require_feature
+from vtx.x86.instructions.common import ARITHMETIC, operand_address, privilege, read_linear, require_feature
 from vtx.x86.monitor import LONGEST_WAIT, Monitor
 from vtx.x86.msr_table import IA32_MISC_ENABLE, IA32_UMWAIT_CONTROL
 from vtx.x86.operations import SIMPLE, MonitorWait, Plain, Simple
@@ -67,7 +67,7 @@ def _set_up_monitor(cpu: LogicalProcessor, instruction: Instruction) -> None:
     read_linear(cpu, linear, 1)
     if is_amd and cpu.intercepts(operation, instruction):
         return
-    user, ac = state.cpl == 3, bool(state.rflags & Rflags.AC)
+    user, ac = privilege(cpu)
     cpu.monitor = Monitor.arm(cpu.memory, cpu.mmu.translate(linear, AccessKind.READ, user=user, ac=ac))
     cpu.retire(instruction)
 
