@@ -18,11 +18,11 @@
 #include <string.h>
 
 #define INTERFACE 1 /* changes with what fills.py relies on */
-#define SLOTS 4096
-#define MOST_ENTRIES 24 /* four levels, each translated by four levels, and the page itself: 4 * 5 + 4 */
+#define SLOT_BITS 10
+#define SLOTS (1 << SLOT_BITS) /* more than the pages that one exit of a hypervisor touches */
+#define MOST_ENTRIES 24 /* four levels, each translated by four, and the page: 4 * 5 + 4; of more, none is kept */
 #define PAGE_SHIFT 12
-#define MEM_WRITE 17 /* uc_mem_type of the fill */
-#define MEM_FETCH 18
+#define MEM_FETCH 18 /* uc_mem_type of the fill */
 #define GRANTS_WRITE 2 /* in a grant */
 #define CPL 3          /* in the hidden flags */
 #define CODE64 0x8000
@@ -129,7 +129,7 @@ static uint64_t give_again(Fills *self, uint64_t address, int access)
     uint32_t asked = access | (*self->hidden & (CPL | CODE64)) << 8 | (*self->eflags & AC ? 1u << 31 : 0);
     uint64_t page = address >> PAGE_SHIFT;
     uint64_t hash = (page ^ self->context * 0x9e3779b1u ^ asked * 0x85ebca6bu) * 0x9e3779b97f4a7c15u;
-    struct slot *slot = &self->slots[hash >> 52];
+    struct slot *slot = &self->slots[hash >> (64 - SLOT_BITS)];
 
     self->pending = slot;
     if (slot->page != page || slot->context != self->context || slot->asked != asked) {

@@ -263,6 +263,7 @@ class CodeView:
     def stop(self, linear: int, size: int, kind: int) -> Stop | None:
         """Where to stop in a block of which `facts` said `STOP`."""
         stop = self._stops.get(self._key(linear, size, kind))
+        # The clock may have kept facts that were forgotten here to make room.
         return stop or self._block(linear, self.read(linear, size), kind).stop
 
     def _block(self, linear: int, code: bytes, kind: int) -> Block:
