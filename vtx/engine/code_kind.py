@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from vtx.x86.alignment import checks_alignment
+from vtx.x86.control_flow import watches_branches
 from vtx.x86.state import MASK32, AccessRights, CpuState, Segment, SegmentRegister
 
 SHORT_CODE: Final = 1 << 0
@@ -27,6 +28,9 @@ SHORT_SEGMENTS: Final = 1 << 7
 
 UNMASKED_SIMD: Final = 1 << 14
 """MXCSR unmasks an exception."""
+
+CONTROL_FLOW: Final = 1 << 15
+"""Near branches have a part in control-flow enforcement."""
 
 _WIDTH: Final = 16 | 32 | 64
 _LIMITED_SHIFT: Final = 8
@@ -49,10 +53,12 @@ def is_limited(kind: int, segment: int) -> bool:
 
 def kind_of(state: CpuState) -> int:
     """The kind of the code at CS:RIP, but for `UNMASKED_SIMD`."""
-    alignment = CHECKS_ALIGNMENT if checks_alignment(state) else 0
+    checks = CHECKS_ALIGNMENT if checks_alignment(state) else 0
+    if watches_branches(state):
+        checks |= CONTROL_FLOW
     if state.in_64_bit_mode:
-        return 64 | alignment
-    kind = (32 if state.cs.big else 16) | alignment
+        return 64 | checks
+    kind = (32 if state.cs.big else 16) | checks
     if not state.ss.big:
         kind |= SMALL_STACK
     if not state.protected or state.virtual_8086:

@@ -14,13 +14,13 @@ from attrs import frozen
 from iced_x86 import Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
-from vtx.engine.code_kind import LIKE_8086, UNMASKED_SIMD, width
+from vtx.engine.code_kind import CONTROL_FLOW, LIKE_8086, UNMASKED_SIMD, width
 from vtx.engine.guards import Guard, GuardTable, guards_of
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
 from vtx.x86.execution import OperandTrap, Place
 from vtx.x86.instructions.simd import ARITHMETIC
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.near_branches import is_near_branch
+from vtx.x86.near_branches import FAR_TRANSFERS, is_near_branch, is_watched_branch
 from vtx.x86.state import MASK32, MASK64, Rflags
 
 # Facts about a block: the number of instructions, and
@@ -42,7 +42,7 @@ _Key = tuple[int, int, int, int | bytes | None]
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
 # asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
 # of null selectors, and nothing tells their interrupt shadow from that of STI. UMONITOR and its like pass for MFENCE.
-# Loads of MXCSR take reserved bits, stores of it lack the exceptions.
+# Loads of MXCSR take reserved bits, stores of it lack the exceptions. INCSSP passes for LFENCE, CLRSSBSY for XSAVEOPT.
 _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
@@ -50,19 +50,14 @@ _DIFFERENT: Final = frozenset(
         *(Mnemonic.UMONITOR, Mnemonic.UMWAIT, Mnemonic.TPAUSE),
         *(Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
         *(Mnemonic.STMXCSR, Mnemonic.FXSAVE, Mnemonic.FXSAVE64),
+        *(Mnemonic.INCSSPD, Mnemonic.INCSSPQ, Mnemonic.CLRSSBSY),
     )
 )
 
 _FAR_POINTERS: Final = frozenset((Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS))
 
-# They may switch tasks, go to a non-canonical address, and change the kind of the code.
-_FAR: Final = frozenset(
-    (
-        *(Code.CALL_PTR1616, Code.CALL_PTR1632, Code.JMP_PTR1616, Code.JMP_PTR1632),
-        *(Code.CALL_M1616, Code.CALL_M1632, Code.CALL_M1664, Code.JMP_M1616, Code.JMP_M1632, Code.JMP_M1664),
-        *(Code.RETFW, Code.RETFD, Code.RETFQ, Code.RETFW_IMM16, Code.RETFD_IMM16, Code.RETFQ_IMM16),
-    )
-)
+# What reads or changes the shadow stack or the tracker of indirect branches, near branches apart.
+_SHADOW_STACK: Final = frozenset((Mnemonic.RDSSPD, Mnemonic.RDSSPQ))
 
 
 def _must_not_run(instruction: Instruction, kind: int) -> bool:
@@ -75,7 +70,10 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
         return True
     if kind & UNMASKED_SIMD and instruction.mnemonic in ARITHMETIC:
         return not instruction.is_string_instruction
-    return not kind & LIKE_8086 and instruction.code in _FAR
+    if kind & CONTROL_FLOW and (instruction.mnemonic in _SHADOW_STACK or is_watched_branch(instruction)):
+        return True
+    # They may switch tasks, go to a non-canonical address, and change the kind of the code.
+    return not kind & LIKE_8086 and instruction.code in FAR_TRANSFERS
 
 
 def _is_segment_load(instruction: Instruction, kind: int) -> bool:
@@ -238,6 +236,10 @@ class CodeView:
                 self._places.clear()
             place = self._places[key] = Place(self.facts(linear, left, kind) & COUNT if left else 0, known)
         return place
+
+    def begins_branch(self, linear: int, kind: int) -> bool:
+        """Whether the instruction at ``linear`` is a branch that control-flow enforcement watches."""
+        return is_watched_branch(Decoder(width(kind), self.read(linear, MAX_INSTRUCTION_LENGTH)).decode())
 
     def near_branch(self, linear: int, size: int, kind: int) -> int | None:
         """Linear address of the last instruction in ``size`` bytes of code if that is a near branch."""

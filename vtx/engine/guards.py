@@ -64,7 +64,7 @@ _REGISTER_WRITES: Final = frozenset(
 _BIT_STRINGS: Final = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC))
 # They come to the model, which checks their operands in the right order; what is behind them is in another block.
 _TRAPPING: Final = frozenset(HANDLERS) - {
-    *(Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF),
+    *(Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RET, Mnemonic.RETF),
     *(Mnemonic.IN, Mnemonic.OUT, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS),
     *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ),
     *ARITHMETIC,

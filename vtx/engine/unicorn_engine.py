@@ -212,6 +212,8 @@ class UnicornEngine:
             if not 0 < left <= size:
                 left = self.clock.remaining_block(linear)
         place = self._code.place(linear, left, kind, known)
+        if place.instruction is None and self._exits.is_left(linear + self._context.beyond_4_gib(), width(kind)):
+            return False
         if place.answers is False or context.take_shadow(state):
             return False
         if left:
@@ -374,7 +376,7 @@ class UnicornEngine:
         shared = self.clock.shared
         limit, instruction_limit = shared.limit, shared.instruction_limit
         self._answers = False
-        if not stopped.traps and shared.stopped == STOPPED_BY_BLOCK and self._guard_instruction(stopped):
+        if shared.stopped == STOPPED_BY_BLOCK and self._stops_by_itself(stopped):
             return Interrupted()
         while stopped.block <= self._context.linear_rip() < stopped.instruction:
             if shared.elapsed > limit or shared.instructions > instruction_limit:
@@ -385,14 +387,16 @@ class UnicornEngine:
         there = self._context.linear_rip() == stopped.instruction
         return _INSTRUCTION_TRAP if there and stopped.traps else Interrupted()
 
-    def _guard_instruction(self, stopped: StoppedBefore) -> bool:
-        """Guard an instruction by itself; whether it can be done."""
-        address = stopped.instruction
-        if not self.clock.guard_instruction(address + self._context.beyond_4_gib()):
-            return False
-        self._code.guarded(stopped.block, address)
-        self._retranslate_at(stopped.block, address - stopped.block + 1)
-        return True
+    def _stops_by_itself(self, stopped: StoppedBefore) -> bool:
+        """Have an instruction guarded by itself, or a branch trap by itself, from now on; whether it can be done."""
+        address, place = stopped.instruction, stopped.instruction + self._context.beyond_4_gib()
+        if stopped.traps:
+            arranged = self._code.begins_branch(address, self._context.kind) and self._exits.add(place)
+        elif arranged := self.clock.guard_instruction(place):
+            self._code.guarded(stopped.block, address)
+        if arranged:
+            self._retranslate_at(stopped.block, address - stopped.block + 1)
+        return arranged
 
     def _prepare(self, state: CpuState, plan: Plan, *, reload: bool, native: bool = False) -> None:
         """Make everything ready for running from ``state`` as planned."""
@@ -507,8 +511,9 @@ class UnicornEngine:
 
     def _exit_is_left(self) -> bool:
         address = self._context.linear_rip()
-        left = self._exits.is_left(address + self._context.beyond_4_gib(), width(self._context.kind))
-        if left:
+        place = address + self._context.beyond_4_gib()
+        if left := self._exits.is_left(place, width(self._context.kind)):
+            self._exits.remove(place)
             self._retranslate_at(address, 1)
         return left
 

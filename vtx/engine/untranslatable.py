@@ -1,8 +1,11 @@
-"""Code that the library cannot translate: it would end the process.
+"""Exits: addresses at which the library stops before it looks at the instruction there, as if that were a HLT.
 
-LOCK with BT, BTS, BTR or BTC of a register is an invalid opcode; Unicorn makes an access to memory of it, through an
-address that was never computed, and aborts. It stops translating at addresses called exits, where it behaves as if
-there were a HLT: those where such an instruction may begin are made exits, so that it traps before it is looked at.
+Some are for code that it cannot translate, which would end the process: LOCK with BT, BTS, BTR or BTC of a register is
+an invalid opcode; Unicorn makes an access to memory of it, through an address that was never computed, and aborts.
+Where such an instruction may begin there is an exit, so that it traps before it is looked at.
+
+Others are `added` for branches that the model executes while control-flow enforcement watches them: a trap is a tenth
+of what it takes to execute what comes before them in their blocks one by one.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+from iced_x86 import Decoder
+
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import native
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
+from vtx.x86.near_branches import is_watched_branch
 
 _BIT_TEST: Final = re.compile(rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])", re.DOTALL)
 _LOCK: Final = 0xF0
 _PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, _LOCK, 0xF2, 0xF3))
 _REX: Final = frozenset(range(0x40, 0x50))
 _REACH: Final = MAX_INSTRUCTION_LENGTH - 1
+_MOST_ADDED: Final = 4096  # all exits are set anew each time
 
 
 def begins(code: bytes, *, bits: int) -> set[int]:
@@ -50,6 +57,7 @@ class Exits:
         self._read = read
         self._library: Any = native.library
         self._pages: dict[int, frozenset[int]] = {}
+        self._added: set[int] = set()
         self.depend_on_width = False
         """Whether there is code that would have other exits if it had another width."""
 
@@ -80,20 +88,37 @@ class Exits:
             self._set()
         return bool(crossing) or start in inside - known
 
+    def add(self, address: int) -> bool:
+        """Let the branch at linear ``address`` trap from now on; False if there are too many exits, or there was one.
+
+        The caller drops what has been translated there.
+        """
+        if address in self._added or len(self._added) >= _MOST_ADDED:
+            return False
+        self._added.add(address)
+        self._set()
+        return True
+
     def is_left(self, address: int, bits: int) -> bool:
-        """Whether there was an exit at ``address`` although nothing untranslatable begins there any more.
+        """Whether there is an exit at ``address`` although nothing that needs one begins there any more.
 
         The page was of code and data, and a store changed the instruction after it trapped.
         """
         exits = self._pages.get(address >> PAGE_SHIFT, frozenset())
-        if address not in exits or 0 in begins(self._read(address, MAX_INSTRUCTION_LENGTH + 3), bits=bits):
+        if address not in exits and address not in self._added:
             return False
-        self._pages[address >> PAGE_SHIFT] = exits - {address}
+        code = self._read(address, MAX_INSTRUCTION_LENGTH + 3)
+        return not (0 in begins(code, bits=bits) or is_watched_branch(Decoder(bits, code).decode()))
+
+    def remove(self, address: int) -> None:
+        """Let what is at ``address`` no longer trap."""
+        page = address >> PAGE_SHIFT
+        self._pages[page] = self._pages.get(page, frozenset()) - {address}
+        self._added.discard(address)
         self._set()
-        return True
 
     def _set(self) -> None:
-        addresses = sorted(address for exits in self._pages.values() for address in exits)
+        addresses = sorted(self._added.union(*self._pages.values()))
         array = (ctypes.c_uint64 * len(addresses))(*addresses)
         status = self._library.uc_ctl(
             self._handle, ctypes.c_int(native.CTL_EXITS), array, ctypes.c_size_t(len(addresses))

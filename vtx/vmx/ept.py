@@ -53,6 +53,7 @@ QUALIFICATION_TRANSLATION: Final = 1 << 8
 QUALIFICATION_USER_ADDRESS: Final = 1 << 9
 QUALIFICATION_WRITABLE_PAGE: Final = 1 << 10
 QUALIFICATION_EXECUTE_DISABLE_PAGE: Final = 1 << 11
+QUALIFICATION_SHADOW_STACK: Final = 1 << 13
 
 _TAG_MODE_BASED: Final = 1 << 63
 _TAG_HLAT: Final = 1 << 62
@@ -62,11 +63,16 @@ _TAG_HLAT: Final = 1 << 62
 class EptViolation(SecondLevelFault):
     """VM exit with reason 48, or a virtualization exception unless that is ``suppressed``.
 
-    ``qualification`` is complete but for bit 12 (NMI unblocking due to IRET).
+    ``qualification`` is complete but for bits 12 (NMI unblocking due to IRET) and 13 (shadow-stack access).
     """
 
     qualification: int
     suppressed: bool = field(default=False, eq=False)
+
+    @property
+    def complete_qualification(self) -> int:
+        """The qualification with the bit that says that it was a shadow-stack access."""
+        return self.qualification | (QUALIFICATION_SHADOW_STACK if self.shadow_stack else 0)
 
 
 @frozen

@@ -70,7 +70,7 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
     state = operation.processor.state
     match fault:
         case EptViolation():
-            record = VmExit(Reason.EPT_VIOLATION, fault.qualification, guest_physical=fault.guest_physical)
+            record = VmExit(Reason.EPT_VIOLATION, fault.complete_qualification, guest_physical=fault.guest_physical)
             record.guest_linear = fault.linear
         case EptMisconfiguration():
             record = VmExit(Reason.EPT_MISCONFIGURATION, guest_physical=fault.guest_physical)

@@ -52,6 +52,9 @@ _ACTIVITY: Final = f.GUEST_ACTIVITY_STATE.encoding
 _INTERRUPTIBILITY: Final = f.GUEST_INTERRUPTIBILITY_STATE.encoding
 _PENDING_DEBUG: Final = f.GUEST_PENDING_DEBUG_EXCEPTIONS.encoding
 _TIMER: Final = f.VMX_PREEMPTION_TIMER_VALUE.encoding
+_S_CET: Final = f.GUEST_IA32_S_CET.encoding
+_SSP: Final = f.GUEST_SSP.encoding
+_INTERRUPT_SSP_TABLE: Final = f.GUEST_IA32_INTERRUPT_SSP_TABLE_ADDR.encoding
 _PDPTES: Final = tuple(each.encoding for each in (f.GUEST_PDPTE0, f.GUEST_PDPTE1, f.GUEST_PDPTE2, f.GUEST_PDPTE3))
 
 _SEGMENT_NAMES: Final = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
@@ -120,6 +123,9 @@ def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: I
         state.dr7 = values[_DR7] & ~_DR7_ALWAYS_0 & MASK32 | DR7_ALWAYS_1
         state.debugctl = values[_DEBUGCTL]
     _load_msr_fields(operation, values, view)
+    if view.entry & c.ENTRY_LOAD_CET_STATE.mask:
+        state.s_cet, state.ssp = values[_S_CET], values[_SSP]
+        state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
     _load_segments(state, values)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]
@@ -248,6 +254,8 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
     if view.eptp is not None and uses_pae_paging(state.cr0, state.cr4, state.efer):
         saved += zip(_PDPTES, state.pdptrs, strict=True)
     saved += ((encoding, msrs[index]) for encoding, index in operation.always_saved_msrs)
+    if operation.saves_cet:
+        saved += ((_S_CET, state.s_cet), (_SSP, state.ssp), (_INTERRUPT_SSP_TABLE, state.interrupt_ssp_table))
     return saved
 
 

@@ -51,6 +51,9 @@ _TR_SELECTOR: Final = f.HOST_TR_SELECTOR.encoding
 _TR_BASE: Final = f.HOST_TR_BASE.encoding
 _GDTR_BASE: Final = f.HOST_GDTR_BASE.encoding
 _IDTR_BASE: Final = f.HOST_IDTR_BASE.encoding
+_S_CET: Final = f.HOST_IA32_S_CET.encoding
+_SSP: Final = f.HOST_SSP.encoding
+_INTERRUPT_SSP_TABLE: Final = f.HOST_IA32_INTERRUPT_SSP_TABLE_ADDR.encoding
 _SYSENTER: Final = (
     (m.IA32_SYSENTER_CS, f.HOST_IA32_SYSENTER_CS.encoding),
     (m.IA32_SYSENTER_ESP, f.HOST_IA32_SYSENTER_ESP.encoding),
@@ -91,6 +94,9 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
         msrs[m.IA32_PAT] = values[_PAT]
     if view.exit & _RARE or view.secondary_exit:
         _load_rare_msrs(operation, values, view)
+    if view.exit & c.EXIT_LOAD_CET_STATE.mask:
+        state.s_cet, state.ssp = values[_S_CET], values[_SSP]
+        state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
     _load_segments(state, values, is_64_bit)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]

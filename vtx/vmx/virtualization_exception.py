@@ -40,7 +40,7 @@ def convert(operation: VmxOperation, fault: SecondLevelFault, delivering: Event 
         return False
     memory.write_u32(area + _EXIT_REASON, Reason.EPT_VIOLATION)
     memory.write_u32(area + _BUSY, MASK32)
-    memory.write_u64(area + _QUALIFICATION, fault.qualification)
+    memory.write_u64(area + _QUALIFICATION, fault.complete_qualification)
     memory.write_u64(area + _LINEAR, fault.linear or 0)
     memory.write_u64(area + _PHYSICAL, fault.guest_physical)
     memory.write_u16(area + _EPTP_INDEX, vmcs[f.EPTP_INDEX])

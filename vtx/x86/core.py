@@ -22,7 +22,15 @@ from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
 from vtx.x86.monitor import Monitor, Wait
-from vtx.x86.msrs import MsrFile, bind_clock, bind_effective_frequency, bind_protection_keys, bind_registers, tsc_of
+from vtx.x86.msrs import (
+    MsrFile,
+    bind_clock,
+    bind_control_flow,
+    bind_effective_frequency,
+    bind_protection_keys,
+    bind_registers,
+    tsc_of,
+)
 from vtx.x86.outcome import Exited, Fault, InstructionAborted, Vector
 from vtx.x86.platform import Platform
 from vtx.x86.profile import Profile
@@ -90,6 +98,7 @@ class ProcessorCore:
         self._fruitless, self._noted_at = 0, -1  # events in a row with no instruction between them
         self.reload = True
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
+        bind_control_flow(self.msrs, lambda: self.state, self.changed_system_state)
         bind_protection_keys(self.msrs, self._protection_keys_written)
         bind_clock(self.msrs, self.observed_time, lambda: None)
         bind_effective_frequency(self.msrs, lambda: self.now() - self.halted)

@@ -14,12 +14,12 @@ from typing import Final
 
 from attrs import frozen
 
-from vtx.x86 import descriptors
+from vtx.x86 import control_flow, descriptors, shadow_stack
 from vtx.x86.branches import BTF, LBR, record_event
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
 from vtx.x86.event import Event, EventKind
 from vtx.x86.inner_stack import ia32e_stack_pointer, tss_stack
-from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
+from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, linear_code_address, system_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import Activity, CpuState, Cr4, Gpr, Rflags, Segment, SegmentRegister, Shadow
@@ -49,6 +49,7 @@ _CLEARED_BY_GATE: Final = int(Rflags.TF | Rflags.VM | Rflags.RF | Rflags.NT)
 # In the order they are pushed.
 _V86_DATA_SEGMENTS: Final = (SegmentRegister.GS, SegmentRegister.FS, SegmentRegister.DS, SegmentRegister.ES)
 
+_NO_SHADOW_STACK: Final = shadow_stack.SspChange()
 _TSS_IO_MAP_BASE: Final = 102
 _REDIRECTION_MAP_SIZE: Final = 32
 
@@ -280,7 +281,9 @@ def _through_gate(delivery: _Delivery, gate: Gate) -> None:
         selector = stack.segment.selector
         stack.segment = descriptors.set_accessed(state, delivery.memory, selector, stack_segment).segment(selector)
     stack.push(*frame, size=size)
+    ssp = _shadow_stack(delivery, handler)
 
+    ssp.commit(state)
     if state.virtual_8086:
         for register in _V86_DATA_SEGMENTS:
             state.segments[register] = null_segment()
@@ -320,7 +323,9 @@ def _through_64_bit_gate(delivery: _Delivery, gate: Gate) -> None:
         raise gp(delivery.external)
     code = descriptors.set_accessed(state, delivery.memory, gate.selector, handler.code)
     stack.push(*frame, size=8)
+    ssp = _shadow_stack(delivery, handler)
 
+    ssp.commit(state)
     if handler.inner:
         state.segments[SegmentRegister.SS] = null_segment(handler.cpl, handler.cpl)
     _enter_handler(state, handler, code, stack.pointer)
@@ -351,11 +356,27 @@ def _frame(delivery: _Delivery, *, with_stack: bool, with_data_segments: bool = 
     return frame
 
 
+def _shadow_stack(delivery: _Delivery, handler: _Handler) -> shadow_stack.SspChange:
+    state, event = delivery.state, delivery.event
+    if not state.cr4 & Cr4.CET:
+        return _NO_SHADOW_STACK
+    return shadow_stack.enter(
+        state,
+        delivery.memory,
+        handler.cpl,
+        cs=state.cs.selector,
+        lip=linear_code_address(state, event.saved_rip(state)),
+        long=state.long_mode,
+        ist=handler.gate.ist if state.long_mode else 0,
+    )
+
+
 def _enter_handler(state: CpuState, handler: _Handler, code: Descriptor, pointer: int) -> None:
     """Commit CS, RIP, RSP and RFLAGS."""
     state.segments[SegmentRegister.CS] = code.segment(handler.gate.selector & ~3 | handler.cpl)
     state.rip = handler.gate.offset
     state.gpr[Gpr.RSP] = pointer
     state.rflags &= ~_CLEARED_BY_GATE
+    control_flow.expect_endbranch(state, handler.cpl)
     if handler.gate.type in _INTERRUPT_GATES:
         state.rflags &= ~_IF

@@ -12,10 +12,10 @@ from typing import Final
 
 from attrs import frozen
 
-from vtx.x86 import descriptors, iret
+from vtx.x86 import control_flow, descriptors, iret, shadow_stack
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
 from vtx.x86.inner_stack import ia32e_stack_pointer, tss_stack
-from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
+from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, linear_code_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import MASK32, MASK64, CpuState, Gpr, SegmentRegister, Shadow
@@ -33,11 +33,16 @@ class _Target:
     cpl: int
     gate: Gate | None = None
 
+    def is_long(self, state: CpuState) -> bool:
+        """Whether it is 64-bit code."""
+        return state.long_mode and self.code.long
+
 
 def far_jump(state: CpuState, memory: LinearMemory, selector: int, offset: int) -> None:
     """JMP to ``offset`` in the code segment of ``selector``, or through its call gate. Raises the fault."""
     target = _target(state, memory, selector, offset, call=False)
     _check_offset(state, target)
+    shadow_stack.check_mode(state, target.cpl, long=target.is_long(state))
     _enter(state, memory, target)
 
 
@@ -56,8 +61,11 @@ def far_call(
     stack = Stack.of(state, memory, bits=64 if wide else None)
     stack.check_room(2, size)
     _check_offset(state, target)
+    shadow_stack.check_mode(state, target.cpl, long=target.is_long(state))
     stack.push(state.cs.selector, next_rip, size=size)
+    ssp = _shadow_stack(state, memory, target, next_rip)
     _enter(state, memory, target)
+    ssp.commit(state)
     state.gpr[Gpr.RSP] = stack.pointer
 
 
@@ -77,7 +85,9 @@ def far_return(state: CpuState, memory: LinearMemory, operand_size: int, release
         stack_segment = iret.outer_stack_segment(state, memory, outer_selector, code, selector & 3)
         pointer = iret.loaded_pointer(state, popped, code, stack_segment)
     iret.check_target(state, code, rip)
+    ssp = iret.returned_shadow_stack(state, memory, selector, code, rip)
     code = descriptors.set_accessed(state, memory, selector, code)
+    ssp.commit(state)
     state.segments[SegmentRegister.SS] = stack_segment
     state.segments[SegmentRegister.CS] = code.segment(selector)
     state.rip = rip
@@ -169,6 +179,8 @@ def _call_inner(state: CpuState, memory: LinearMemory, target: _Target, next_rip
         selector = stack.segment.selector
         stack.segment = descriptors.set_accessed(state, memory, selector, descriptor).segment(selector)
     stack.push(state.ss.selector, state.gpr[Gpr.RSP], *reversed(parameters), state.cs.selector, next_rip, size=size)
+    ssp = _shadow_stack(state, memory, target, next_rip)
+    ssp.commit(state)
     state.segments[SegmentRegister.SS] = stack.segment
     _enter(state, memory, target)
     state.gpr[Gpr.RSP] = stack.pointer
@@ -181,8 +193,14 @@ def _ia32e_stack(state: CpuState, memory: LinearMemory, cpl: int) -> Stack:
     return Stack.of(state, memory, segment=null_segment(cpl, cpl), pointer=pointer, cpl=cpl, bits=64)
 
 
+def _shadow_stack(state: CpuState, memory: LinearMemory, target: _Target, next_rip: int) -> shadow_stack.SspChange:
+    lip = linear_code_address(state, next_rip)
+    return shadow_stack.enter(state, memory, target.cpl, cs=state.cs.selector, lip=lip, long=target.is_long(state))
+
+
 def _enter(state: CpuState, memory: LinearMemory, target: _Target) -> None:
     code = descriptors.set_accessed(state, memory, target.selector, target.code)
     state.segments[SegmentRegister.CS] = code.segment(target.selector & ~3 | target.cpl)
     state.rip = target.offset & (MASK64 if state.in_64_bit_mode else MASK32)
+    control_flow.expect_endbranch(state, target.cpl)
     state.shadow = Shadow.NONE

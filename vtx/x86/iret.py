@@ -13,7 +13,8 @@ from typing import Final
 
 from attrs import evolve, frozen
 
-from vtx.x86 import descriptors
+from vtx.x86 import descriptors, shadow_stack
+from vtx.x86.control_flow import has_shadow_stack
 from vtx.x86.descriptors import Descriptor, is_null, null_segment, real_mode_segment, selector_fault
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
 from vtx.x86.outcome import Vector, gp
@@ -47,6 +48,7 @@ _ALWAYS: Final = int(
 
 _V86_SEGMENTS: Final = (SegmentRegister.ES, SegmentRegister.DS, SegmentRegister.FS, SegmentRegister.GS)
 _V86_RIGHTS: Final = 0xF3
+_NO_SHADOW_STACK: Final = shadow_stack.SspChange()
 
 
 @frozen
@@ -130,12 +132,14 @@ def _from_virtual_8086(state: CpuState, memory: LinearMemory, operand_size: int)
     _commit(state, real_mode_segment(frame.cs, _V86_RIGHTS), frame.rip, rflags, stack.pointer)
 
 
-def _to_virtual_8086(state: CpuState, frame: _Frame, stack: Stack) -> None:
+def _to_virtual_8086(state: CpuState, memory: LinearMemory, frame: _Frame, stack: Stack) -> None:
     """From CPL 0, with VM set in the popped image: six segments and ESP follow on the stack."""
     pointer = stack.pop(4)
     selectors = {register: stack.pop(4) & 0xFFFF for register in (SegmentRegister.SS, *_V86_SEGMENTS)}
     if frame.rip > 0xFFFF:
         raise gp(0)
+    if has_shadow_stack(state):
+        shadow_stack.release(state, memory)
     for register, selector in selectors.items():
         state.segments[register] = real_mode_segment(selector, _V86_RIGHTS)
     code = real_mode_segment(frame.cs, _V86_RIGHTS)
@@ -161,7 +165,7 @@ def _protected(state: CpuState, memory: LinearMemory, operand_size: int) -> None
     frame = _pop_frame(stack, size)
     cpl = state.cpl
     if operand_size == 32 and frame.rflags & _VM and cpl == 0 and not state.long_mode:
-        _to_virtual_8086(state, frame, stack)
+        _to_virtual_8086(state, memory, frame, stack)
         return
     code = return_segment(state, memory, frame.cs, cpl)
     new_cpl = frame.cs & 3
@@ -171,8 +175,10 @@ def _protected(state: CpuState, memory: LinearMemory, operand_size: int) -> None
         stack_segment = outer_stack_segment(state, memory, selector, code, new_cpl)
         pointer = loaded_pointer(state, popped, code, stack_segment)
     check_target(state, code, frame.rip)
+    ssp = returned_shadow_stack(state, memory, frame.cs, code, frame.rip, event=True)
     code = descriptors.set_accessed(state, memory, frame.cs, code)
 
+    ssp.commit(state)
     rflags = _replace(state, frame.rflags, _changeable(state), operand_size)
     state.segments[SegmentRegister.SS] = stack_segment
     _commit(state, code.segment(frame.cs), frame.rip, rflags, pointer)
@@ -225,6 +231,17 @@ def check_target(state: CpuState, code: Descriptor, rip: int) -> None:
             raise gp(0)
     elif rip > code.limit:
         raise gp(0)
+
+
+def returned_shadow_stack(
+    state: CpuState, memory: LinearMemory, selector: int, code: Descriptor, rip: int, *, event: bool = False
+) -> shadow_stack.SspChange:
+    """What a return to ``rip`` in ``code`` does to shadow stacks; raises #CP unless the call came from there."""
+    if not state.cr4 & Cr4.CET:
+        return _NO_SHADOW_STACK
+    long = state.long_mode and code.long
+    lip = rip if long else (code.base + rip) & MASK32
+    return shadow_stack.leave(state, memory, selector & 3, cs=selector, lip=lip, long=long, event=event)
 
 
 def _changeable(state: CpuState) -> int:

@@ -29,6 +29,14 @@ class LinearMemory(Protocol):
         """Store the low ``size`` bytes of ``value`` at ``linear``."""
         ...
 
+    def shadow_read(self, linear: int, size: int, *, user: bool) -> int:
+        """The value of ``size`` bytes at ``linear``, by a shadow-stack access of user or supervisor mode."""
+        ...
+
+    def shadow_write(self, linear: int, size: int, value: int, *, user: bool) -> None:
+        """Store the low ``size`` bytes of ``value`` at ``linear`` by a shadow-stack access."""
+        ...
+
 
 def linear_address_width(state: CpuState) -> int:
     """Bits of a linear address in IA-32e mode: 57 with 5-level paging, else 48."""
@@ -38,6 +46,11 @@ def linear_address_width(state: CpuState) -> int:
 def is_canonical(address: int, width: int) -> bool:
     """Whether bits 63 to ``width`` - 1 of ``address`` are all equal."""
     return not ((address + (1 << width - 1)) & MASK64) >> width
+
+
+def linear_code_address(state: CpuState, rip: int) -> int:
+    """Linear address of ``rip`` in the code segment."""
+    return rip if state.in_64_bit_mode else (state.cs.base + rip) & MASK32
 
 
 def system_address(state: CpuState, base: int, offset: int, external: int = 0) -> int:

@@ -489,18 +489,24 @@ class Mmu:
         privilege = _privilege(user, ac)
         if (linear & PAGE_OFFSET_MASK) + size <= PAGE_SIZE:
             return self.memory.read(self._translate(linear, AccessKind.READ, privilege), size)
-        pieces = self._pieces(linear, size, AccessKind.READ, privilege)
-        return b"".join(self.memory.read(physical, length) for physical, length in pieces)
+        return self._load(self._pieces(linear, size, AccessKind.READ, privilege))
 
     def write_bytes(
         self, linear: int, data: bytes | bytearray | memoryview, *, user: bool = False, ac: bool = False
     ) -> None:
         """Store ``data`` at ``linear``: all of it, or, when any page faults, nothing."""
-        privilege, size, position = _privilege(user, ac), len(data), 0
+        privilege, size = _privilege(user, ac), len(data)
         if (linear & PAGE_OFFSET_MASK) + size <= PAGE_SIZE:
             self.memory.write(self._translate(linear, AccessKind.WRITE, privilege, size), data)
             return
-        for physical, length in self._pieces(linear, size, AccessKind.WRITE, privilege):
+        self._store(self._pieces(linear, size, AccessKind.WRITE, privilege), data)
+
+    def _load(self, pieces: list[tuple[PhysicalAddress, int]]) -> bytes:
+        return b"".join(self.memory.read(physical, length) for physical, length in pieces)
+
+    def _store(self, pieces: list[tuple[PhysicalAddress, int]], data: bytes | bytearray | memoryview) -> None:
+        position = 0
+        for physical, length in pieces:
             self.memory.write(physical, data[position : position + length])
             position += length
 
@@ -514,9 +520,24 @@ class Mmu:
         """Store the low ``size`` bytes of ``value`` at ``linear``, little-endian."""
         self.write_bytes(linear, (value & (1 << 8 * size) - 1).to_bytes(size, "little"), user=user, ac=ac)
 
+    def shadow_read(self, linear: int, size: int, *, user: bool) -> int:
+        """What `read` gives, by a shadow-stack access: one of user mode, or of supervisor mode."""
+        return int.from_bytes(
+            self._load(self._pieces(linear, size, AccessKind.READ, _shadow_privilege(user))), "little"
+        )
+
+    def shadow_write(self, linear: int, size: int, value: int, *, user: bool) -> None:
+        """Store the low ``size`` bytes of ``value`` at ``linear`` by a shadow-stack access."""
+        data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+        self._store(self._pieces(linear, size, AccessKind.WRITE, _shadow_privilege(user)), data)
+
     def check(self, linear: int, size: int, kind: AccessKind, *, user: bool = False, ac: bool = False) -> None:
         """Raise what an access of ``size`` bytes at ``linear`` would raise, without making it."""
         self._pieces(linear, size, kind, _privilege(user, ac))
+
+
+def _shadow_privilege(user: bool) -> Privilege:
+    return Privilege.USER_SHADOW_STACK if user else Privilege.SUPERVISOR_SHADOW_STACK
 
 
 def _privilege(user: bool, ac: bool) -> Privilege:

@@ -14,6 +14,7 @@ from attrs import evolve, field, frozen
 
 from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
+from vtx.x86 import control_flow
 from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR, MISC_ENABLE_XD_DISABLE
 from vtx.x86.performance import FREEZE_LBRS_ON_PMI, FREEZE_PERFMON_ON_PMI, IA32_PERF_GLOBAL_STATUS
 from vtx.x86.state import MASK32, MASK64, Efer
@@ -38,6 +39,10 @@ IA32_MISC_ENABLE: Final = 0x1A0
 IA32_DEBUGCTL: Final = 0x1D9
 MSR_LASTBRANCHFROMIP: Final = 0x1DB
 IA32_PAT: Final = 0x277
+IA32_U_CET: Final = 0x6A0
+IA32_S_CET: Final = 0x6A2
+IA32_PL0_SSP: Final = 0x6A4
+IA32_INTERRUPT_SSP_TABLE_ADDR: Final = 0x6A8
 IA32_TSC_DEADLINE: Final = 0x6E0
 IA32_PKRS: Final = 0x6E1
 IA32_XSS: Final = 0xDA0
@@ -122,6 +127,25 @@ def pat_is_valid(value: int) -> bool:
 
 def _pat(profile: Profile, old: int, new: int) -> bool:
     return pat_is_valid(new)
+
+
+def _cet(profile: Profile, old: int, new: int) -> bool:
+    suppressed_and_waiting = control_flow.SUPPRESS | control_flow.TRACKER
+    return is_canonical(new, profile.linear_address_width) and new & suppressed_and_waiting != suppressed_and_waiting
+
+
+def _cet_control(index: int, name: str) -> Msr:
+    shadow_stacks = control_flow.SH_STK_EN | control_flow.WR_SHSTK_EN
+    tracking = control_flow.ENDBR_EN | control_flow.LEG_IW_EN | control_flow.NO_TRACK_EN | control_flow.SUPPRESS_DIS
+    tracking |= control_flow.SUPPRESS | control_flow.TRACKER | control_flow.EB_LEG_BITMAP_BASE
+    return Msr(
+        index,
+        name,
+        writable=0,
+        writable_with=(("CET_SS", shadow_stacks), ("CET_IBT", tracking)),
+        features=("CET_SS", "CET_IBT"),
+        check=_cet,
+    )
 
 
 def _mtrr_type(profile: Profile, old: int, new: int) -> bool:
@@ -245,7 +269,20 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(0x2F, "IA32_BARRIER", writable=0, features=("MSRLIST",)),
     Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
-    Msr(IA32_XSS, "IA32_XSS", writable=0, writable_with=(("HDC", 1 << 13),), features=("XSAVES",)),
+    Msr(
+        IA32_XSS,
+        "IA32_XSS",
+        writable=0,
+        writable_with=(("CET_SS", 3 << 11), ("CET_IBT", 3 << 11), ("HDC", 1 << 13)),
+        features=("XSAVES",),
+    ),
+    _cet_control(IA32_U_CET, "IA32_U_CET"),
+    _cet_control(IA32_S_CET, "IA32_S_CET"),
+    *(
+        Msr(IA32_PL0_SSP + level, f"IA32_PL{level}_SSP", writable=~3 & MASK64, features=("CET_SS",), check=_canonical)
+        for level in range(4)
+    ),
+    Msr(IA32_INTERRUPT_SSP_TABLE_ADDR, "IA32_INTERRUPT_SSP_TABLE_ADDR", features=("CET_SS",), check=_canonical),
     # Hardware duty cycling: nothing is ever forced idle.
     Msr(0xDB0, "IA32_PKG_HDC_CTL", writable=1, features=("HDC",)),
     Msr(IA32_PM_CTL1, "IA32_PM_CTL1", reset=1, writable=1, features=("HDC",)),

@@ -24,12 +24,16 @@ from vtx.x86.msr_table import (
     IA32_EFER,
     IA32_FS_BASE,
     IA32_GS_BASE,
+    IA32_INTERRUPT_SSP_TABLE_ADDR,
     IA32_KERNEL_GS_BASE,
     IA32_MISC_ENABLE,
     IA32_MPERF,
     IA32_PKRS,
+    IA32_PL0_SSP,
+    IA32_S_CET,
     IA32_TIME_STAMP_COUNTER,
     IA32_TSC_ADJUST,
+    IA32_U_CET,
     MSR_LASTBRANCHFROMIP,
     SMM_BASE,
     X2APIC_MSRS,
@@ -43,6 +47,13 @@ Reader = Callable[[int], int | None]
 
 Writer = Callable[[int, int], bool]
 """Writes a value to the MSR of an index; False, with nothing changed, for a general-protection fault."""
+
+
+_CONTROL_FLOW: Final = (
+    (IA32_U_CET, "u_cet"),
+    (IA32_S_CET, "s_cet"),
+    (IA32_INTERRUPT_SSP_TABLE_ADDR, "interrupt_ssp_table"),
+)
 
 
 @frozen
@@ -190,6 +201,29 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
     bind_segment(IA32_FS_BASE, SegmentRegister.FS)
     bind_segment(IA32_GS_BASE, SegmentRegister.GS)
     msrs.bind(IA32_KERNEL_GS_BASE, lambda index: state().kernel_gs_base, write_kernel_gs_base)
+
+
+def bind_control_flow(msrs: MsrFile, state: Callable[[], CpuState], changed: Callable[[], None]) -> None:
+    """Bind the MSRs of control-flow enforcement to ``state``; ``changed`` is called when one was written.
+
+    Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 1, "Control-Flow Enforcement Technology (CET)".
+    """
+
+    def bind(index: int, name: str) -> None:
+        def write(index: int, value: int) -> bool:
+            setattr(state(), name, value)
+            changed()
+            return True
+
+        msrs.bind(index, lambda index: getattr(state(), name), write)
+
+    def write_pointer(index: int, value: int) -> bool:
+        state().pl_ssp[index - IA32_PL0_SSP] = value
+        return True
+
+    for index, name in _CONTROL_FLOW:
+        bind(index, name)
+    msrs.bind(range(IA32_PL0_SSP, IA32_PL0_SSP + 4), lambda index: state().pl_ssp[index - IA32_PL0_SSP], write_pointer)
 
 
 def bind_protection_keys(msrs: MsrFile, changed: Callable[[int], None]) -> None:

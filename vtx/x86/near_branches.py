@@ -12,13 +12,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import iced_x86
-from iced_x86 import Decoder, FlowControl, Mnemonic
+from iced_x86 import Code, Decoder, FlowControl, Mnemonic
 
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import MASK32, MASK64, CpuState, Gpr
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
+
+FAR_TRANSFERS: Final = frozenset(
+    (
+        *(Code.CALL_PTR1616, Code.CALL_PTR1632, Code.JMP_PTR1616, Code.JMP_PTR1632),
+        *(Code.CALL_M1616, Code.CALL_M1632, Code.CALL_M1664, Code.JMP_M1616, Code.JMP_M1632, Code.JMP_M1664),
+        *(Code.RETFW, Code.RETFD, Code.RETFQ, Code.RETFW_IMM16, Code.RETFD_IMM16, Code.RETFQ_IMM16),
+    )
+)
+"""Far CALL, JMP and RET, as iced-x86 codes."""
 
 _LOOPS: Final = frozenset((Mnemonic.LOOP, Mnemonic.LOOPE, Mnemonic.LOOPNE))
 _PUSHING_OR_POPPING: Final = frozenset((Mnemonic.CALL, Mnemonic.RET))
@@ -37,9 +46,16 @@ def fetch_fault(state: CpuState, offset: int) -> Fault | None:
 def is_near_branch(instruction: iced_x86.Instruction) -> bool:
     """Whether ``instruction`` loads RIP alone."""
     if instruction.mnemonic in (Mnemonic.JMP, Mnemonic.CALL):
-        far = instruction.is_jmp_far or instruction.is_jmp_far_indirect
-        return not (far or instruction.is_call_far or instruction.is_call_far_indirect)
+        return instruction.code not in FAR_TRANSFERS
     return instruction.mnemonic == Mnemonic.RET or instruction.flow_control == FlowControl.CONDITIONAL_BRANCH
+
+
+def is_watched_branch(instruction: iced_x86.Instruction) -> bool:
+    """Whether control-flow enforcement can have a part in it: near CALL and RET, and indirect near JMP."""
+    mnemonic = instruction.mnemonic
+    if mnemonic == Mnemonic.JMP:
+        return bool(instruction.is_jmp_near_indirect)
+    return mnemonic == Mnemonic.RET or (mnemonic == Mnemonic.CALL and instruction.code not in FAR_TRANSFERS)
 
 
 def take_back(processor: LogicalProcessor, origin: int) -> None:

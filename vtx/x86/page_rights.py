@@ -4,7 +4,7 @@ A translation carries the *rights* that its paging-structure entries give (the o
 may do with them depends on registers that can change without any invalidation (CPL, RFLAGS.AC, CR0.WP, PKRU), so
 rights become *permissions* only at the moment of the access, by one table look-up.
 
-Spec: SDM Vol. 3, "Access Rights", "Determination of Access Rights", "Protection Keys".
+Spec: SDM Vol. 3, "Access Rights", "Determination of Access Rights", "Protection Keys"; SDM Vol. 1, "Shadow Stacks".
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ WRITABLE: Final = 1 << 1
 """Every entry used has R/W set (the position of that bit in an entry)."""
 USER: Final = 1 << 2
 """Every entry used has U/S set, a "user-mode address" (the position of that bit in an entry)."""
-RIGHTS_MASK: Final = EXECUTE_DISABLE | WRITABLE | USER
-KEY_SHIFT: Final = 3
-"""Rights in bits 2:0 and the protection key in bits 6:3 make a page's ``attributes``, the index of the tables."""
+SHADOW_STACK: Final = 1 << 3
+"""A shadow-stack page: R/W is clear and the dirty flag set in the entry that maps it, R/W is set in all others."""
+RIGHTS_MASK: Final = EXECUTE_DISABLE | WRITABLE | USER | SHADOW_STACK
+KEY_SHIFT: Final = 4
+"""Rights in bits 3:0 and the protection key in bits 7:4 make a page's ``attributes``, the index of the tables."""
 
-FETCHED_BY_USER: Final = 1 << 7
+FETCHED_BY_USER: Final = 1 << 8
 """The second level lets nobody but user mode fetch instructions from the page; only after `RIGHTS_MASK` and key."""
-FETCHED_BY_SUPERVISOR: Final = 1 << 8
+FETCHED_BY_SUPERVISOR: Final = 1 << 9
 """The second level lets nobody but supervisor mode fetch instructions from it."""
 
 PROTECTION_KEYS: Final = 16
@@ -44,6 +46,20 @@ class Privilege(enum.IntEnum):
     """A supervisor-mode access with RFLAGS.AC clear; also every implicit supervisor-mode access, at any CPL."""
     SUPERVISOR_AC = 2
     """An explicit supervisor-mode access with RFLAGS.AC set, which SMAP lets pass."""
+    USER_SHADOW_STACK = 3
+    """A shadow-stack access with CPL 3, or by WRUSS."""
+    SUPERVISOR_SHADOW_STACK = 4
+    """Any other shadow-stack access."""
+
+    @property
+    def user(self) -> bool:
+        """Whether it is a user-mode access."""
+        return self is _USER or self is _USER_SHADOW_STACK
+
+    @property
+    def shadow_stack(self) -> bool:
+        """Whether it is a shadow-stack access."""
+        return self is _USER_SHADOW_STACK or self is _SUPERVISOR_SHADOW_STACK
 
     @staticmethod
     def of(cpl: int, ac: bool, implicit: bool = False) -> Privilege:
@@ -59,7 +75,7 @@ class Privilege(enum.IntEnum):
 
 
 # Members of an enumeration are slow to look up.
-_USER, _SUPERVISOR, _SUPERVISOR_AC = Privilege
+_USER, _SUPERVISOR, _SUPERVISOR_AC, _USER_SHADOW_STACK, _SUPERVISOR_SHADOW_STACK = Privilege
 
 
 @frozen
@@ -95,7 +111,7 @@ def key_permissions(controls: PermissionControls, privilege: Privilege, attribut
     write_disable = key_rights >> 2 * key & 2
     if access_disable:
         return AccessKind.EXECUTE.value
-    if write_disable and (privilege is Privilege.USER or controls.wp):
+    if write_disable and (privilege.user or controls.wp):
         return AccessKind.READ | AccessKind.EXECUTE
     return ALL_PERMISSIONS
 
@@ -105,6 +121,9 @@ def _page_permissions(controls: PermissionControls, privilege: Privilege, rights
     if not controls.paging:
         return ALL_PERMISSIONS
     user_address = bool(rights & USER)
+    if privilege.shadow_stack:
+        allowed = rights & SHADOW_STACK and user_address is privilege.user
+        return AccessKind.READ | AccessKind.WRITE if allowed else 0
     execute = not rights & EXECUTE_DISABLE
     if privilege is Privilege.USER:
         read = user_address

@@ -12,13 +12,14 @@ import enum
 import functools
 from typing import Final, NamedTuple, Protocol
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE, GuestPhysicalAddress, LinearAddress, PhysicalAddress
 from vtx.x86.page_rights import (
     EXECUTE_DISABLE,
     KEY_SHIFT,
     PROTECTION_KEYS,
+    SHADOW_STACK,
     USER,
     WRITABLE,
     PermissionControls,
@@ -57,6 +58,7 @@ class PageFaultError(enum.IntEnum):
     RSVD = 1 << 3
     ID = 1 << 4
     PK = 1 << 5
+    SS = 1 << 6
     HLAT = 1 << 7
 
 
@@ -338,14 +340,19 @@ def _page_fault(context: PagingContext, linear: int, kind: AccessKind, privilege
     code = cause
     if kind is AccessKind.WRITE:
         code |= PageFaultError.WR
-    if privilege is Privilege.USER:
+    if privilege.user:
         code |= PageFaultError.US
+    if privilege.shadow_stack:
+        code |= PageFaultError.SS
     if kind is AccessKind.EXECUTE and context.reports_fetch:
         code |= PageFaultError.ID
     return PageFault(LinearAddress(linear), code)
 
 
-_USER_MODE: Final = Privilege.USER  # members of an enumeration are slow to look up
+# Members of an enumeration are slow to look up.
+_USER_MODE: Final = Privilege.USER
+_USER_SHADOW_STACK: Final = Privilege.USER_SHADOW_STACK
+_SHADOWING: Final = DIRTY | WRITABLE
 _NOT_PRESENT: Final = 0
 _PROTECTION: Final = PageFaultError.P.value
 _RESERVED: Final = PageFaultError.P | PageFaultError.RSVD
@@ -358,11 +365,16 @@ def _without_paging(
     """CR0.PG = 0: linear addresses are (guest-)physical addresses, and count as user-mode and writable."""
     address = GuestPhysicalAddress(linear & _bits(31, 0))
     rights = USER | WRITABLE
-    page = second_level.translate(address, kind, linear, rights, privilege is _USER_MODE)
+    page = second_level.translate(address, kind, linear, rights, privilege.user)
     if isinstance(page, SecondLevelFault):
-        return page
+        return _of_access(page, privilege)
     guest_page = GuestPhysicalAddress(address & ~PAGE_OFFSET_MASK)
     return Translation(page.physical, guest_page, PAGE_SIZE, rights | page.attributes, page.permissions, True, False)
+
+
+def _of_access(fault: SecondLevelFault, privilege: Privilege) -> SecondLevelFault:
+    """``fault`` of the access itself, not of one to a paging structure."""
+    return evolve(fault, shadow_stack=True) if privilege.shadow_stack else fault
 
 
 class _Leaf(NamedTuple):
@@ -416,7 +428,7 @@ def _descend(
             steps.append(WalkStep(name, address, entry))
         if not entry & PRESENT:
             return _NOT_PRESENT
-        rights &= entry
+        above, rights = rights, rights & entry
         execute_disable |= entry
         if entry & maps_page == maps_page:
             if entry & reserved_page:
@@ -428,6 +440,8 @@ def _descend(
             unset = [*(unset or ()), (address, ACCESSED)]
         table = entry & frame_mask
     attributes = rights | execute_disable >> 63
+    if entry & _SHADOWING == DIRTY and above & WRITABLE:
+        attributes |= SHADOW_STACK
     if mode is PagingMode.LEVEL_4 or mode is PagingMode.LEVEL_5:
         attributes |= (entry >> PROTECTION_KEY_SHIFT & 0xF) << KEY_SHIFT
     return _Leaf(address, entry, shift, attributes, unset)
@@ -494,10 +508,10 @@ def walk(
             return fault
 
     guest_physical = _frame(entry, shift, context.geometry.frame_mask) | linear & (1 << shift) - 1
-    user = privilege is _USER_MODE
+    user = privilege is _USER_MODE or privilege is _USER_SHADOW_STACK
     page = second_level.translate(GuestPhysicalAddress(guest_physical), kind, linear, attributes, user)
     if isinstance(page, SecondLevelFault):
-        return page
+        return _of_access(page, privilege)
     dirty = bool((entry | wanted) & DIRTY)
     return Translation(
         page.physical,

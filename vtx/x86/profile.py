@@ -132,7 +132,8 @@ def _supported_xss(features: frozenset[str]) -> int:
     """The bits of IA32_XSS that a processor with ``features`` lets software set."""
     if "XSAVES" not in features:
         return 0
-    return sum(1 << component.bit for name, component in SUPERVISOR_COMPONENTS.items() if name in features)
+    present = (each for name, each in SUPERVISOR_COMPONENTS.items() if name in features)
+    return sum({1 << component.bit for components in present for component in components})
 
 
 def _signature(family: int, model: int, stepping: int) -> int:

@@ -34,11 +34,12 @@ class SecondLevelFault:
     """An access the second level refused; each vendor derives its own closed set from this base.
 
     ``guest_physical`` is exact to the byte. ``linear`` is the linear address being translated (None when there is
-    none: the load of the PAE page-directory-pointer-table entries).
+    none: the load of the PAE page-directory-pointer-table entries). ``shadow_stack`` marks a shadow-stack access.
     """
 
     guest_physical: GuestPhysicalAddress
     linear: LinearAddress | None
+    shadow_stack: bool = field(default=False, kw_only=True)
 
 
 @frozen

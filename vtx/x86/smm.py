@@ -86,6 +86,7 @@ def enter(cpu: ProcessorCore) -> None:
         nmi_blocked=state.nmi_blocked,
         pending_debug=state.pending_debug,
         vmxe=vmxe,
+        ssp=state.ssp,
         suspended=suspension.state if suspension is not None else None,
     )
     rip = state.rip
@@ -184,7 +185,7 @@ def _restore(state: CpuState, values: Mapping[str, int], context: SmmContext) ->
     state.dr6 = values["DR6"] & _DR6_WRITABLE | _DR6_FIXED
     state.dr7 = values["DR7"] & _DR7_WRITABLE | _DR7_RESET
     state.smbase = values["SMBASE"]
-    state.pdptrs = list(context.pdptrs)
+    state.pdptrs, state.ssp = list(context.pdptrs), context.ssp
     *segments, ldtr, tr = (segment.copy() for segment in context.segments)
     state.segments, state.ldtr, state.tr = segments, ldtr, tr
     state.gdtr.base, state.gdtr.limit = context.gdtr
@@ -214,6 +215,7 @@ _CHECKS: Final[tuple[tuple[str, _Check], ...]] = (
     ("CR4.VMXE is set", lambda msrs, v, context: bool(v["CR4"] & _VMXE)),
     ("CR4 has reserved bits set", lambda msrs, v, context: bool(v["CR4"] & reserved_cr4_bits(msrs.profile))),
     ("CR4.PCIDE is set outside IA-32e mode", lambda msrs, v, context: bool(v["CR4"] & Cr4.PCIDE) and not _long_mode(v)),
+    ("CR4.CET is set without CR0.WP", lambda msrs, v, context: bool(v["CR4"] & Cr4.CET) and not v["CR0"] & Cr0.WP),
     ("CR4.PAE is clear in IA-32e mode", lambda msrs, v, context: _long_mode(v) and not v["CR4"] & Cr4.PAE),
     ("virtual-8086 mode in IA-32e mode", lambda msrs, v, context: _long_mode(v) and bool(context.virtual_8086)),
     ("CR3 has reserved bits set", lambda msrs, v, context: bool(v["CR3"] >> msrs.profile.physical_address_width)),

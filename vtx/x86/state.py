@@ -142,8 +142,8 @@ class SmmContext:
     """What an SMI interrupted, as far as SMRAM does not show it (see `vtx.x86.smm`).
 
     ``segments`` are copies of the segment registers, LDTR and TR; ``gdtr`` and ``idtr`` base and limit. ``vmxe`` and
-    ``virtual_8086`` are CR4.VMXE and RFLAGS.VM in place. ``suspended`` is the virtualization extension's own, None if
-    there was no VMX operation.
+    ``virtual_8086`` are CR4.VMXE and RFLAGS.VM in place, ``ssp`` is the shadow-stack pointer. ``suspended`` is the
+    virtualization extension's own, None if there was no VMX operation.
     """
 
     segments: tuple[Segment, ...]
@@ -156,6 +156,7 @@ class SmmContext:
     nmi_blocked: bool
     pending_debug: int
     vmxe: int
+    ssp: int
     suspended: tuple[int, ...] | None
 
 
@@ -293,6 +294,11 @@ class CpuState:
     last_branch: LastBranch = field(factory=LastBranch)
     xcr0: int = 1
     pkru: int = 0
+    u_cet: int = 0  # IA32_U_CET, layout of `vtx.x86.control_flow`
+    s_cet: int = 0  # IA32_S_CET
+    ssp: int = 0  # the shadow-stack pointer
+    pl_ssp: list[int] = field(factory=lambda: [0, 0, 0, 0])  # IA32_PL0_SSP to IA32_PL3_SSP
+    interrupt_ssp_table: int = 0  # IA32_INTERRUPT_SSP_TABLE_ADDR
     pdptrs: list[int] = field(factory=lambda: [0, 0, 0, 0])
     kernel_gs_base: int = 0
     fpu: bytes = b""

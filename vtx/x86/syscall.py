@@ -14,6 +14,7 @@ from attrs import frozen
 
 from vtx.x86.linear import is_canonical, linear_address_width
 from vtx.x86.outcome import gp, ud
+from vtx.x86.shadow_stack import enter_fast, leave_fast
 from vtx.x86.state import MASK32, MASK64, CpuState, Efer, Gpr, Rflags, Segment, SegmentRegister
 
 _FLAT_CODE_32: Final = 0xC09B  # G, D, present, code, readable, accessed
@@ -63,6 +64,7 @@ def syscall(state: CpuState, msrs: SyscallMsrs, instruction_length: int, *, amd:
     """
     if not state.efer & Efer.SCE or not state.protected or not (amd or state.in_64_bit_mode):
         raise ud()
+    enter_fast(state)
     rflags = state.rflags & ~_RF
     if state.long_mode:
         next_rip = (state.rip + instruction_length) & (MASK64 if state.in_64_bit_mode else MASK32)
@@ -92,6 +94,7 @@ def sysret(state: CpuState, msrs: SyscallMsrs, operand_size: int, *, amd: bool =
     target = state.gpr[Gpr.RCX]
     if not amd and operand_size == 64 and not is_canonical(target, linear_address_width(state)):
         raise gp(0)
+    leave_fast(state)
     base = msrs.star >> 48
     state.rip = target if operand_size == 64 else target & MASK32
     if state.long_mode:
@@ -116,6 +119,7 @@ def sysenter(state: CpuState, msrs: SysenterMsrs, *, amd: bool = False) -> None:
         raise ud()
     if not state.protected or not msrs.cs & 0xFFFC:
         raise gp(0)
+    enter_fast(state)
     width = MASK64 if state.long_mode else MASK32
     state.rflags &= ~(_CLEARED_IN_LEGACY_MODE | _RF)
     state.gpr[Gpr.RSP] = msrs.esp & width
@@ -141,6 +145,7 @@ def sysexit(state: CpuState, msrs: SysenterMsrs, operand_size: int, *, amd: bool
             raise gp(0)
     else:
         target, stack = target & MASK32, stack & MASK32
+    leave_fast(state)
     state.rip, state.gpr[Gpr.RSP] = target, stack
     cs = (msrs.cs & 0xFFFC) + (32 if operand_size == 64 else 16)
     _load_flat(state, cs | 3, (cs + 8) | 3, 3, long=operand_size == 64)

@@ -14,7 +14,7 @@ from typing import Final
 
 from attrs import evolve, frozen
 
-from vtx.x86 import descriptors
+from vtx.x86 import descriptors, task_shadow_stack
 from vtx.x86.descriptors import Descriptor, is_null, null_segment, selector_fault
 from vtx.x86.linear import LinearMemory, system_address
 from vtx.x86.outcome import NotModelled, Vector, gp
@@ -90,6 +90,7 @@ class _TaskImage:
     ldtr: int
     cr3: int | None
     trap: bool
+    ssp: int
 
 
 def _refuse_pae(state: CpuState, cr3: int) -> None:
@@ -131,7 +132,10 @@ def check_tss(
         raise selector_fault(vector, selector, external)
     if not tss.present:
         raise selector_fault(Vector.NP, selector, external)
-    if tss.limit < _layout(tss.access_rights).minimum_limit:
+    if state.cr4 & Cr4.CET and tss.access_rights & 0xF not in descriptors.TSS_32_TYPES:
+        raise selector_fault(Vector.TS, selector, external)
+    least = task_shadow_stack.MINIMUM_LIMIT if state.cr4 & Cr4.CET else 0
+    if tss.limit < max(least, _layout(tss.access_rights).minimum_limit):
         raise selector_fault(Vector.TS, selector, external)
     return tss
 
@@ -163,6 +167,11 @@ def task_switch(
         raise NotModelled("debug trap on a task switch (T flag of the TSS)")
     if source == TaskSwitchSource.IRET:
         rflags &= ~_NT
+    passage = task_shadow_stack.Passage()
+    if state.cr4 & Cr4.CET:
+        cpl = 3 if image.rflags & Rflags.VM else image.selectors[_CODE] & 3
+        returns = source == TaskSwitchSource.IRET
+        passage = task_shadow_stack.leave_task(state, memory, cpl, rip, nests=nested, returns=returns)
     _save_task(state, memory, rip, rflags)
     if nested:
         memory.write(system_address(state, new_tss.base, 0), 2, state.tr.selector)
@@ -174,7 +183,10 @@ def task_switch(
         image = evolve(image, rflags=image.rflags | _NT)
 
     _commit(state, new_tss, selector, image, hooks)
+    passage.left.commit(state)
     _load_segments(state, memory, external)
+    if state.cr4 & Cr4.CET:
+        task_shadow_stack.enter_task(state, memory, passage, None if source == TaskSwitchSource.IRET else image.ssp)
     _enter(state, memory, _layout(new_tss.access_rights).word, external, error_code)
 
 
@@ -209,6 +221,7 @@ def _read_task(state: CpuState, memory: LinearMemory, tss: Descriptor) -> _TaskI
         ldtr=word(layout.ldtr, 2),
         cr3=None if layout.cr3 is None else word(layout.cr3),
         trap=layout.trap is not None and bool(word(layout.trap, 2) & 1),
+        ssp=word(task_shadow_stack.SSP_OFFSET) if state.cr4 & Cr4.CET else 0,
     )
 
 

@@ -46,6 +46,7 @@ CONTROL_FEATURES: Final = {
     "VMM bus-lock detection": "BUS_LOCK_DETECT",
     "virtualize x2APIC mode": "x2APIC",
     "load PKRS": "PKS",
+    "load CET state": "CET_SS",
     "load IA32_SPEC_CTRL": "SPEC_CTRL",
     "virtualize IA32_SPEC_CTRL": "SPEC_CTRL",
     "enable MSR-list instructions": "MSRLIST",

@@ -1,8 +1,8 @@
-"""What only a look at every single instruction can find: breakpoints and branches.
+"""What only a look at every single instruction can find: breakpoints, branches, and what follows an indirect one.
 
-The engine knows neither debug registers nor branch records. While one of them can matter, the processor executes one
-instruction at a time and looks at its address and memory operands first, and at where it went afterwards; guests that
-use none of them pay nothing.
+The engine knows neither debug registers nor branch records nor trackers. While one of them can matter, the processor
+executes one instruction at a time and looks at its address and memory operands first, and at where it went afterwards;
+guests that use none of them pay nothing.
 
 Spec: SDM Vol. 3, "Breakpoint Field Recognition"; "Single-Stepping on Branches". APM Vol. 2, "Global Interrupt Flag,
 STGI and CLGI Instructions".
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Decoder, FlowControl, Mnemonic
 
-from vtx.x86 import access, branches, conditions
+from vtx.x86 import access, branches, conditions, control_flow, indirect_branches
 from vtx.x86.decode import Instruction
 from vtx.x86.execution import STEP
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
@@ -28,6 +28,7 @@ _ENABLES: Final = 0xFF  # L0, G0 ... L3, G3 of DR7
 _RF: Final = int(Rflags.RF)
 _TF: Final = int(Rflags.TF)
 _DE: Final = int(Cr4.DE)
+_CET: Final = int(Cr4.CET)
 _LENGTHS: Final = (1, 2, 8, 4)
 _EXECUTE, _WRITE, _PORT, _READ_WRITE = range(4)
 # Of CpuState.pending_debug, which has the layout of the VMCS field.
@@ -46,7 +47,11 @@ _NO_BRANCH: Final = frozenset((Mnemonic.VMLAUNCH, Mnemonic.VMRESUME, Mnemonic.VM
 
 def is_needed(state: CpuState) -> bool:
     """Whether instructions must be looked at one by one."""
-    return bool(state.dr7 & _ENABLES) or (bool(state.debugctl) and branches.are_watched(state))
+    return (
+        bool(state.dr7 & _ENABLES)
+        or (bool(state.debugctl) and branches.are_watched(state))
+        or (bool(state.cr4 & _CET) and control_flow.watches_next(state))
+    )
 
 
 def _breakpoints(state: CpuState, kinds: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
@@ -98,6 +103,8 @@ def step(processor: LogicalProcessor) -> None:
     try:
         instruction = processor.fetch()
         fault, hits = before(processor)
+        if fault is None and control_flow.watches_next(state):
+            fault = indirect_branches.before(processor, instruction)
     except InstructionAborted as aborted:
         processor.abort(aborted.cause)
         return

@@ -152,3 +152,21 @@ def test_load_pdptrs():
     assert load_pdptrs(0x5040, 46, vm.memory, vm.ept) == (0x3001, 0x4001, 0x5001, 0x6001)
     vm.set_ept(0x5000, 0)
     assert load_pdptrs(0x5040, 46, vm.memory, vm.ept) == EptViolation(0x5040, None, 0x001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "permissions", "qualification"), [(READ, 0, 0x2181), (WRITE, R, 0x218A), (WRITE, 0, 0x2182)]
+)
+def test_shadow_stack_access(kind, permissions, qualification):
+    """Bit 13 of the qualification, of the access to the page alone: those to the paging structures are ordinary."""
+    vm = Vm(guest_flags=A | D)
+    leaf = OFFSET + vm.entries[3]
+    vm.memory.write_u64(leaf, vm.memory.read_u64(leaf) & ~(W | 4))  # not writable, not the user's
+    vm.set_ept(DATA, permissions)
+    result = vm.walk(kind, Privilege.SUPERVISOR_SHADOW_STACK)
+    assert isinstance(result, EptViolation)
+    assert result.complete_qualification == qualification
+    vm.set_ept(vm.entries[2], 0)
+    result = vm.walk(kind, Privilege.SUPERVISOR_SHADOW_STACK)
+    assert isinstance(result, EptViolation)
+    assert (result.guest_physical, result.complete_qualification) == (vm.entries[2], 0x81)

@@ -76,6 +76,16 @@ class FakeMemory:
         self.accesses.append(("write", linear, size, user, ac))
         self.poke(linear, value, size)
 
+    def shadow_read(self, linear: int, size: int, *, user: bool) -> int:
+        self._check(linear, size, user, False)
+        self.accesses.append(("shadow read", linear, size, user, False))
+        return self.peek(linear, size)
+
+    def shadow_write(self, linear: int, size: int, value: int, *, user: bool) -> None:
+        self._check(linear, size, user, True)
+        self.accesses.append(("shadow write", linear, size, user, False))
+        self.poke(linear, value, size)
+
     def peek(self, linear: int, size: int) -> int:
         return sum(self.bytes.get(linear + index, 0) << 8 * index for index in range(size))
 

@@ -19,6 +19,7 @@ from vtx.x86.profile import load_profile
 AREA = 0x40_0000
 XSS, PM_CTL1 = 0xDA0, 0xDB1
 HDC = 1 << 13
+CET_STATES = 3 << 11
 EVERYTHING = load_profile("everything")
 
 ENABLE = code("""\
@@ -255,8 +256,8 @@ def test_cpuid__sizes_and_components() -> None:
     def leaf(subleaf: int, xss: int = 0) -> tuple[int, int, int, int]:
         return cpuid(EVERYTHING, 0xD, subleaf, Dynamic(xcr0=3, xss=xss))
 
-    assert leaf(1) == (15, 576, HDC, 0)
-    assert leaf(1, xss=HDC) == (15, 584, HDC, 0)
+    assert leaf(1) == (15, 576, HDC | CET_STATES, 0)
+    assert leaf(1, xss=HDC) == (15, 584, HDC | CET_STATES, 0)
     assert leaf(13) == (8, 0, 1, 0)
     assert leaf(2) == (0, 0, 0, 0)
     assert cpuid(load_profile("skylake-server"), 0xD, 1, Dynamic(xcr0=3)) == (0, 0, 0, 0)

@@ -16,14 +16,24 @@ A, D, XD = 0x20, 0x40, 1 << 63
 KEY = 5
 
 FLAGS = list(itertools.product((0, 2), (0, 4), (0, XD)))
-ACCESSES = [(kind, privilege) for kind in AccessKind for privilege in Privilege]
+SHADOW_STACK = (Privilege.USER_SHADOW_STACK, Privilege.SUPERVISOR_SHADOW_STACK)
+ACCESSES = [
+    (kind, privilege)
+    for kind in AccessKind
+    for privilege in Privilege
+    if kind is not AccessKind.EXECUTE or privilege not in SHADOW_STACK
+]
 
 
-def expected_error(kind, privilege, *, user_page, writable, execute_disable, wp, smep, smap, nxe, pkru, pkrs):
+def expected_error(
+    kind, privilege, *, user_page, writable, shadow_stack_page, execute_disable, wp, smep, smap, nxe, pkru, pkrs
+):
     """Error code, or None when the access is allowed."""
-    user = privilege is Privilege.USER
+    user = privilege in (Privilege.USER, Privilege.USER_SHADOW_STACK)
     refused = False
-    if kind is AccessKind.EXECUTE:
+    if privilege in SHADOW_STACK:
+        refused = not shadow_stack_page or user is not user_page
+    elif kind is AccessKind.EXECUTE:
         refused |= execute_disable
         refused |= user and not user_page
         refused |= not user and user_page and smep
@@ -42,6 +52,7 @@ def expected_error(kind, privilege, *, user_page, writable, execute_disable, wp,
     code = 1
     code |= 2 if kind is AccessKind.WRITE else 0
     code |= 4 if user else 0
+    code |= 64 if privilege in SHADOW_STACK else 0
     code |= 16 if kind is AccessKind.EXECUTE and (smep or nxe) else 0
     return code | (32 if key_refuses else 0)
 
@@ -49,18 +60,18 @@ def expected_error(kind, privilege, *, user_page, writable, execute_disable, wp,
 class TwoEntries:
     """Linear 0 through four levels; the PML4E and the PTE have the given flags, the others allow everything."""
 
-    def __init__(self, top, leaf):
+    def __init__(self, top, leaf, dirty=D):
         self.memory = PhysicalMemory(1 << 16)
         self.memory.write_u64(0x1000, 0x2001 | A | top)
         self.memory.write_u64(0x2000, 0x3007 | A)
         self.memory.write_u64(0x3000, 0x4007 | A)
-        self.memory.write_u64(0x4000, 0x5001 | A | D | KEY << 59 | leaf)
+        self.memory.write_u64(0x4000, 0x5001 | A | dirty | KEY << 59 | leaf)
 
     def walk(self, context, kind, privilege):
         return walk(context, 0, kind, privilege, self.memory, IdentitySecondLevel())
 
 
-def check(tables, flags, context_bits, pkru=None, pkrs=None):
+def check(tables, flags, context_bits, pkru=None, pkrs=None, *, dirty=True):
     wp, smep, smap = context_bits
     top, leaf = flags
     nxe = bool((top | leaf) & XD) or wp
@@ -72,6 +83,7 @@ def check(tables, flags, context_bits, pkru=None, pkrs=None):
             privilege,
             user_page=bool(top & leaf & 4),
             writable=bool(top & leaf & 2),
+            shadow_stack_page=dirty and bool(top & 2) and not leaf & 2,
             execute_disable=bool((top | leaf) & XD),
             wp=wp,
             smep=smep,
@@ -83,7 +95,7 @@ def check(tables, flags, context_bits, pkru=None, pkrs=None):
         result = tables.walk(context, kind, privilege)
         actual = result.error_code if isinstance(result, PageFault) else None
         assert actual == expected, f"{kind!r} {privilege!r}"
-        if not isinstance(result, PageFault):
+        if dirty and not isinstance(result, PageFault):
             # What is granted for one kind must be what the check says about every kind.
             for other in AccessKind:
                 allowed = not isinstance(tables.walk(context, other, privilege), PageFault)
@@ -97,6 +109,12 @@ def test_permissions(wp, smep, smap):
     for top, leaf in itertools.product(FLAGS, FLAGS):
         flags = (sum(top), sum(leaf))
         check(TwoEntries(*flags), flags, (wp, smep, smap))
+
+
+def test_a_clean_page_is_no_shadow_stack_page():
+    for leaf in FLAGS:
+        check(TwoEntries(6, sum(leaf), dirty=0), (6, sum(leaf)), (True, False, False), dirty=False)
+        check(TwoEntries(6, sum(leaf)), (6, sum(leaf)), (True, False, False))
 
 
 @pytest.mark.parametrize("rights", range(4))
@@ -125,16 +143,16 @@ def test_tables_have_one_row_per_privilege_and_one_column_per_attribute():
     for pkru in (None, 0x5555_5555):
         table = permission_table(PermissionControls(True, True, True, True, pkru, None))
         assert len(table) == len(Privilege)
-        assert all(len(row) == 3 * 128 for row in table)  # anyone may fetch; user mode alone; supervisor mode alone
+        assert all(len(row) == 3 * 256 for row in table)  # anyone may fetch; user mode alone; supervisor mode alone
 
 
 @pytest.mark.parametrize("pkru", [None, 0x5555_5555])
 def test_who_may_fetch_takes_away_nothing_but_the_fetch(pkru):
     table = permission_table(PermissionControls(True, True, False, False, pkru, None))
     for privilege, row in zip(Privilege, table, strict=True):
-        for attributes in range(128):
+        for attributes in range(256):
             plain = row[attributes]
             without = plain & ~4  # execution, of the values of AccessKind
-            by_user, by_supervisor = row[attributes | 1 << 7], row[attributes | 1 << 8]
+            by_user, by_supervisor = row[attributes | 1 << 8], row[attributes | 1 << 9]
             expected = (plain, without) if privilege is Privilege.USER else (without, plain)
             assert (by_user, by_supervisor) == expected

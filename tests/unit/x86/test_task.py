@@ -325,3 +325,69 @@ def test_unloaded_stack_segment__leaves_the_task_at_level_3() -> None:
         switch(state, memory)
     assert state.cpl == 3
     assert not state.ss.usable
+
+
+class TestControlFlowEnforcement:
+    """The TSS holds a shadow-stack pointer at offset 104, so it must be that long, and a 32-bit one."""
+
+    TOKEN, SSP = 0x5_0000, 0x4_0000
+    SELECTOR = 0xE0
+
+    def machine(self, s_cet: int = 1) -> tuple[CpuState, FakeMemory]:
+        state, memory = machine()
+        memory.poke(GDT + self.SELECTOR, 0x0000_8900_4000_006B, 8)
+        state.tr.limit = 0x6B
+        memory.poke(TASK_32 + 104, self.TOKEN, 4)
+        memory.poke(self.TOKEN, self.TOKEN, 8)
+        state.cr0 |= Cr0.WP.value
+        state.cr4 |= Cr4.CET.value
+        state.s_cet, state.ssp = s_cet, self.SSP
+        return state, memory
+
+    @pytest.mark.parametrize("source", [CALL, TASK_GATE])
+    def test_nested_task__remembers_where_it_came_from(self, source: TaskSwitchSource) -> None:
+        state, memory = self.machine()
+        switch(state, memory, source, self.SELECTOR)
+        assert (state.ssp, memory.peek(self.TOKEN, 8)) == (self.TOKEN - 24, self.TOKEN | 1)
+        assert memory.words(state.ssp, 3, 8) == [self.SSP, 0x40_1236, 0x08]
+
+    def test_jump__pushes_nothing(self) -> None:
+        state, memory = self.machine()
+        switch(state, memory, JMP, self.SELECTOR)
+        assert (state.ssp, memory.peek(self.TOKEN, 8)) == (self.TOKEN, self.TOKEN | 1)
+
+    def test_return__goes_back_to_the_shadow_stack_of_the_outer_task(self) -> None:
+        state, memory = self.machine()
+        memory.poke(GDT + 0x28, 0x0000_8B00_3000_006B, 8)
+        switch(state, memory, CALL, self.SELECTOR)
+        switch(state, memory, IRET, 0x28)
+        assert (state.ssp, memory.peek(self.TOKEN, 8)) == (self.SSP, self.TOKEN)
+
+    def test_return__to_where_the_call_did_not_come_from(self) -> None:
+        state, memory = self.machine()
+        memory.poke(GDT + 0x28, 0x0000_8B00_3000_006B, 8)
+        switch(state, memory, CALL, self.SELECTOR)
+        memory.poke(TSS + 0x20, 0x40_0000, 4)
+        with pytest.raises(InstructionAborted) as aborted:
+            switch(state, memory, IRET, 0x28)
+        assert aborted.value.cause == Fault(Vector.CP, 2)
+
+    @pytest.mark.parametrize(("selector", "limit"), [(0x80, 0x67), (0x88, 0x2B)])
+    def test_tss_without_room_for_the_pointer(self, selector: int, limit: int) -> None:
+        state, memory = self.machine()
+        with pytest.raises(InstructionAborted) as aborted:
+            switch(state, memory, JMP, selector)
+        assert aborted.value.cause == Fault(Vector.TS, selector)
+        assert state.ssp == self.SSP
+
+    def test_token__must_be_there(self) -> None:
+        state, memory = self.machine()
+        memory.poke(self.TOKEN, 0, 8)
+        with pytest.raises(InstructionAborted) as aborted:
+            switch(state, memory, JMP, self.SELECTOR)
+        assert aborted.value.cause == Fault(Vector.GP, 0)
+
+    def test_new_task__is_expected_to_begin_with_endbranch(self) -> None:
+        state, memory = self.machine(s_cet=4)
+        switch(state, memory, JMP, self.SELECTOR)
+        assert (state.s_cet, state.ssp) == (4 | 1 << 11, self.SSP)

@@ -69,6 +69,8 @@ def _check_cr0(cpu: LogicalProcessor, value: int) -> None:
     value = value & CR0_DEFINED | Cr0.ET
     if (value & Cr0.PG and not value & Cr0.PE) or (value & Cr0.NW and not value & Cr0.CD):
         raise gp(0)
+    if state.cr4 & Cr4.CET and not value & Cr0.WP:
+        raise gp(0)
     extension = cpu.virtualization
     if extension is not None and not extension.control_register_fixed_ok(0, value):
         raise gp(0)
@@ -125,6 +127,8 @@ def _check_cr4(cpu: LogicalProcessor, value: int) -> None:
     if value & reserved_cr4_bits(cpu.profile) or (value & Cr4.VMXE and state.smm is not None):
         raise gp(0)
     if state.long_mode and (not value & Cr4.PAE or changed & Cr4.LA57):
+        raise gp(0)
+    if value & Cr4.CET and not state.cr0 & Cr0.WP:
         raise gp(0)
     if changed & value & Cr4.PCIDE and (not state.long_mode or state.cr3 & 0xFFF):
         raise gp(0)

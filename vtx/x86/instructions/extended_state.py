@@ -1,6 +1,6 @@
 """XSETBV and XGETBV, and the XSAVE family: x87, SSE, PKRU and supervisor state to and from memory.
 
-The one supervisor state component modelled is HDC state, a single MSR.
+The supervisor state components modelled are those of control-flow enforcement, and HDC state.
 
 Interpretations. A component is in use unless it is in its initial configuration: nothing is remembered beyond that.
 XSAVEOPT therefore leaves out what is in its initial configuration, and not what was left as it was restored. All of
@@ -34,11 +34,13 @@ from vtx.x86.instructions.sse_control import (
     require_not_task_switched,
     xmm_registers,
 )
-from vtx.x86.msr_table import IA32_PM_CTL1, IA32_XSS
+from vtx.x86.msr_table import IA32_PL0_SSP, IA32_PM_CTL1, IA32_U_CET, IA32_XSS
 from vtx.x86.operations import SIMPLE, ExtendedStateTransfer, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.save_area import (
     ALIGNMENT,
+    CET_SUPERVISOR,
+    CET_USER,
     COMPACTED,
     HDC,
     HEADER,
@@ -52,7 +54,7 @@ from vtx.x86.save_area import (
     compacted_offset,
     standard_offset,
 )
-from vtx.x86.state import MASK32, Cr4, Gpr
+from vtx.x86.state import MASK32, MASK64, Cr4, Gpr
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -68,7 +70,7 @@ _WIDE: Final = frozenset(
 
 @frozen
 class _Register:
-    """A state component that is one register. ``store`` says whether the register takes the value."""
+    """A state component whose registers are as good as one. ``store`` says whether they take the value."""
 
     component: StateComponent
     initial: int
@@ -98,7 +100,24 @@ def _store_hdc(cpu: LogicalProcessor, value: int) -> bool:
     return cpu.msrs.write(IA32_PM_CTL1, value)
 
 
-_REGISTERS: Final = (_Register(PKRU, 0, _load_pkru, _store_pkru), _Register(HDC, 1, _load_hdc, _store_hdc))
+def _msrs(component: StateComponent, *indices: int) -> _Register:
+    """A component of 64-bit MSRs, in the order in which the save area has them."""
+
+    def load(cpu: LogicalProcessor) -> int:
+        return sum((cpu.msrs.read(index) or 0) << 64 * place for place, index in enumerate(indices))
+
+    def store(cpu: LogicalProcessor, value: int) -> bool:
+        return all(cpu.msrs.write(index, value >> 64 * place & MASK64) for place, index in enumerate(indices))
+
+    return _Register(component, 0, load, store)
+
+
+_REGISTERS: Final = (
+    _Register(PKRU, 0, _load_pkru, _store_pkru),
+    _msrs(CET_USER, IA32_U_CET, IA32_PL0_SSP + 3),
+    _msrs(CET_SUPERVISOR, IA32_PL0_SSP, IA32_PL0_SSP + 1, IA32_PL0_SSP + 2),
+    _Register(HDC, 1, _load_hdc, _store_hdc),
+)
 
 
 # XSETBV and XGETBV
@@ -316,8 +335,12 @@ def _restore(area: _Area, header: Header) -> None:
         elif area.requested & each.mask:
             values.append((each, each.initial))
     # Supervisor state can be refused; it comes last in the order of bits, and before all that cannot be.
+    former: list[tuple[_Register, int]] = []
     for register, value in reversed(values):
+        former.append((register, register.load(cpu)))
         if not register.store(cpu, value):
+            for changed, old in former:
+                changed.store(cpu, old)
             raise gp(0)
     if area.requested & (X87_STATE | SSE_STATE):
         load_registers(cpu, legacy)

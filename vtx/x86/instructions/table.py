@@ -19,15 +19,18 @@ from vtx.x86.instructions import (
     missing,
     msr,
     msr_list,
+    near,
     port_io,
     protection_keys,
     segment_loads,
+    shadow_stacks,
     simd,
     sse_control,
     system,
     tasks,
     wait,
 )
+from vtx.x86.near_branches import FAR_TRANSFERS
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
@@ -39,6 +42,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
         *(port_io, missing, wait, broadcast, msr_list, extended_state, sse_control, simd, protection_keys),
+        *(near, shadow_stacks),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -60,7 +64,7 @@ _QUIET: Final = frozenset(
         *(Mnemonic.RDRAND, Mnemonic.RDSEED, Mnemonic.RDPID, Mnemonic.INVD, Mnemonic.WBINVD, Mnemonic.WBNOINVD),
         *(Mnemonic.PUSHF, Mnemonic.PUSHFD, Mnemonic.PUSHFQ, Mnemonic.INVLPG, Mnemonic.INVPCID),
         *(Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW),
-        *(Mnemonic.RDPKRU, Mnemonic.WRPKRU),
+        *(Mnemonic.RDPKRU, Mnemonic.WRPKRU, Mnemonic.RET, Mnemonic.RDSSPD, Mnemonic.RDSSPQ),
         *(Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.MOVBE, Mnemonic.ADCX, Mnemonic.ADOX),
         *(Mnemonic.VMREAD, Mnemonic.VMWRITE, Mnemonic.VMPTRST, Mnemonic.INVEPT, Mnemonic.INVVPID),
     )
@@ -68,21 +72,23 @@ _QUIET: Final = frozenset(
 _CR3: Final = 3
 
 # The engine is needed to execute these after all, and it cannot be while it runs.
-_ENGINE_NEEDED: Final = frozenset((Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, *simd.HANDLERS))
+_ENGINE_NEEDED: Final = frozenset(simd.HANDLERS)
 
 
 def is_answered(instruction: Instruction) -> bool:
     """Whether the model executes the instruction without the engine's help, so that it can do so during a run."""
-    return instruction.mnemonic not in _ENGINE_NEEDED
+    return instruction.mnemonic not in _ENGINE_NEEDED and instruction.code not in FAR_TRANSFERS
 
 
 def is_quiet(instruction: Instruction) -> bool:
-    """Whether the instruction affects nothing but GPRs, RFLAGS, memory and translations, unless it faults or exits.
+    """Whether the instruction affects nothing but GPRs, RIP, SSP, RFLAGS, memory and translations, unless it faults.
 
     After such an instruction no event can be due that was not due before, but by the passing of time.
     """
     if instruction.mnemonic == Mnemonic.MOV:
         return instruction.registers[0] is not None or instruction.system_registers[0] == _CR3
+    if instruction.mnemonic == Mnemonic.CALL:  # an indirect one is tracked
+        return instruction.memory is None and instruction.registers[0] is None
     return instruction.mnemonic in _QUIET
 
 

@@ -141,4 +141,4 @@ def far_ret(cpu: LogicalProcessor, instruction: Instruction) -> None:
     cpu.completed(single_step=single_step)
 
 
-HANDLERS: Final = {Mnemonic.CALL: far_transfer, Mnemonic.JMP: far_transfer, Mnemonic.RETF: far_ret}
+HANDLERS: Final = {Mnemonic.RETF: far_ret}
