@@ -12,6 +12,7 @@ from vtx.x86.paging import PageFault, PagingContext, Translation, walk
 from vtx.x86.second_level import AccessKind, IdentitySecondLevel
 
 PAGES = 16
+SHADOW_STACK = (Privilege.USER_SHADOW_STACK, Privilege.SUPERVISOR_SHADOW_STACK)
 WIDTH = 38
 PG, WP = 1 << 31, 1 << 16
 PSE, PAE, PGE, LA57, SMEP, SMAP, PKE, PKS = 1 << 4, 1 << 5, 1 << 7, 1 << 12, 1 << 20, 1 << 21, 1 << 22, 1 << 24
@@ -63,9 +64,10 @@ def has_reserved_bit(mode, context, level, entry, leaf):
 
 def oracle(mode, context, linear, kind, privilege, memory):
     """(error code, None) or (None, physical byte address)."""
-    write, fetch, user = kind is AccessKind.WRITE, kind is AccessKind.EXECUTE, privilege is Privilege.USER
+    write, fetch = kind is AccessKind.WRITE, kind is AccessKind.EXECUTE
+    user, shadow_stack = privilege in (Privilege.USER, Privilege.USER_SHADOW_STACK), privilege in SHADOW_STACK
     nxe, smep, smap, wp = bit(context.efer, 11), bit(context.cr4, 20), bit(context.cr4, 21), bit(context.cr0, 16)
-    code = 2 * write + 4 * user + 16 * (fetch and (smep or (nxe and bit(context.cr4, 5))))
+    code = 2 * write + 4 * user + 64 * shadow_stack + 16 * (fetch and (smep or (nxe and bit(context.cr4, 5))))
     if mode == "none":
         return None, linear % (1 << 32)
     walked = []
@@ -83,7 +85,10 @@ def oracle(mode, context, linear, kind, privilege, memory):
     user_page = all(bit(entry, 2) for entry in walked)
     read_write = all(bit(entry, 1) for entry in walked)
     no_execute = mode != "32" and any(bit(entry, 63) for entry in walked)
-    if user:
+    if shadow_stack:
+        *tables, page = walked
+        allowed = all(bit(entry, 1) for entry in tables) and not bit(page, 1) and bit(page, 6) and user_page == user
+    elif user:
         allowed = user_page and (not write or read_write) and not (fetch and no_execute)
     elif fetch:
         allowed = not no_execute and not (user_page and smep)
@@ -157,7 +162,9 @@ def random_linear(source):
 def check(source, mode):
     memory = random_memory(source)
     context = random_context(source, mode)
-    kind, privilege = source.choice(list(AccessKind)), source.choice(list(Privilege))
+    privilege = source.choice(list(Privilege))
+    kinds = list(AccessKind)[: 2 if privilege in SHADOW_STACK else 3]  # nothing is fetched from a shadow stack
+    kind = source.choice(kinds)
     linear = random_linear(source)
     code, physical = oracle(mode, context, linear, kind, privilege, memory)
     result = walk(context, linear, kind, privilege, memory, IdentitySecondLevel())
@@ -167,7 +174,7 @@ def check(source, mode):
     assert isinstance(result, Translation)
     assert result.physical | linear & 0xFFF == physical
     assert result.permissions(context, privilege) & kind
-    for other in AccessKind:
+    for other in kinds:
         refused, _ = oracle(mode, context, linear, other, privilege, memory)
         if result.permissions(context, privilege) & other:
             assert refused is None
@@ -187,12 +194,12 @@ def test_walk_equals_the_oracle(seed, mode):
 def test_random_generator_reaches_every_outcome():
     """The property above would be empty if its tables never mapped anything."""
     source = random.Random(1)
-    outcomes = {mode: {check(source, mode) for _ in range(2000)} for mode in MODES}
+    outcomes = {mode: {check(source, mode) for _ in range(6000)} for mode in MODES}
     assert outcomes["none"] == {4096}
     assert {4096, 1 << 22, 0, 1, 9} <= outcomes["32"]
     assert {4096, 1 << 21, 0, 1, 9, 17} <= outcomes["PAE"]
     assert {4096, 1 << 21, 1 << 30, 0, 1, 9, 17, 33, 35, 37, 39} <= outcomes["4"]
-    assert {4096, 1 << 21, 1 << 30, 0, 5, 9} <= outcomes["5"]
+    assert {4096, 1 << 21, 1 << 30, 0, 5, 9, 64, 65, 67, 69, 71} <= outcomes["5"]
 
 
 @pytest.mark.parametrize("mode", MODES)
