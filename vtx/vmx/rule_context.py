@@ -38,4 +38,6 @@ def rule_context(
         debugctl_reserved=reserved(m.IA32_DEBUGCTL),
         spec_ctrl_reserved=reserved(m.IA32_SPEC_CTRL),
         perf_global_ctrl_reserved=reserved(_PERF_GLOBAL_CTRL),
+        s_cet_reserved=reserved(m.IA32_S_CET),
+        linear_address_masking=profile.has("LAM"),
     )

@@ -16,6 +16,7 @@ from attrs import frozen
 from iced_x86 import Code, Decoder, DecoderError, DecoderOptions, Mnemonic, OpKind, Register, RegisterExt
 from iced_x86 import Instruction as IcedInstruction
 
+from vtx.x86.linear_masking import data_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Segment, SegmentRegister
 
@@ -279,6 +280,7 @@ def linear_address(state: CpuState, instruction: Instruction, size: int, *, writ
     if state.in_64_bit_mode:
         if operand.segment >= SegmentRegister.FS:
             offset = (offset + segment.base) & MASK64
+        offset = data_address(state, offset)
         if not (is_canonical(offset, width) and is_canonical((offset + size - 1) & MASK64, width)):
             raise InstructionAborted(Fault(vector, 0))
         return offset

@@ -28,6 +28,7 @@ from vtx.addresses import (
     PhysicalAddress,
 )
 from vtx.x86.hlat import Hlat, walk_with_hlat
+from vtx.x86.linear_masking import masked, masking
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.page_rights import Privilege
@@ -202,6 +203,8 @@ class Mmu:
 
     def basis(self, linear: int) -> Basis | None:
         """What the last fill at ``linear`` rests on, if it can be said."""
+        if self._masking is not None and masked(linear, self._masking) != linear:
+            return None
         page = (linear & self._linear_mask) >> PAGE_SHIFT
         found, remembered = self.tlb.find(page), self._walks.remembered(page)
         if found is None and remembered is not None:
@@ -237,6 +240,7 @@ class Mmu:
         self._number = None
         self._permissions = context.permissions
         self._linear_mask = MASK64 if context.efer & Efer.LMA else MASK32
+        self._masking = masking(context.cr3, context.cr4, context.efer)
         self.tlb.select(TlbTag(self.asid, self.second_level.tag, self._pcid(context)))
         self._flush_engine_all()
 
@@ -392,6 +396,8 @@ class Mmu:
     def resolve(self, linear: int, kind: AccessKind, privilege: Privilege) -> Translation | Refusal:
         """The translation for one access, from the TLB or by a walk, with its flags set; or why there is none."""
         linear &= self._linear_mask
+        if self._masking is not None and kind is not AccessKind.EXECUTE:
+            linear = masked(linear, self._masking)
         page = linear >> PAGE_SHIFT
         cached = self.tlb.find(page) or self._walks.recall(page)
         if cached is not None and self._permissions[privilege][cached.attributes] & cached.cacheable & kind:

@@ -45,7 +45,9 @@ READ_EXECUTE: Final = AccessKind.READ | AccessKind.EXECUTE
 
 # What each register contributes to paging; changes of other bits leave every translation alone.
 CR0_PAGING: Final = Cr0.PG | Cr0.WP
-CR4_PAGING: Final = Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.LA57 | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE | Cr4.PKS
+CR4_PAGING: Final = (
+    Cr4.PSE | Cr4.PAE | Cr4.PGE | Cr4.LA57 | Cr4.PCIDE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE | Cr4.PKS | Cr4.LAM_SUP
+)
 EFER_PAGING: Final = Efer.LMA | Efer.NXE
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from vtx.x86.cpuid import reserved_cr4_bits
+from vtx.x86.linear_masking import CR3_LAM
 from vtx.x86.msr_table import IA32_EFER
 from vtx.x86.msrs import MsrFile
 from vtx.x86.outcome import InstructionAborted
@@ -218,9 +219,17 @@ _CHECKS: Final[tuple[tuple[str, _Check], ...]] = (
     ("CR4.CET is set without CR0.WP", lambda msrs, v, context: bool(v["CR4"] & Cr4.CET) and not v["CR0"] & Cr0.WP),
     ("CR4.PAE is clear in IA-32e mode", lambda msrs, v, context: _long_mode(v) and not v["CR4"] & Cr4.PAE),
     ("virtual-8086 mode in IA-32e mode", lambda msrs, v, context: _long_mode(v) and bool(context.virtual_8086)),
-    ("CR3 has reserved bits set", lambda msrs, v, context: bool(v["CR3"] >> msrs.profile.physical_address_width)),
+    ("CR3 has reserved bits set", lambda msrs, v, context: bool(_cr3_address(msrs, v) >> _physical_width(msrs))),
     ("IA32_EFER has reserved bits set", lambda msrs, v, context: bool(v["EFER"] & ~_efer_bits(msrs))),
 )
+
+
+def _cr3_address(msrs: MsrFile, values: Mapping[str, int]) -> int:
+    return values["CR3"] & ~CR3_LAM if msrs.profile.has("LAM") and _long_mode(values) else values["CR3"]
+
+
+def _physical_width(msrs: MsrFile) -> int:
+    return msrs.profile.physical_address_width
 
 
 def _efer_bits(msrs: MsrFile) -> int:

@@ -10,6 +10,7 @@ from typing import Final
 from attrs import define
 
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width
+from vtx.x86.linear_masking import Widths, masked, masking
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import MASK32, MASK64, AccessRights, CpuState, Gpr, Rflags, Segment
 
@@ -34,7 +35,8 @@ class Stack:
 
     ``bits`` is the stack-address size: 16, 32 or 64. ``user`` marks accesses made at CPL 3, ``ac`` those
     made below it with RFLAGS.AC set. A reference outside the segment, or to a non-canonical address, raises #SS with
-    ``error_code``. ``ahead`` are values read already, the next one last.
+    ``error_code``. ``masking`` is what 64-bit pointers are stripped of. ``ahead`` are values read already, the next one
+    last.
     """
 
     memory: LinearMemory
@@ -45,6 +47,7 @@ class Stack:
     ac: bool
     error_code: int
     linear_width: int
+    masking: Widths | None = None
     ahead: list[int] | None = None
 
     @classmethod
@@ -73,6 +76,7 @@ class Stack:
             not user and bool(state.rflags & _AC),
             error_code,
             linear_address_width(state),
+            masking(state.cr3, state.cr4, state.efer) if bits == 64 else None,
         )
 
     def check_room(self, count: int, size: int) -> None:
@@ -144,6 +148,8 @@ class Stack:
     def _linear(self, pointer: int, size: int) -> int:
         if self.bits == 64:
             width = self.linear_width
+            if self.masking is not None:
+                pointer = masked(pointer, self.masking)
             if is_canonical(pointer, width) and is_canonical((pointer + size - 1) & MASK64, width):
                 return pointer
         else:

@@ -17,6 +17,7 @@ from iced_x86 import Decoder, FlowControl, Mnemonic
 from vtx.x86 import access, branches, conditions, control_flow, indirect_branches
 from vtx.x86.decode import Instruction
 from vtx.x86.execution import STEP
+from vtx.x86.linear_masking import data_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.profile import Profile
 from vtx.x86.state import CpuState, Cr4, Rflags, Shadow
@@ -91,7 +92,8 @@ def before(processor: LogicalProcessor) -> tuple[Fault | None, int]:
     hits = 0
     for number, kind, address, length in _breakpoints(state, (_WRITE, _READ_WRITE)):
         for operand in operands:
-            overlaps = operand.linear < address + length and address < operand.linear + operand.size
+            linear = data_address(state, operand.linear)
+            overlaps = linear < address + length and address < linear + operand.size
             if overlaps and (operand.writes or kind == _READ_WRITE):
                 hits |= 1 << number
     return None, hits

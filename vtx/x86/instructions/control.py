@@ -24,6 +24,7 @@ from vtx.x86.instructions.common import (
     write_operand,
 )
 from vtx.x86.linear import linear_address_width
+from vtx.x86.linear_masking import CR3_LAM
 from vtx.x86.operations import (
     ClearTaskSwitched,
     InvalidatePage,
@@ -102,6 +103,8 @@ def _check_cr3(cpu: LogicalProcessor, value: int) -> None:
     """#GP(0) for a value that CR3 cannot be given now."""
     if cpu.state.cr4 & Cr4.PCIDE:
         value &= ~_NO_FLUSH
+    if cpu.profile.has("LAM") and cpu.state.long_mode:
+        value &= ~CR3_LAM
     if value >> cpu.profile.physical_address_width:
         raise gp(0)
 
