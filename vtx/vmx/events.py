@@ -34,7 +34,10 @@ def _word(event: Event) -> int:
 
 def event_exit(operation: VmxOperation, event: Event, fault: Fault | None) -> VmExit | None:
     """The exit that exception ``event`` causes instead of being delivered, or None."""
-    return exception_exit(operation.current_vmcs.values, operation.processor.state, event, fault)
+    record = exception_exit(operation.current_vmcs.values, operation.processor.state, event, fault)
+    if record is not None and fault is not None:
+        record.shadow_stack_busy = fault.shadow_stack_busy
+    return record
 
 
 def _with_vectoring(record: VmExit, delivering: Event) -> VmExit:
@@ -85,6 +88,7 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
         case _:
             raise NotModelled(f"second-level event {type(fault).__name__} in VMX non-root operation")
     record.resume_flag = 1
+    record.shadow_stack_busy = fault.shadow_stack_busy
     if delivering is not None:
         record.resume_flag = resume_flag(delivering, state)
         return _with_vectoring(record, delivering)

@@ -17,7 +17,7 @@ from vtx.vmx.host_state import load_host
 from vtx.vmx.msr_area import load_msrs, store_msrs
 from vtx.vmx.operation import ActiveVmcs, VmxOperation
 from vtx.vmx.outcome import EntryFailed, Outcome, VmExited, VmxAborted
-from vtx.vmx.record import ENTRY_FAILURE, ERROR_CODE_VALID, VALID, VmExit
+from vtx.vmx.record import ENTRY_FAILURE, ERROR_CODE_VALID, SHADOW_STACK_BUSY, VALID, VmExit
 from vtx.vmx.view import ControlView
 from vtx.x86.state import MASK32, Efer
 
@@ -47,7 +47,7 @@ def perform_exit(operation: VmxOperation, record: VmExit) -> Outcome:
     active, view = operation.current, operation.view
     assert active is not None and view is not None
     vmcs = active.vmcs
-    _record(vmcs, record)
+    _record(vmcs, record, view)
     _update_entry_controls(operation, vmcs)
     save_guest(operation, vmcs, view, record)
     if vmcs.values[_STORE_COUNT]:
@@ -106,9 +106,11 @@ def leave_non_root(operation: VmxOperation) -> None:
     operation.processor.monitor = None
 
 
-def _record(vmcs: Vmcs, record: VmExit) -> None:
+def _record(vmcs: Vmcs, record: VmExit, view: ControlView) -> None:
     values = vmcs.values
     values[_REASON] = int(record.reason)
+    if record.shadow_stack_busy and view.secondary_exit & c.EXIT_PREMATURELY_BUSY_SHADOW_STACK.mask:
+        values[_REASON] |= SHADOW_STACK_BUSY
     values[_QUALIFICATION] = record.qualification
     values[_INTERRUPTION] = record.interruption
     values[_VECTORING] = record.vectoring

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from attrs import frozen
+from attrs import field, frozen
 
 
 class Vector(enum.IntEnum):
@@ -43,12 +43,14 @@ class Fault:
 
     ``error_code`` is None for vectors that push none. ``address`` is the faulting linear address of a page fault (the
     new CR2), None otherwise. ``debug`` is the set of DR6 bits a debug exception reports, in the DR6 layout.
+    ``shadow_stack_busy``: a supervisor's shadow stack was marked busy for a transfer that did not come about.
     """
 
     vector: Vector
     error_code: int | None = None
     address: int | None = None
     debug: int = 0
+    shadow_stack_busy: bool = field(default=False, eq=False)
 
     def __str__(self) -> str:
         code = "" if self.error_code is None else f"({self.error_code:#x})"

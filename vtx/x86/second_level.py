@@ -34,12 +34,14 @@ class SecondLevelFault:
     """An access the second level refused; each vendor derives its own closed set from this base.
 
     ``guest_physical`` is exact to the byte. ``linear`` is the linear address being translated (None when there is
-    none: the load of the PAE page-directory-pointer-table entries). ``shadow_stack`` marks a shadow-stack access.
+    none: the load of the PAE page-directory-pointer-table entries). ``shadow_stack`` marks a shadow-stack access,
+    ``shadow_stack_busy`` is that of `vtx.x86.outcome.Fault`.
     """
 
     guest_physical: GuestPhysicalAddress
     linear: LinearAddress | None
     shadow_stack: bool = field(default=False, kw_only=True)
+    shadow_stack_busy: bool = field(default=False, kw_only=True, eq=False)
 
 
 @frozen

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from vtx.x86.control_flow import ControlProtection, cp, expect_endbranch, has_shadow_stack, shadow_stack_enabled
 from vtx.x86.linear import LinearMemory, linear_address_width, system_address
-from vtx.x86.outcome import gp
+from vtx.x86.outcome import Fault, InstructionAborted, gp
+from vtx.x86.second_level import SecondLevelFault
 from vtx.x86.state import MASK64, CpuState
 
 BUSY: Final = 1 << 0
@@ -142,7 +143,12 @@ def enter(state: CpuState, memory: LinearMemory, cpl: int, *, cs: int, lip: int,
             raise gp(0)
         stack.pointer = token
     if not inner or state.cpl != 3:
-        stack.push_frame(cs, lip, state.ssp)
+        try:
+            stack.push_frame(cs, lip, state.ssp)
+        except InstructionAborted as aborted:
+            if token is not None and isinstance(aborted.cause, Fault | SecondLevelFault):
+                raise InstructionAborted(evolve(aborted.cause, shadow_stack_busy=True)) from None
+            raise
     return SspChange(stack.pointer, outer)
 
 

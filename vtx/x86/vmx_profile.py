@@ -47,6 +47,7 @@ CONTROL_FEATURES: Final = {
     "virtualize x2APIC mode": "x2APIC",
     "load PKRS": "PKS",
     "load CET state": "CET_SS",
+    "prematurely busy shadow stack": "CET_SS",
     "load IA32_SPEC_CTRL": "SPEC_CTRL",
     "virtualize IA32_SPEC_CTRL": "SPEC_CTRL",
     "enable MSR-list instructions": "MSRLIST",

@@ -225,8 +225,8 @@ BUILT_IN = {
 DERIVED = {
     "Cpu": "reload step_next _approached _planned _until _planned_waiting _gives_way implicit_pages instruction_limit"
     " plan spins contended _fruitless _noted_at",
-    "Mmu": "hlat context _registers _seen_second_level _walks _permissions _linear_mask _masking _large_granted _redirected"
-    " _number _numbers _next_number",
+    "Mmu": "hlat context _registers _seen_second_level _walks _permissions _linear_mask _masking _large_granted"
+    " _redirected _number _numbers _next_number",
     "Tlb": "_local _global _find_local _find_global",
     "Vmx": "",
     "Machine": "_interrupted",

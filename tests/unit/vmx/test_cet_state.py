@@ -9,12 +9,16 @@ from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.exits import Reason
 from vmcs.region import Vmcs
+from vtx.addresses import GuestPhysicalAddress, LinearAddress
 from vtx.bench.hypervisor import GUEST_CODE, install
 from vtx.bench.listing import code
 from vtx.machine import Machine
 from vtx.vmx import Vmx
+from vtx.vmx.ept import EptViolation
 from vtx.vmx.outcome import VmEntered
 from vtx.vmx.record import VmExit
+from vtx.x86.event import Event, EventKind
+from vtx.x86.outcome import Fault, Vector
 from vtx.x86.profile import load_profile
 
 CPUID = 10
@@ -62,6 +66,33 @@ def test_a_processor_without_the_control_saves_nothing() -> None:
     vmx.exit(VmExit(CPUID))
     assert f.GUEST_SSP.encoding not in vmcs.values or vmcs.values[f.GUEST_SSP.encoding] == 0
     assert processor.state.ssp == 0
+
+
+@pytest.mark.parametrize(
+    ("controls", "busy", "reason"), [(True, True, 48 | 1 << 25), (True, False, 48), (False, True, 48)]
+)
+def test_prematurely_busy_shadow_stack(controls: bool, busy: bool, reason: int) -> None:
+    processor, vmx = make_vmx(load_profile("everything"))
+    secondary = {f.SECONDARY_VM_EXIT_CONTROLS: c.EXIT_PREMATURELY_BUSY_SHADOW_STACK.mask} if controls else {}
+    vmcs = prepare(vmx, *((c.EXIT_ACTIVATE_SECONDARY_CONTROLS,) if controls else ()), fields=secondary)
+    assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
+    fault = EptViolation(GuestPhysicalAddress(0), LinearAddress(0), 2, shadow_stack=True, shadow_stack_busy=busy)
+    assert vmx.second_level_fault(fault, Event(0x40, EventKind.EXTERNAL_INTERRUPT))
+    assert (vmcs[f.EXIT_REASON], vmcs[f.EXIT_QUALIFICATION]) == (reason, 1 << 13 | 2)
+    assert not processor.state.ssp
+
+
+def test_prematurely_busy_shadow_stack_of_a_page_fault() -> None:
+    _, vmx = make_vmx(load_profile("everything"))
+    fields = {
+        f.SECONDARY_VM_EXIT_CONTROLS: c.EXIT_PREMATURELY_BUSY_SHADOW_STACK.mask,
+        f.EXCEPTION_BITMAP: 1 << 14,
+    }
+    vmcs = prepare(vmx, c.EXIT_ACTIVATE_SECONDARY_CONTROLS, fields=fields)
+    assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
+    fault = Fault(Vector.PF, 0x43, 0x1000, shadow_stack_busy=True)
+    assert vmx.delivery_fault(Event(0x40, EventKind.EXTERNAL_INTERRUPT), fault)
+    assert vmcs[f.EXIT_REASON] == Reason.EXCEPTION_OR_NMI | 1 << 25
 
 
 SSP_PAGE = 0x40_0000

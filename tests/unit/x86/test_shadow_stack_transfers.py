@@ -138,6 +138,18 @@ class TestEvents:
         assert state.s_cet == ENDBR_EN | WAITING
         assert state.u_cet == ENDBR_EN | WAITING  # still waits
 
+    @pytest.mark.parametrize(("cpl", "refused", "busy"), [(0, IST_TOKEN - 8, True), (0, IST_TOKEN, False)])
+    def test_a_token_that_is_taken_in_vain(self, cpl: int, refused: int, busy: bool) -> None:
+        """Where the frame cannot be pushed, the token is busy already: a fact that a VM exit can report."""
+        state, memory = long(cpl, ist=1)
+        memory.read_only.add(refused >> 12)
+        with pytest.raises(InstructionAborted) as aborted:
+            deliver(state, memory, EXTERNAL)
+        assert isinstance(aborted.value.cause, Fault)
+        assert aborted.value.cause.vector == Vector.PF
+        assert aborted.value.cause.shadow_stack_busy is busy
+        assert memory.peek(IST_TOKEN, 8) == IST_TOKEN | busy
+
     def test_in_protected_mode(self) -> None:
         state, memory = protected_machine(3)
         enabled(state)
