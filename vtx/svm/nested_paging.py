@@ -78,6 +78,7 @@ class NestedPaging:
 
     names_evidence = True
     walks_pdptes = True
+    checks_shadow_stacks = False
 
     def __init__(
         self,
@@ -173,7 +174,13 @@ class NestedPaging:
         return Evidence(read, tuple(beneath))
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
+        self,
+        address: GuestPhysicalAddress,
+        kind: AccessKind,
+        linear: LinearAddress,
+        rights: int,
+        user: bool = False,
+        shadow_stack: bool = False,
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the translation of a linear address (see `SecondLevel`)."""
         result = self._walk(address, kind, user=user)

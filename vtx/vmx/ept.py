@@ -35,12 +35,14 @@ ACCESSED: Final = 1 << 8
 DIRTY: Final = 1 << 9
 EXECUTE_USER: Final = 1 << 10
 """With mode-based execute control: execute access for user-mode linear addresses."""
+SUPERVISOR_SHADOW_STACK_PAGE: Final = 1 << 60
 SUB_PAGE_PERMISSIONS: Final = 1 << 61
 SUPPRESS_VE: Final = 1 << 63
 RESERVED_MEMORY_TYPES: Final = frozenset((2, 3, 7))
 
 # Extended-page-table pointer (SDM Vol. 3, "Extended-Page-Table Pointer (EPTP)").
 EPTP_ACCESSED_DIRTY: Final = 1 << 6
+EPTP_SUPERVISOR_SHADOW_STACK: Final = 1 << 7
 
 # Exit qualification for EPT violations (SDM Vol. 3, "Exit Qualification for EPT Violations").
 QUALIFICATION_READ: Final = 1 << 0
@@ -54,6 +56,7 @@ QUALIFICATION_USER_ADDRESS: Final = 1 << 9
 QUALIFICATION_WRITABLE_PAGE: Final = 1 << 10
 QUALIFICATION_EXECUTE_DISABLE_PAGE: Final = 1 << 11
 QUALIFICATION_SHADOW_STACK: Final = 1 << 13
+QUALIFICATION_SHADOW_STACK_PAGE: Final = 1 << 14
 
 _TAG_MODE_BASED: Final = 1 << 63
 _TAG_HLAT: Final = 1 << 62
@@ -92,6 +95,8 @@ class PageModificationLogFull(SecondLevelFault):
     """VM exit with reason 62: an accessed or dirty flag for EPT would have to be set and the log has no room."""
 
 
+_SHADOW_STACK_PAGE: Final = 1 << 16  # no permission bit
+
 EptFault = EptViolation | EptMisconfiguration | PageModificationLogFull
 
 
@@ -115,6 +120,7 @@ class EptConfig:
 
     walk_length: int = field(init=False, eq=False)
     accessed_dirty: bool = field(init=False, eq=False)
+    supervisor_shadow_stack: bool = field(init=False, eq=False)
 
     @walk_length.default
     def _walk_length(self) -> int:
@@ -123,6 +129,10 @@ class EptConfig:
     @accessed_dirty.default
     def _accessed_dirty(self) -> bool:
         return bool(self.eptp & EPTP_ACCESSED_DIRTY)
+
+    @supervisor_shadow_stack.default
+    def _supervisor_shadow_stack(self) -> bool:
+        return bool(self.eptp & EPTP_SUPERVISOR_SHADOW_STACK)
 
 
 def _bits(high: int, low: int) -> int:
@@ -183,6 +193,7 @@ class ExtendedPageTables:
 
     names_evidence = False
     walks_pdptes = False
+    checks_shadow_stacks: bool
 
     def __init__(
         self,
@@ -207,6 +218,7 @@ class ExtendedPageTables:
         self._frame_mask = _bits(config.physical_address_width - 1, 12)
         self._root = config.eptp & self._frame_mask
         self._accessed_dirty = config.accessed_dirty
+        self.checks_shadow_stacks = config.supervisor_shadow_stack
         self._tag = (
             config.eptp | (_TAG_MODE_BASED if config.mode_based_execute else 0) | (_TAG_HLAT if config.hlat else 0)
         )
@@ -239,11 +251,19 @@ class ExtendedPageTables:
         return None
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
+        self,
+        address: GuestPhysicalAddress,
+        kind: AccessKind,
+        linear: LinearAddress,
+        rights: int,
+        user: bool = False,
+        shadow_stack: bool = False,
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the translation of a linear address (see `SecondLevel`)."""
         execute = EXECUTE_USER if rights & USER and self.config.mode_based_execute else EXECUTE
         needed = execute if kind is AccessKind.EXECUTE else kind.value
+        if shadow_stack and self.checks_shadow_stacks:
+            needed = _SHADOW_STACK_PAGE
         result = self._walk(address, kind.value, needed, linear, self._translation_detail(rights))
         if isinstance(result, SecondLevelFault):
             return result
@@ -268,6 +288,8 @@ class ExtendedPageTables:
     ) -> _Mapping | EptFault | SubPageWrite:
         """Walk the tables. ``access`` is bits 2:0 of the qualification, ``needed`` the permission bits required.
 
+        Instead of those, `_SHADOW_STACK_PAGE`: that the page is one for shadow stacks of the supervisor.
+
         Misconfigurations and absent entries are found from the root down; permissions are those of the whole walk.
         Accessed and dirty flags are set only by a walk that succeeds.
         """
@@ -282,7 +304,7 @@ class ExtendedPageTables:
         for _name, shift, maps_page, reserved_table, reserved_page in self._levels:
             entry_address = table | (address >> shift & 0x1FF) << 3
             entry = read(entry_address)
-            permissions &= entry
+            above, permissions = permissions, permissions & entry
             present = entry & permission_mask
             if not present:
                 return self._violation(address, access, 0, linear, detail, entry)
@@ -298,7 +320,13 @@ class ExtendedPageTables:
                 unaccessed = [*(unaccessed or ()), entry_address]
             table = entry & frame_mask
 
-        if needed & ~permissions:
+        if needed == _SHADOW_STACK_PAGE:
+            refused = not (permissions & READ and above & WRITE and entry & SUPERVISOR_SHADOW_STACK_PAGE)
+        else:
+            refused = bool(needed & ~permissions)
+        if refused:
+            if self.checks_shadow_stacks and entry & SUPERVISOR_SHADOW_STACK_PAGE:
+                detail |= QUALIFICATION_SHADOW_STACK_PAGE
             violation = self._violation(address, access, permissions, linear, detail, entry)
             # Paging structures are never written without being read, and so never eligible.
             if access != QUALIFICATION_WRITE or not self._has_sub_pages(shift, entry, permissions):

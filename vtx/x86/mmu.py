@@ -64,6 +64,7 @@ _LARGE_PAGES_NOTED: Final = 4096
 """How many large pages granted to the engine are remembered; beyond that every INVLPG flushes everything."""
 
 _privilege_of = Privilege.of
+_SUPERVISOR_SHADOW_STACK: Final = Privilege.SUPERVISOR_SHADOW_STACK
 _paging_context = functools.lru_cache(maxsize=256)(PagingContext)
 
 Refusal = Fault | SecondLevelFault
@@ -400,6 +401,8 @@ class Mmu:
             linear = masked(linear, self._masking)
         page = linear >> PAGE_SHIFT
         cached = self.tlb.find(page) or self._walks.recall(page)
+        if privilege is _SUPERVISOR_SHADOW_STACK and self.second_level.checks_shadow_stacks:
+            cached = None
         if cached is not None and self._permissions[privilege][cached.attributes] & cached.cacheable & kind:
             result: Translation | Refusal = cached
         else:

@@ -354,6 +354,7 @@ def _page_fault(context: PagingContext, linear: int, kind: AccessKind, privilege
 # Members of an enumeration are slow to look up.
 _USER_MODE: Final = Privilege.USER
 _USER_SHADOW_STACK: Final = Privilege.USER_SHADOW_STACK
+_SUPERVISOR_SHADOW_STACK: Final = Privilege.SUPERVISOR_SHADOW_STACK
 _SHADOWING: Final = DIRTY | WRITABLE
 _NOT_PRESENT: Final = 0
 _PROTECTION: Final = PageFaultError.P.value
@@ -511,7 +512,8 @@ def walk(
 
     guest_physical = _frame(entry, shift, context.geometry.frame_mask) | linear & (1 << shift) - 1
     user = privilege is _USER_MODE or privilege is _USER_SHADOW_STACK
-    page = second_level.translate(GuestPhysicalAddress(guest_physical), kind, linear, attributes, user)
+    supervisors = privilege is _SUPERVISOR_SHADOW_STACK
+    page = second_level.translate(GuestPhysicalAddress(guest_physical), kind, linear, attributes, user, supervisors)
     if isinstance(page, SecondLevelFault):
         return _of_access(page, privilege)
     dirty = bool((entry | wanted) & DIRTY)

@@ -119,6 +119,9 @@ class SecondLevel(Protocol):
     walks_pdptes: bool
     """Whether walks under PAE paging read the PDPTEs from memory, instead of registers that MOV to CR3 loads."""
 
+    checks_shadow_stacks: bool
+    """Whether it treats shadow-stack accesses of supervisor mode differently, so that each must ask for itself."""
+
     @property
     def tag(self) -> int | None:
         """Identity of this translation, for TLB tags."""
@@ -138,12 +141,19 @@ class SecondLevel(Protocol):
         ...
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
+        self,
+        address: GuestPhysicalAddress,
+        kind: AccessKind,
+        linear: LinearAddress,
+        rights: int,
+        user: bool = False,
+        shadow_stack: bool = False,
     ) -> SecondLevelPage | SecondLevelFault:
         """Translate the address that ``linear`` translates to; ``rights`` are those of the guest's page.
 
         ``rights`` has the layout of `vtx.x86.page_rights`: some second levels treat user-mode pages differently.
-        ``user`` tells accesses of user mode from those of supervisor mode.
+        ``user`` tells accesses of user mode from those of supervisor mode; ``shadow_stack`` is set for shadow-stack
+        accesses of supervisor mode.
         """
         ...
 
@@ -153,6 +163,7 @@ class IdentitySecondLevel:
 
     names_evidence = True
     walks_pdptes = False
+    checks_shadow_stacks = False
 
     @property
     def tag(self) -> int | None:
@@ -173,7 +184,13 @@ class IdentitySecondLevel:
         return Evidence([(entry.address, entry.value) for entry in used])
 
     def translate(
-        self, address: GuestPhysicalAddress, kind: AccessKind, linear: LinearAddress, rights: int, user: bool = False
+        self,
+        address: GuestPhysicalAddress,
+        kind: AccessKind,
+        linear: LinearAddress,
+        rights: int,
+        user: bool = False,
+        shadow_stack: bool = False,
     ) -> SecondLevelPage | SecondLevelFault:
         """The page of the address, with every permission."""
         return SecondLevelPage(PhysicalAddress(address & ~PAGE_OFFSET_MASK), ALL_PERMISSIONS, 1 << 52)

@@ -4,9 +4,12 @@ import pytest
 
 from vtx.vmx.ept import EptConfig, EptMisconfiguration, EptViolation, ExtendedPageTables
 from vtx.x86.memory import PhysicalMemory
+from vtx.x86.mmu import Mmu
+from vtx.x86.outcome import InstructionAborted
 from vtx.x86.page_rights import Privilege
 from vtx.x86.paging import PageFault, PagingContext, Translation, load_pdptrs, walk
 from vtx.x86.second_level import AccessKind
+from vtx.x86.state import CpuState
 
 READ, WRITE, EXECUTE = AccessKind
 R, W, X, A, D = 1, 2, 4, 0x20, 0x40
@@ -170,3 +173,68 @@ def test_shadow_stack_access(kind, permissions, qualification):
     result = vm.walk(kind, Privilege.SUPERVISOR_SHADOW_STACK)
     assert isinstance(result, EptViolation)
     assert (result.guest_physical, result.complete_qualification) == (vm.entries[2], 0x81)
+
+
+SSS = 1 << 60
+SSS_CONTROL = 1 << 7
+
+
+@pytest.mark.parametrize("kind", [READ, WRITE])
+@pytest.mark.parametrize(
+    ("permissions", "table", "allowed"),
+    [
+        (R | SSS, RWX, True),  # the leaf need not be writable
+        (RWX | SSS, RWX, True),
+        (RWX, RWX, False),
+        (X | SSS, RWX, False),
+        (R | SSS, R | X, False),  # but the tables must
+        (R | SSS, R | W, True),
+    ],
+)
+def test_supervisor_shadow_stack_pages(kind, permissions, table, allowed):
+    """With bit 7 of the EPTP, which marks pages for shadow stacks of the supervisor, in their entries."""
+    vm = Vm(SSS_CONTROL, guest_flags=A | D)
+    leaf = OFFSET + vm.entries[3]
+    vm.memory.write_u64(leaf, vm.memory.read_u64(leaf) & ~(W | 4))
+    vm.set_ept(DATA, permissions)
+    vm.memory.write_u64(EPT + 0x2000, EPT + 0x3000 | table)
+    for entry in vm.entries:  # the guest's tables are behind the same EPT entries: mapped with what they need
+        assert vm.memory.read_u64(vm.ept_entry(entry)) & RWX == RWX
+    result = vm.walk(kind, Privilege.SUPERVISOR_SHADOW_STACK)
+    if allowed:
+        assert isinstance(result, Translation)
+        assert result.physical == OFFSET + DATA
+    else:
+        assert isinstance(result, EptViolation)
+        effective = permissions & table & RWX
+        marked = 1 << 14 if permissions & SSS else 0
+        assert result.complete_qualification == kind | effective << 3 | 0x180 | 1 << 13 | marked
+
+
+def test_supervisor_shadow_stack_pages_for_other_accesses():
+    """They are ordinary for those: the entry's permissions count, and the mark does not."""
+    vm = Vm(SSS_CONTROL)
+    vm.set_ept(DATA, R | SSS)
+    assert isinstance(vm.walk(READ), Translation)
+    result = vm.walk(WRITE)
+    assert isinstance(result, EptViolation)
+    assert result.complete_qualification == 0x182 | R << 3 | 1 << 14
+    without = Vm()
+    without.set_ept(DATA, R | SSS)
+    assert without.walk(WRITE).complete_qualification == 0x182 | R << 3
+
+
+def test_supervisor_shadow_stack_pages_are_asked_for_each_time():
+    """An ordinary access to a page does not vouch for one by a shadow stack."""
+    vm = Vm(SSS_CONTROL, guest_flags=A | D)
+    leaf = OFFSET + vm.entries[3]
+    vm.memory.write_u64(leaf, vm.memory.read_u64(leaf) & ~(W | 4))
+    mmu = Mmu(vm.memory, 46)
+    state = CpuState(cr0=1 << 31 | 1 << 16 | 1, cr3=GUEST_TABLES, cr4=1 << 5, efer=1 << 10)
+    mmu.vm_transition(state, vm.ept, 1, flush=False)
+    assert mmu.read(LINEAR, 8) == 0
+    with pytest.raises(InstructionAborted) as aborted:
+        mmu.shadow_read(LINEAR & ~7, 8, user=False)
+    assert isinstance(aborted.value.cause, EptViolation)
+    vm.set_ept(DATA, R | SSS)
+    assert mmu.shadow_read(LINEAR & ~7, 8, user=False) == 0
