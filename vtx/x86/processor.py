@@ -43,6 +43,7 @@ from vtx.x86.profile import Profile
 from vtx.x86.second_level import AccessKind
 from vtx.x86.spinning import PAUSE_TICKS
 from vtx.x86.state import Activity, Rflags, Shadow
+from vtx.x86.task import PENDING_TASK_SWITCH
 from vtx.x86.timing import IDLE_TICKS, TICKS_PER_BYTE, TRANSITION_TICKS, TRAP_TICKS
 from vtx.x86.virtualization import Virtualization
 from vtx.x86.watch import PENDING_SINGLE_STEP
@@ -54,8 +55,8 @@ A handler that faults as it begins, on a stack that does not move, keeps a proce
 halted, a timer whose interrupts go nowhere.
 """
 
-_DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP
-_DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP  # the bits it shares with DR6
+_DELIVERABLE_DEBUG: Final = 1 << 12 | PENDING_SINGLE_STEP | PENDING_TASK_SWITCH
+_DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP | PENDING_TASK_SWITCH  # the bits it shares with DR6
 _IF: Final = int(Rflags.IF)
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)

@@ -17,12 +17,14 @@ from attrs import evolve, frozen
 from vtx.x86 import descriptors, task_shadow_stack
 from vtx.x86.descriptors import Descriptor, is_null, null_segment, selector_fault
 from vtx.x86.linear import LinearMemory, system_address
-from vtx.x86.outcome import NotModelled, Vector, gp
+from vtx.x86.outcome import Vector, gp
 from vtx.x86.stack import Stack
 from vtx.x86.state import CpuState, Cr0, Cr4, Gpr, Rflags, Segment, SegmentRegister, Shadow
 
 DEFINED_RFLAGS: Final = 0x3F_7FD5
 """The RFLAGS bits that exist, bit 1 (always set) not among them."""
+PENDING_TASK_SWITCH: Final = 1 << 15
+"""Of `CpuState.pending_debug`, where DR6.BT is: the VMCS has no such bit, because its guests never switch tasks."""
 _NT: Final = Rflags.NT.value
 _DR7_LOCAL_ENABLES: Final = 0x155  # L0 to L3 and LE
 _CODE, _DATA = SegmentRegister.CS, (SegmentRegister.DS, SegmentRegister.ES, SegmentRegister.FS, SegmentRegister.GS)
@@ -163,8 +165,6 @@ def task_switch(
     nested = source in (TaskSwitchSource.CALL, TaskSwitchSource.TASK_GATE)
     _check_old_tss(state, external)
     image = _read_task(state, memory, new_tss)
-    if image.trap:
-        raise NotModelled("debug trap on a task switch (T flag of the TSS)")
     if source == TaskSwitchSource.IRET:
         rflags &= ~_NT
     passage = task_shadow_stack.Passage()
@@ -188,6 +188,8 @@ def task_switch(
     if state.cr4 & Cr4.CET:
         task_shadow_stack.enter_task(state, memory, passage, None if source == TaskSwitchSource.IRET else image.ssp)
     _enter(state, memory, _layout(new_tss.access_rights).word, external, error_code)
+    if image.trap:
+        state.pending_debug |= PENDING_TASK_SWITCH
 
 
 def _layout(tss_rights: int) -> _Layout:

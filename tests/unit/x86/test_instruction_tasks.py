@@ -192,3 +192,13 @@ def test_extension_is_asked_before_anything_changed(code: str, source: TaskSwitc
         assert operation.delivering.vector == 0x40
     else:
         assert operation.delivering is None
+
+
+@pytest.mark.parametrize("code", ["ea785634123800", "9a785634123800"])
+def test_trap_flag_of_the_new_task(code: str) -> None:
+    """A debug exception with DR6.BT, in the new task and before its first instruction."""
+    bench = make(code)
+    bench.memory.write_u16(NEW_TSS + 0x64, 1)
+    event = bench.event()
+    assert (event.vector, event.debug, bench.places) == (Vector.DB, 1 << 15, [ENTRY])
+    assert bench.state.tr.selector == NEW

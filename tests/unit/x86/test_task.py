@@ -9,7 +9,7 @@ import pytest
 from event_fixtures import GDT, LDT, TASK_16, TASK_32, TSS, FakeMemory, protected_machine
 
 from vtx.x86.delivery import Event, EventKind, deliver
-from vtx.x86.outcome import Fault, InstructionAborted, NotModelled, Vector
+from vtx.x86.outcome import Fault, InstructionAborted, Vector
 from vtx.x86.state import CpuState, Cr0, Cr4, Gpr, Segment, SegmentRegister
 from vtx.x86.task import TaskSwitchHooks, TaskSwitchSource, task_switch
 
@@ -185,11 +185,12 @@ def test_task_gate__pushes_the_error_code_on_the_new_stack() -> None:
     assert state.rflags == 0x4246
 
 
-def test_trap_flag_of_the_tss__is_not_modelled() -> None:
+@pytest.mark.parametrize("word", [0, 1, 0xFFFE])
+def test_trap_flag_of_the_tss__makes_a_debug_exception_pending(word: int) -> None:
     state, memory = machine()
-    memory.poke(TASK_32 + 0x64, 1, 2)
-    with pytest.raises(NotModelled, match="T flag"):
-        switch(state, memory)
+    memory.poke(TASK_32 + 0x64, word, 2)
+    switch(state, memory)
+    assert state.pending_debug == (word & 1) << 15
 
 
 def test_intercept__comes_before_any_change() -> None:
