@@ -308,6 +308,8 @@ def instruction(source: random.Random, bits: int, mixture: Sequence[Generator]) 
     code = source.choice(mixture)(source, bits)
     if source.random() < 0.08:
         code = source.choice(_PREFIXES) + code
+    if source.random() < 0.04:  # where an indirect branch may lead to
+        code = (b"\xf3\x0f\x1e\xfa" if bits == 64 else b"\xf3\x0f\x1e\xfb") + code
     return code
 
 

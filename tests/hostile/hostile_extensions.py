@@ -78,6 +78,9 @@ def _guest_fields(guest: CpuState) -> dict[Field, int]:
         f.GUEST_IDTR_BASE: guest.idtr.base,
         f.GUEST_IDTR_LIMIT: guest.idtr.limit,
         f.GUEST_IA32_EFER: guest.efer,
+        f.GUEST_IA32_S_CET: guest.s_cet,
+        f.GUEST_SSP: guest.ssp,
+        f.GUEST_IA32_INTERRUPT_SSP_TABLE_ADDR: guest.interrupt_ssp_table,
     }
     for name, segment in zip(_SEGMENTS, (*guest.segments, guest.ldtr, guest.tr), strict=True):
         values[getattr(f, f"GUEST_{name}_SELECTOR")] = segment.selector
@@ -224,6 +227,10 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
     values |= {f.TSC_MULTIPLIER: 3 << 47, f.POSTED_INTERRUPT_NOTIFICATION_VECTOR: 0xF2, f.PML_INDEX: 3}
     values[f.EXCEPTION_BITMAP] = source.choice((0, 0, (1 << 32) - 1, source.getrandbits(32)))
     values[f.GUEST_PDPTE0], values[f.GUEST_PDPTE3] = memory.read_u64(guest.cr3 & ~31), 0
+    if guest.cr4 >> 23 & 1:
+        state.u_cet, state.pl_ssp = guest.u_cet, list(guest.pl_ssp)
+        values[f.VM_ENTRY_CONTROLS] |= c.ENTRY_LOAD_CET_STATE.mask
+        values[f.VM_EXIT_CONTROLS] |= c.EXIT_LOAD_CET_STATE.mask
     if source.random() < 0.3:
         memory.write(at.MSR_BITMAP, source.randbytes(0x1000))
         memory.write(at.IO_BITMAPS, source.randbytes(0x2000))

@@ -24,7 +24,7 @@ MODES = (
 )
 LONG_MODES = ("compatibility", "64-bit", "5-level")
 
-PRESENT, WRITABLE, USER, LARGE, GLOBAL, NO_EXECUTE = 1, 2, 4, 0x80, 0x100, 1 << 63
+PRESENT, WRITABLE, USER, DIRTY, LARGE, GLOBAL, NO_EXECUTE = 1, 2, 4, 0x40, 0x80, 0x100, 1 << 63
 _ALL = PRESENT | WRITABLE | USER
 _CR0 = {"real": 0x30, "virtual-8086": 0x33, "protected-16": 0x33, "protected-32": 0x33}
 
@@ -185,9 +185,35 @@ def install_page_tables(memory: PhysicalMemory, source: random.Random, mode: str
     return install_long_tables(memory, source, at.TABLES, levels={"PAE paging": 3, "5-level": 5}.get(mode, 4))
 
 
+def _shadow_stacks(memory: PhysicalMemory, source: random.Random, entries: list[int]) -> None:
+    """Pages that are shadow stacks, with tokens that are free or busy, or restore tokens."""
+    for page, user in ((at.SHADOW_STACK, 0), (at.USER_SHADOW_STACK, USER)):
+        entries[page >> 12] = page | PRESENT | DIRTY | user
+        memory.write_u64(page + 0xFF8, page + 0xFF8 | source.choice((0, 0, 1)))
+        memory.write_u64(page + 0x400, page + 0x408 | source.choice((0, 1, 1, 3)))
+        for offset in range(0x7C0, 0x800, 8):
+            memory.write_u64(page + offset, source.choice((at.CODE + source.randrange(0x40), page + 0x800, 0x08, 2)))
+
+
+def _control_flow(state: CpuState, source: random.Random, mode: str) -> None:
+    """Shadow stacks and trackers enabled, with pointers to the pages for them; pointers to data masked."""
+    state.cr0, state.cr4 = state.cr0 | 1 << 16, state.cr4 | 1 << 23
+    controls = (1, 1, 1, 3, 3, 3, 3, 5, 7, 4, 4 | 1 << 10, 0x1F, 0xC | at.DATA, 0)
+    state.u_cet, state.s_cet = source.choice(controls), source.choice(controls)
+    page = at.SHADOW_STACK if state.cpl < 3 else at.USER_SHADOW_STACK
+    state.ssp = source.choice((page + 0x7C0, page + 0x800, page + 0x7FC, page + 0xFF8, source.getrandbits(32) & ~3))
+    state.pl_ssp = [at.SHADOW_STACK + 0xFF8, page, source.getrandbits(32) & ~3, at.USER_SHADOW_STACK + 0x800]
+    state.interrupt_ssp_table = source.choice((at.SHADOW_STACK + 0xFF0, at.DATA, source.getrandbits(47)))
+    if mode in LONG_MODES:
+        state.cr3 |= source.choice((0, 1, 2, 3)) << 61
+        state.cr4 |= source.randrange(2) << 28
+
+
 def install_long_tables(memory: PhysicalMemory, source: random.Random, root: int, levels: int) -> int:
     """Tables of 8-byte entries at ``root``: last level first in memory, so that one layout serves all."""
     entries = _last_level(source, 8)
+    if source.random() < 0.8:
+        _shadow_stacks(memory, source, entries)
     if levels >= 4 and source.random() < 0.3:  # protection keys
         for i in source.sample(range(0x10, 0x64), 20):
             entries[i] |= source.randrange(16) << 59
@@ -255,7 +281,9 @@ def _shorten(state: CpuState, source: random.Random, mode: str) -> None:
             segment.limit, segment.access_rights = segment.limit | 0xFFF, segment.access_rights | 0x8000
 
 
-def new_state(memory: PhysicalMemory, source: random.Random, mode: str, cr3: int, cpl: int) -> CpuState:
+def new_state(
+    memory: PhysicalMemory, source: random.Random, mode: str, cr3: int, cpl: int, *, with_control_flow: bool = False
+) -> CpuState:
     """A consistent state of ``mode`` that is about to execute the code; what is free in it is random."""
     state = CpuState()
     state.cr0 = _CR0.get(mode, 0x8000_0033 | source.choice((0, 1)) << 16)
@@ -291,6 +319,8 @@ def new_state(memory: PhysicalMemory, source: random.Random, mode: str, cr3: int
         if wide:
             values += source.choice(at.WIDE_ADDRESSES), source.getrandbits(64)
         state.gpr[i] = source.choice(values)
+    if with_control_flow:
+        _control_flow(state, source, mode)
     based = mode in ("real", "virtual-8086", "protected-16")
     state.rip = 0 if based else at.CODE
     state.gpr[4] = 0x8000 if based else at.STACK

@@ -109,7 +109,8 @@ def build(program: Program, *, compiled: bool, tracer: _Recorder | None) -> tupl
     code, starts = hostile_code.page(source, bits_of(choice.mode), kind, at.CODE_SIZE)
     install_descriptors(memory, source, choice.mode, starts)
     cr3 = install_page_tables(memory, source, choice.mode)
-    state = new_state(memory, source, choice.mode, cr3, choice.cpl)
+    enforced = choice.profile == "everything" and choice.mode not in ("real", "virtual-8086") and source.random() < 0.25
+    state = new_state(memory, source, choice.mode, cr3, choice.cpl, with_control_flow=enforced)
     guest = state if choice.extension.endswith("guest") else None
     if guest is None:
         cpu.state = state

@@ -184,6 +184,40 @@ def _keys(source: random.Random, bits: int) -> bytes:
     return code + address(source, _EDI, bits) + access
 
 
+# Shadow stacks, trackers of indirect branches.
+
+_CET_ALONE: Final = (
+    *(b"\xf3\x0f\x01\xea", b"\xf3\x0f\x01\xe8", b"\xf3\x0f\x1e\xfa", b"\xf3\x0f\x1e\xfb", b"\xc3", b"\xcb", b"\xcc"),
+    *(b"\xe8\x00\x00\x00\x00", b"\xe8\x01\x00\x00\x00\xc3\x58", b"\xff\xd0", b"\xff\xe0", b"\x3e\xff\xe0", b"\xcd\x40"),
+)
+# Prefix, opcode and field of ModRM: restoring, freeing, storing, incrementing, reading.
+_CET_OPERANDS: Final = (
+    *((b"\xf3\x0f\x01", 5), (b"\xf3\x0f\xae", 6), (b"\x0f\x38\xf6", 0), (b"\x66\x0f\x38\xf5", 0)),
+    *((b"\xf3\x0f\xae", 5), (b"\xf3\x0f\x1e", 1)),
+)
+
+
+def _shadow_stack(source: random.Random, bits: int) -> bytes:
+    """The instructions for shadow stacks and for indirect branches, mostly with what they want to be enabled."""
+    code = b""
+    if source.random() < 0.4:
+        control = source.choice((1, 3, 1, 3, 5, 0x804, 0x404))
+        code += load(1, source.choice((0x6A0, 0x6A2)), bits) + load(0, control, bits) + load(2, 0, bits) + b"\x0f\x30"
+        code += _change_control(source, 0, 16, bits) + _change_control(source, 4, source.choice((23, 23, 28)), bits)
+    page = source.choice((at.SHADOW_STACK, at.SHADOW_STACK, at.USER_SHADOW_STACK, at.DATA))
+    for _ in range(source.randrange(1, 5)):
+        where = page + source.choice((0x400, 0xFF8, 0x7C0, 0x800, 0x404, 0xFFC, 0xFFE))
+        code += load(_EDI, where, bits) + load(0, source.choice((1, 2, 0xFF, at.CODE + source.randrange(64))), bits)
+        opcode, field = source.choice(_CET_OPERANDS)
+        wide = b"\x48" if bits == 64 and source.random() < 0.5 else b""
+        prefix, rest = (opcode[:1], opcode[1:]) if opcode[0] != 0x0F else (b"", opcode)
+        encoded = prefix + wide + rest
+        memory = at_register(encoded, _EDI, field, bits)
+        register = encoded + bytes((0xC0 | field << 3,))
+        code += source.choice((memory, memory, register, source.choice(_CET_ALONE), source.choice(_CET_ALONE)))
+    return code
+
+
 # Waiting.
 
 
@@ -252,6 +286,7 @@ WEIGHTS: Final[dict[Callable[[random.Random, int], bytes], int]] = {
     _x87_exceptions: 3,
     _extended_state: 3,
     _keys: 2,
+    _shadow_stack: 8,
     _wait: 2,
     _stack_end: 3,
     _far_end: 2,
