@@ -37,7 +37,7 @@ _MOST_FAILURES: Final = 10
     default="-pku",  # with protection keys, tests of all kinds of access make ten times as many
     show_default=True,
     metavar="FLAGS",
-    help="Change every processor: +pku,-smep,phys-bits=40.",
+    help="Change every processor: +pku,-smep,phys-bits=40. A test called like a flag keeps it.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Tests at a time [default: one per processor].")
 @click.option(

@@ -124,7 +124,8 @@ class Planner:
 
     A test gets the first profile that can be what it asks for; without ``profiles``, the one that is most like the
     processor it names, the default one, or any other.
-    ``flags`` are changes to the processor of every test, as QEMU's ``-cpu`` has them behind the model's name.
+    ``flags`` are changes to the processor of every test, as QEMU's ``-cpu`` has them behind the model's name; a test of
+    the name of a flag is about that flag, and keeps it as it is.
     A test for more than ``most_processors`` is left out. `ProfileError` for a profile that cannot be used,
     `UnsupportedError` for flags that mean nothing here.
     """
@@ -149,7 +150,7 @@ class Planner:
         if reason := self._obstacle(test, options, asked_for=asked_for):
             return Plan(test, None, reason)
         try:
-            processor, profile = self._processor(options)
+            processor, profile = self._processor(test, options)
         except UnsupportedError as why:
             return Plan(test, None, f"unsupported: {why}")
         command_line = " ".join(filter(None, (test.arguments, options.append)))
@@ -187,8 +188,9 @@ class Planner:
             return f"needs {options.unsupported[0]}"
         return f"needs {processors} processors" if processors > self._most_processors else ""
 
-    def _processor(self, options: MachineOptions) -> tuple[str, Mapping[str, Any]]:
-        wish = parse_wish(",".join(filter(None, (options.processor or _ANY_MODEL, self._flags))))
+    def _processor(self, test: SuiteTest, options: MachineOptions) -> tuple[str, Mapping[str, Any]]:
+        flags = [flag for flag in self._flags.split(",") if flag and flag[1:] != test.name]
+        wish = parse_wish(",".join((options.processor or _ANY_MODEL, *flags)))
         reason: UnsupportedError | None = None
         candidates = self._candidates
         if self._free_choice:

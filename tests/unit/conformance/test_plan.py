@@ -190,6 +190,13 @@ def test_flags_for_a_test_that_names_no_processor(tmp_path: Path) -> None:
     assert job.processor == "skylake-server -smep"
 
 
+def test_flags_leave_a_test_of_their_name_alone(tmp_path: Path) -> None:
+    found = suite(tmp_path, "[pku]\nfile = a.flat\nqemu_params = -cpu max\n")
+    job = Planner(found, flags="-pku,-smep").plan(found.tests[0], asked_for=False).job
+    assert job is not None
+    assert job.processor == "everything -smep"
+
+
 def test_flags_come_after_those_of_the_test(tmp_path: Path) -> None:
     found = suite(tmp_path, "[t]\nfile = a.flat\nqemu_params = -cpu max,-smep\n")
     job = Planner(found, flags="+smep").plan(found.tests[0], asked_for=False).job
