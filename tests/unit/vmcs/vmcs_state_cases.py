@@ -194,6 +194,7 @@ REGISTER_CASES: tuple[Case, ...] = (
     reserved("guest.legacy-mode-pcid", LEGACY_GUEST, f.GUEST_CR4, 0x2000, 0x2_2000),
     reserved("guest.legacy-mode-fred", LEGACY_USER, f.GUEST_CR4, 0x2000, 0x1_0000_2000),
     reserved("guest.cr3-width", {}, f.GUEST_CR3, 0x3FFF_FFFF_FFFF, TOO_WIDE, 1 << 51, 1 << 62, 1 << 63),
+    reserved("guest.legacy-mode-cr3-width", LEGACY_GUEST, f.GUEST_CR3, 0x3FFF_FFFF_FFFF, TOO_WIDE, 1 << 61, 1 << 63),
     reserved("guest.dr7-width", {c.ENTRY_LOAD_DEBUG_CONTROLS: True}, f.GUEST_DR7, 0xFFFF_FFFF, 1 << 32, 1 << 63),
     canonical("guest.sysenter-esp-canonical", {}, f.GUEST_IA32_SYSENTER_ESP),
     canonical("guest.sysenter-eip-canonical", {}, f.GUEST_IA32_SYSENTER_EIP),

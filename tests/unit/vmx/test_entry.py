@@ -13,6 +13,7 @@ from vmcs.region import LaunchState
 from vtx.vmx import Vmx
 from vtx.vmx.outcome import EntryFailed, Outcome, VmEntered, VmFailValid
 from vtx.x86.event import Event, EventKind
+from vtx.x86.profile import load_profile
 from vtx.x86.state import Activity, Shadow
 
 ENTRY_FAILURE = 1 << 31
@@ -320,3 +321,24 @@ def test_guest_outside_ia_32e_mode__keeps_lme_unless_it_pages(cr0: int, efer: in
     vmcs[f.GUEST_CS_ACCESS_RIGHTS], vmcs[f.GUEST_CR4] = 0xC09B, 0x2000
     assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
     assert processor.state.efer == efer  # the host's is D01H
+
+
+LAM_U48 = 1 << 62
+
+
+def test_linear_address_masking__in_the_cr3_of_guest_and_host() -> None:
+    processor, vmx = make_vmx(load_profile("everything"))
+    vmcs = prepare(vmx)
+    vmcs[f.GUEST_CR3] |= LAM_U48
+    vmcs[f.HOST_CR3] |= LAM_U48
+    assert vmx.vmlaunch() == VmEntered(), vmx.last_failure
+    assert processor.state.cr3 & LAM_U48
+
+
+def test_linear_address_masking__not_of_other_processors() -> None:
+    _, vmx = make_vmx(load_profile("skylake-server"))
+    prepare(vmx)[f.GUEST_CR3] |= LAM_U48
+    outcome = vmx.vmlaunch()
+    assert isinstance(outcome, EntryFailed)
+    assert vmx.last_failure is not None
+    assert [violation.rule.id for violation in vmx.last_failure.violations] == ["guest.cr3-width"]
