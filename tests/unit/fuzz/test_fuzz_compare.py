@@ -157,6 +157,21 @@ def known(changed: State, ours: Result, theirs: Result) -> str | None:
     return found[0].id if found else None
 
 
+def gp_during(vectoring: int) -> Result:
+    """The VM exit of a #GP, with this IDT-vectoring information."""
+    return Result("exit", 0, 0, 0x8000_0B0D, vectoring)
+
+
+INTERRUPT_STATUS = state("virtual APIC", {f.GUEST_INTERRUPT_STATUS: 0x40})
+# "Enable EPT" is set, but the secondary controls are not activated.
+BEYOND_MEMORY = state(
+    "32-bit paging",
+    {
+        f.GUEST_CR3: 0xB6_A6F8_89CB,
+        f.PRIMARY_PROCESSOR_BASED_CONTROLS: 0x6580_7F76,
+        f.SECONDARY_PROCESSOR_BASED_CONTROLS: 2,
+    },
+)
 RIP = 1 << 62 | scene.CODE
 MSR_AREA = {f.VM_EXIT_MSR_STORE_ADDRESS: (1 << 40) - 0x1000}
 
@@ -189,6 +204,12 @@ MSR_AREA = {f.VM_EXIT_MSR_STORE_ADDRESS: (1 << 40) - 0x1000}
         (state(changes={f.GUEST_RFLAGS: 0, f.VPID: 0}), Result("valid", 7), Result("valid", 8), None),
         (state(changes={f.GUEST_RFLAGS: 0, f.VPID: 0}), Result("valid", 7), INVALID_GUEST, None),
         (state(), INT3, NO_ANSWER, None),
+        (INTERRUPT_STATUS, gp_during(0x8000_0040), gp_during(0x8000_0B0D), "virtual-interrupt-fault"),
+        (INTERRUPT_STATUS, gp_during(0x8000_0041), gp_during(0x8000_0B0D), None),
+        (INTERRUPT_STATUS, gp_during(0x8000_0040), gp_during(0x8000_0B0E), None),
+        (state(changes={f.GUEST_INTERRUPT_STATUS: 0x40}), gp_during(0x8000_0040), gp_during(0x8000_0B0D), None),
+        (BEYOND_MEMORY, gp_during(0x8000_0015), GP, "no-memory-there"),
+        (state("32-bit paging"), gp_during(0x8000_0015), GP, None),
     ],
 )
 def test_known_classes_are_narrow(changed: State, ours: Result, theirs: Result, expected: str | None) -> None:

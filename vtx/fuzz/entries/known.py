@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vmcs import controls as c
 from vmcs import fields as f
@@ -28,6 +28,7 @@ _ENTRY_FAILURE: Final = 1 << 31
 _DEBUG_EXCEPTION: Final = 0x8000_0301
 _GENERAL_PROTECTION: Final = 0x8000_0B0D
 _PAGE_FAULT: Final = 0x8000_0B0E
+_EXTERNAL_INTERRUPT: Final = 0x8000_0000
 _ENABLED_BREAKPOINT, _BREAKPOINTS = 1 << 12, 0xF
 _BLOCKING_BY_STI_OR_MOV_SS: Final = 3
 _LONG: Final = 1 << 13
@@ -161,8 +162,18 @@ def _outside_memory(case: Case) -> bool:
     """A translation begins where there is no memory, and goes on with whatever is read there."""
     if case.rules or case.rejected_by_them():
         return False
-    top = case[f.EPT_POINTER] if case.on(c.ENABLE_EPT) else case[f.GUEST_CR3]
-    return top >= case.memory
+    ept = case.on(c.ACTIVATE_SECONDARY_CONTROLS) and case.on(c.ENABLE_EPT)
+    return (case[f.EPT_POINTER] if ept else case[f.GUEST_CR3]) >= case.memory
+
+
+def _virtual_interrupt_fault(case: Case) -> bool:
+    """Delivery of a virtual interrupt faults, and only the information about the interrupt differs."""
+    return (
+        case.on(c.VIRTUAL_INTERRUPT_DELIVERY)
+        and evolve(case.ours, vectoring=0) == evolve(case.theirs, vectoring=0)
+        and case.ours.vectoring == _EXTERNAL_INTERRUPT | case[f.GUEST_INTERRUPT_STATUS] & 0xFF
+        and case.theirs.vectoring == case.theirs.interruption
+    )
 
 
 _GUEST_REGISTERS = sdm("VM Entries", "Checks on Guest Control Registers, Debug Registers, and MSRs")
@@ -176,6 +187,7 @@ _LOADING_MSRS = sdm("VM Entries", "Loading MSRs")
 _PENDING_DEBUG = sdm("VM Entries", "Delivery of Pending Debug Exceptions after VM Entry")
 _OTHER_CAUSES = sdm("VMX Non-Root Operation", "Other Causes of VM Exits")
 _TIMER = sdm("VMX Non-Root Operation", "VMX-Preemption Timer")
+_DURING_DELIVERY = sdm("VM Exits", "Information for VM Exits During Event Delivery")
 _EPT_VIOLATIONS = sdm("VM Exits", "Basic VM-Exit Information")
 
 KNOWN: Final[tuple[Known[Case], ...]] = (
@@ -269,6 +281,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
             and bool(case[f.EPT_POINTER] & 1 << 6)
         ),
     ),
+    _known("virtual-interrupt-fault", "vtx", _DURING_DELIVERY, _virtual_interrupt_fault),
     _known("implicit-access", "vtx", sdm("Paging", "Determination of Access Rights"), _implicit_access),
     _known("no-memory-there", "both", None, _outside_memory),
 )
