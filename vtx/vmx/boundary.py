@@ -27,17 +27,20 @@ _POSTED_INTERRUPTS: Final = c.PROCESS_POSTED_INTERRUPTS.mask
 _ACKNOWLEDGE: Final = c.EXIT_ACKNOWLEDGE_INTERRUPT_ON_EXIT.mask
 _IF: Final = int(Rflags.IF)
 # Bits of "pending debug exceptions" that have a debug exception delivered: enabled breakpoint and BS.
+_ASLEEP: Final = (Activity.SHUTDOWN, Activity.WAIT_FOR_SIPI)
 _DELIVERABLE_DEBUG: Final = 1 << 12 | 1 << 14
 
 
 def boundary_event(operation: VmxOperation) -> VmExit | Event | None:
     """What has the highest priority before the next instruction: a VM exit, a virtual interrupt to deliver, or None.
 
-    Between instructions, debug traps have priority over all but the monitor trap flag; delivering them is the
-    processor's business, so None is also the answer while one is waiting.
+    Between instructions, debug traps have priority over all but the monitor trap flag and, right after VM entry, a TPR
+    below its threshold; delivering them is the processor's business, so None is also the answer while one is waiting.
     """
     view, state = operation.view, operation.processor.state
     assert view is not None
+    if operation.below_threshold is not None and state.activity not in _ASLEEP:
+        return operation.below_threshold
     if operation.pending_trap:
         return VmExit(Reason.MONITOR_TRAP_FLAG)
     if operation.trap_flag and state.activity is Activity.ACTIVE:
@@ -63,8 +66,6 @@ def _interrupt(operation: VmxOperation, view: ControlView, state: CpuState) -> V
         return VmExit(Reason.EXCEPTION_OR_NMI, interruption=NMI_WORD)
     if state.activity is Activity.SHUTDOWN:
         return None
-    if operation.below_threshold is not None:
-        return operation.below_threshold
     apic = operation.virtual_apic
     if state.rflags & _IF and not state.shadow:
         if view.primary & _INTERRUPT_WINDOW:

@@ -206,7 +206,7 @@ MSR_AREA = {f.VM_EXIT_MSR_STORE_ADDRESS: (1 << 40) - 0x1000}
         (state(), INT3, NO_ANSWER, None),
         (INTERRUPT_STATUS, gp_during(0x8000_0040), gp_during(0x8000_0B0D), "virtual-interrupt-fault"),
         (INTERRUPT_STATUS, gp_during(0x8000_0041), gp_during(0x8000_0B0D), None),
-        (INTERRUPT_STATUS, gp_during(0x8000_0040), gp_during(0x8000_0B0E), None),
+        (INTERRUPT_STATUS, gp_during(0x8000_0040), Result("exit", 0, 0, 0x8000_0B0E, 0x8000_0B0D), None),
         (state(changes={f.GUEST_INTERRUPT_STATUS: 0x40}), gp_during(0x8000_0040), gp_during(0x8000_0B0D), None),
         (BEYOND_MEMORY, gp_during(0x8000_0015), GP, "no-memory-there"),
         (state("32-bit paging"), gp_during(0x8000_0015), GP, None),

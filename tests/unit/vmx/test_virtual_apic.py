@@ -190,12 +190,27 @@ class TestTaskPriority:
         _, vmx = guest(*controls, tpr=0x50, fields=fields)
         assert not vmx.boundary()
 
-    def test_threshold_at_entry__below_debug_traps_and_not_in_shutdown(self) -> None:
+    @pytest.mark.parametrize("activity", [Activity.SHUTDOWN, Activity.WAIT_FOR_SIPI])
+    def test_threshold_at_entry__not_in_shutdown(self, activity: Activity) -> None:
         controls = (c.USE_TPR_SHADOW, c.VIRTUALIZE_APIC_ACCESSES)
         fields: dict[Field, int] = {f.APIC_ACCESS_ADDRESS: 0x3_7000, f.TPR_THRESHOLD: 5}
         processor, vmx = guest(*controls, fields=fields)
-        processor.state.activity = Activity.SHUTDOWN
+        processor.state.activity = activity
         assert not vmx.boundary()
+
+    def test_threshold_at_entry__before_all_that_is_pending(self) -> None:
+        """Debug exceptions, which stay pending, an NMI window, an expired timer."""
+        controls = (c.USE_TPR_SHADOW, c.VIRTUALIZE_APIC_ACCESSES, c.NMI_EXITING, c.VIRTUAL_NMIS, c.NMI_WINDOW_EXITING)
+        fields: dict[Field, int] = {
+            f.APIC_ACCESS_ADDRESS: 0x3_7000,
+            f.TPR_THRESHOLD: 5,
+            f.GUEST_PENDING_DEBUG_EXCEPTIONS: 1 << 12 | 1,
+        }
+        _, vmx = guest(*controls, c.ACTIVATE_VMX_PREEMPTION_TIMER, fields=fields)
+        assert vmx.boundary()
+        assert reason(vmx) == (Reason.TPR_BELOW_THRESHOLD, 0)
+        assert vmx.current_vmcs is not None
+        assert vmx.current_vmcs[f.GUEST_PENDING_DEBUG_EXCEPTIONS] == 1 << 12 | 1
 
     def test_single_step_is_pending_after_mov_cr8(self) -> None:
         processor, vmx = guest(c.USE_TPR_SHADOW, rflags=2 | 1 << 8)

@@ -172,7 +172,6 @@ def _virtual_interrupt_fault(case: Case) -> bool:
         case.on(c.VIRTUAL_INTERRUPT_DELIVERY)
         and evolve(case.ours, vectoring=0) == evolve(case.theirs, vectoring=0)
         and case.ours.vectoring == _EXTERNAL_INTERRUPT | case[f.GUEST_INTERRUPT_STATUS] & 0xFF
-        and case.theirs.vectoring == case.theirs.interruption
     )
 
 
@@ -206,6 +205,7 @@ KNOWN: Final[tuple[Known[Case], ...]] = (
     _overlooks("pending-debug-high", _NON_REGISTER, "guest.pending-debug-reserved"),
     _overlooks("pending-debug-step", _NON_REGISTER, "guest.pending-debug-single-step"),
     _overlooks("hlt-injection", _NON_REGISTER, "guest.hlt-injection"),
+    _overlooks("virtual-nmi-injection", _NON_REGISTER, "guest.nmi-injection-blocked"),
     _overlooks("data-segment-rpl", _GUEST_SEGMENTS, *(f"guest.{name}-dpl-rpl" for name in ("ds", "es", "fs", "gs"))),
     _known("null-ss", "vtx", _GUEST_SEGMENTS, _null_ss),
     _known("cs-privilege-level", "vtx", _GUEST_SEGMENTS, _privilege_level_of_cs, _DPL_OF_CS),
