@@ -361,7 +361,7 @@ class Refusing(IdentitySecondLevel):
             return SecondLevelFault(address, linear)
         return super().paging_structure(address, update, linear)
 
-    def translate(self, address, kind, linear, rights, user=False):
+    def translate(self, address, kind, linear, rights, user=False, shadow_stack=False):
         if address >> 12 == self.page and self.what == "page":
             return SecondLevelFault(address, linear)
         return super().translate(address, kind, linear, rights, user)
