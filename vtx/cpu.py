@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from vtx.x86.mmu import Mmu
 
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
-_KEPT_BY_INIT: Final = frozenset({"fpu", "xcr0", "pkru", "kernel_gs_base", "debugctl", "last_branch", "smbase"})
+_KEPT_BY_INIT: Final = frozenset(
+    {
+        *("fpu", "xcr0", "pkru", "kernel_gs_base", "debugctl", "last_branch", "smbase"),
+        *("fred_config", "fred_stack_levels", "fred_rsp", "fred_ssp"),
+    }
+)
 
 
 class Cpu(LogicalProcessor):

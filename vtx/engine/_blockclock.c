@@ -30,6 +30,7 @@
 #define KIND_SHORT_CODE 1
 #define KIND_LIKE_8086 4
 #define KIND_64 64
+#define KIND_BITS 20
 
 #define CS 1
 #define FS 4
@@ -130,7 +131,7 @@ static uint64_t facts_of(struct block_clock *clock, uint64_t address, uint64_t s
     if (clock->pages[page_slot].page != page)
         return clock->examine(address, size);
     if (clock->pages[page_slot].bytes)
-        code ^= checksum(clock->pages[page_slot].bytes, address % PAGE_SIZE, size) << 16;
+        code ^= checksum(clock->pages[page_slot].bytes, address % PAGE_SIZE, size) << KIND_BITS;
     if (clock->blocks[slot].address != address || clock->blocks[slot].key != key || clock->blocks[slot].code != code) {
         clock->blocks[slot].facts = clock->examine(address, size);
         clock->blocks[slot].address = address;

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from vtx.engine import guards, native
-from vtx.engine.code_kind import SHORT_CODE, width
+from vtx.engine.code_kind import BITS, SHORT_CODE, width
 from vtx.engine.code_view import BOUNDARY, COUNT, GUARDED, GUARDS_SHIFT, STOP
 from vtx.x86.state import MASK32, SegmentRegister
 
@@ -259,7 +259,7 @@ class BlockClock:
         ``content`` is the host address of the page if stores to it go unnoticed, else 0.
         """
         slot = self.shared.pages[page % _PAGE_SLOTS]
-        slot.page, slot.code, slot.bytes = page, frame << 16, content
+        slot.page, slot.code, slot.bytes = page, frame << BITS, content
         self.shared.recent = _NO_BLOCK
 
     def code_changed(self) -> None:

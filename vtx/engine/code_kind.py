@@ -9,6 +9,7 @@ from typing import Final
 
 from vtx.x86.alignment import checks_alignment
 from vtx.x86.control_flow import watches_branches
+from vtx.x86.fred import is_enabled
 from vtx.x86.state import MASK32, AccessRights, CpuState, Segment, SegmentRegister
 
 SHORT_CODE: Final = 1 << 0
@@ -31,6 +32,12 @@ UNMASKED_SIMD: Final = 1 << 14
 
 CONTROL_FLOW: Final = 1 << 15
 """Near branches have a part in control-flow enforcement."""
+
+FRED: Final = 1 << 17
+"""SWAPGS is an invalid opcode."""
+
+BITS: Final = 20
+"""How many bits there are, those without a meaning included."""
 
 _WIDTH: Final = 16 | 32 | 64
 _LIMITED_SHIFT: Final = 8
@@ -56,6 +63,8 @@ def kind_of(state: CpuState) -> int:
     checks = CHECKS_ALIGNMENT if checks_alignment(state) else 0
     if watches_branches(state):
         checks |= CONTROL_FLOW
+    if is_enabled(state):
+        checks |= FRED
     if state.in_64_bit_mode:
         return 64 | checks
     kind = (32 if state.cs.big else 16) | checks

@@ -14,7 +14,7 @@ from attrs import frozen
 from iced_x86 import Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
-from vtx.engine.code_kind import CONTROL_FLOW, LIKE_8086, UNMASKED_SIMD, width
+from vtx.engine.code_kind import CONTROL_FLOW, FRED, LIKE_8086, UNMASKED_SIMD, width
 from vtx.engine.guards import Guard, GuardTable, guards_of
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
 from vtx.x86.execution import OperandTrap, Place
@@ -42,7 +42,8 @@ _Key = tuple[int, int, int, int | bytes | None]
 # For INS, Unicorn stores a zero to the destination before it asks for the value; for OUTS it loads the value before it
 # asks whether the access is allowed. The returns do not look whether the target is canonical. Loads of SS lack a check
 # of null selectors, and nothing tells their interrupt shadow from that of STI. UMONITOR and its like pass for MFENCE.
-# Loads of MXCSR take reserved bits, stores of it lack the exceptions. INCSSP passes for LFENCE, CLRSSBSY for XSAVEOPT.
+# Loads of MXCSR take reserved bits, stores of it lack the exceptions. INCSSP passes for LFENCE, CLRSSBSY for XSAVEOPT,
+# ERETS and ERETU for CLAC.
 _DIFFERENT: Final = frozenset(
     (
         *(Mnemonic.INSB, Mnemonic.INSW, Mnemonic.INSD, Mnemonic.OUTSB, Mnemonic.OUTSW, Mnemonic.OUTSD),
@@ -51,6 +52,7 @@ _DIFFERENT: Final = frozenset(
         *(Mnemonic.LDMXCSR, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64),
         *(Mnemonic.STMXCSR, Mnemonic.FXSAVE, Mnemonic.FXSAVE64),
         *(Mnemonic.INCSSPD, Mnemonic.INCSSPQ, Mnemonic.CLRSSBSY),
+        *(Mnemonic.ERETS, Mnemonic.ERETU),
     )
 )
 
@@ -70,6 +72,8 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
         return True
     if kind & UNMASKED_SIMD and instruction.mnemonic in ARITHMETIC:
         return not instruction.is_string_instruction
+    if kind & FRED and instruction.mnemonic == Mnemonic.SWAPGS:
+        return True
     if kind & CONTROL_FLOW and (instruction.mnemonic in _SHADOW_STACK or is_watched_branch(instruction)):
         return True
     # They may switch tasks, go to a non-canonical address, and change the kind of the code.

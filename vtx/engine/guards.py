@@ -66,7 +66,7 @@ _BIT_STRINGS: Final = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemon
 _TRAPPING: Final = frozenset(HANDLERS) - {
     *(Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RET, Mnemonic.RETF),
     *(Mnemonic.IN, Mnemonic.OUT, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS),
-    *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ),
+    *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ, Mnemonic.SWAPGS),
     *ARITHMETIC,
 } | {
     *(Mnemonic.VMXON, Mnemonic.VMCLEAR, Mnemonic.VMPTRLD, Mnemonic.VMPTRST, Mnemonic.VMREAD, Mnemonic.VMWRITE),

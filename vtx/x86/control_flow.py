@@ -101,6 +101,18 @@ def expect_endbranch(state: CpuState, cpl: int) -> None:
         _set(state, cpl, ((state.u_cet if cpl == 3 else state.s_cet) | TRACKER) & ~SUPPRESS)
 
 
+def reset_tracker(state: CpuState) -> None:
+    """Code of privilege level 0 begins with whatever it likes: FRED has led to it."""
+    if _enabled(state, 0, ENDBR_EN):
+        state.s_cet &= ~(TRACKER | SUPPRESS)
+
+
+def resume_tracker(state: CpuState) -> None:
+    """A return goes back to code of privilege level 0 whose tracker waited, unless it was made to rest meanwhile."""
+    if _enabled(state, 0, ENDBR_EN) and not state.s_cet & SUPPRESS:
+        state.s_cet |= TRACKER
+
+
 def near_branch(state: CpuState, *, no_track: bool) -> None:
     """The running code has made an indirect near branch; ``no_track`` is its prefix 3EH."""
     control = tracked(state)

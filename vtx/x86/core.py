@@ -18,15 +18,18 @@ from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode, is_cut_s
 from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
 from vtx.x86.execution import ExecutionEngine
+from vtx.x86.fred import is_enabled
 from vtx.x86.instructions.tasks import task_switch_hooks
 from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
 from vtx.x86.monitor import Monitor, Wait
+from vtx.x86.msr_table import IA32_STAR
 from vtx.x86.msrs import (
     MsrFile,
     bind_clock,
     bind_control_flow,
     bind_effective_frequency,
+    bind_fred,
     bind_protection_keys,
     bind_registers,
     tsc_of,
@@ -99,6 +102,7 @@ class ProcessorCore:
         self.reload = True
         bind_registers(self.msrs, lambda: self.state, self.control_registers_written)
         bind_control_flow(self.msrs, lambda: self.state, self.changed_system_state)
+        bind_fred(self.msrs, lambda: self.state)
         bind_protection_keys(self.msrs, self._protection_keys_written)
         bind_clock(self.msrs, self.observed_time, lambda: None)
         bind_effective_frequency(self.msrs, lambda: self.now() - self.halted)
@@ -230,7 +234,8 @@ class ProcessorCore:
         extension = self.virtualization
         on_fault = extension.delivery_fault if extension is not None and extension.non_root else None
         hooks = NO_HOOKS if self.state.long_mode else task_switch_hooks(self, None, event)
-        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault, hooks=hooks)
+        star = self.msrs.values[IA32_STAR] if is_enabled(self.state) else 0
+        outcome = deliver_with_faults(self.state, self.mmu, event, on_fault, hooks=hooks, star=star)
         self.mmu.update(self.state)
         self.charge(EVENT_TICKS)
         if isinstance(outcome, Intercepted) and isinstance(outcome.cause, SecondLevelFault):

@@ -156,7 +156,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
         {4: "FSRM", 5: "UINTR", 10: "MD_CLEAR", 20: "CET_IBT", 26: "SPEC_CTRL", 27: "STIBP", 28: "L1D_FLUSH"}
         | {29: "ARCH_CAPABILITIES", 31: "SSBD"},
     ),
-    (7, 1, EAX, {26: "LAM", 27: "MSRLIST"}),
+    (7, 1, EAX, {17: "FRED", 18: "LKGS", 26: "LAM", 27: "MSRLIST"}),
     (0xD, 1, EAX, {0: "XSAVEOPT", 1: "XSAVEC", 2: "XGETBV_1", 3: "XSAVES"}),
     (
         0x8000_0001,
@@ -238,6 +238,7 @@ CR4_FEATURES: Final[tuple[tuple[Cr4, str], ...]] = (
     (Cr4.PKS, "PKS"),
     (Cr4.UINTR, "UINTR"),
     (Cr4.LAM_SUP, "LAM"),
+    (Cr4.FRED, "FRED"),
 )
 
 

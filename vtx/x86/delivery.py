@@ -1,4 +1,4 @@
-"""Delivery of interrupts and exceptions through the IVT or the IDT, in every mode.
+"""Delivery of interrupts and exceptions, through the IVT or the IDT, in every mode; FRED has a module of its own.
 
 `deliver` first finds out everything (gate, code segment, stack, frame), raising the fault the manual asks for, and only
 then commits, so a delivery that faults has changed no register. The page of the stack may have been written, as on
@@ -14,7 +14,7 @@ from typing import Final
 
 from attrs import frozen
 
-from vtx.x86 import control_flow, descriptors, shadow_stack
+from vtx.x86 import control_flow, descriptors, fred, fred_delivery, shadow_stack
 from vtx.x86.branches import BTF, LBR, record_event
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
 from vtx.x86.event import Event, EventKind
@@ -92,15 +92,19 @@ def deliver(
     *,
     block_nmi: bool = True,
     hooks: TaskSwitchHooks = NO_HOOKS,
+    star: int = 0,
 ) -> None:
     """Transfer control to the handler of ``event``.
 
     ``block_nmi`` is False where delivery of an NMI does not block further ones. ``hooks`` are those of a task switch
-    through a task gate. Raises `InstructionAborted` with the exception met during delivery, ``state`` unchanged.
+    through a task gate, ``star`` is IA32_STAR, for FRED. Raises `InstructionAborted` with the exception met during
+    delivery, ``state`` unchanged.
     """
     delivery, origin = _Delivery(state, memory, event), state.rip
     if not state.protected:
         _through_ivt(delivery, state.idtr.base, _saved_flags(delivery))
+    elif fred.is_enabled(state):
+        fred_delivery.deliver(state, memory, event, star)
     elif _is_redirected(delivery):
         _redirect(delivery)
     else:

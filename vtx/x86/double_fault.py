@@ -14,6 +14,7 @@ from attrs import frozen
 
 from vtx.x86.delivery import deliver, recognize
 from vtx.x86.event import Event, EventKind
+from vtx.x86.fred import is_enabled
 from vtx.x86.linear import LinearMemory
 from vtx.x86.outcome import Fault, InstructionAborted, NotModelled, Vector
 from vtx.x86.state import CpuState
@@ -88,11 +89,14 @@ def exception_class(vector: int, kind: EventKind = EventKind.HARDWARE_EXCEPTION)
     return _CLASS_OF_VECTOR.get(vector, ExceptionClass.BENIGN)
 
 
-def combine(first: Event, second: Fault) -> Event | TripleFault:
-    """What is delivered when ``second`` occurs during delivery of ``first``: ``second`` itself, #DF, or nothing."""
+def combine(first: Event, second: Fault, *, nested: bool = False) -> Event | TripleFault:
+    """What is delivered when ``second`` occurs during delivery of ``first``: ``second`` itself, #DF, or nothing.
+
+    ``nested`` marks ``second`` as FRED wants it.
+    """
     first_class = exception_class(first.vector, first.kind)
     if (first_class, exception_class(second.vector)) not in _COMBINING:
-        return Event.from_fault(second)
+        return Event.from_fault(second, nested=nested)
     if first_class == ExceptionClass.DOUBLE_FAULT:
         return TripleFault(first, second)
     return Event(Vector.DF, EventKind.HARDWARE_EXCEPTION, error_code=0)
@@ -106,8 +110,9 @@ def deliver_with_faults(
     *,
     block_nmi: bool = True,
     hooks: TaskSwitchHooks = NO_HOOKS,
+    star: int = 0,
 ) -> DeliveryOutcome:
-    """Deliver ``event``, then whatever exceptions its delivery leads to.
+    """Deliver ``event``, then whatever exceptions its delivery leads to. ``star`` is IA32_STAR.
 
     ``on_fault(event, fault)`` is asked about each exception during delivery of ``event`` before it is combined with
     it, and about a resulting double fault (``fault.vector`` is #DF); True stops there, with the registers as at the
@@ -118,13 +123,13 @@ def deliver_with_faults(
     for _ in range(_LONGEST_CHAIN):
         recognize(state, event, block_nmi=block_nmi)
         try:
-            deliver(state, memory, event, block_nmi=block_nmi, hooks=hooks)
+            deliver(state, memory, event, block_nmi=block_nmi, hooks=hooks, star=star)
         except InstructionAborted as aborted:
             fault = aborted.cause
             if not isinstance(fault, Fault) or (on_fault is not None and on_fault(event, fault)):
                 return Intercepted(event, fault)
             recognize(state, Event.from_fault(fault))
-            combined = combine(event, fault)
+            combined = combine(event, fault, nested=is_enabled(state))
             if isinstance(combined, TripleFault):
                 return combined
             if combined.vector == Vector.DF and on_fault is not None:

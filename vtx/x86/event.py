@@ -23,11 +23,17 @@ class EventKind(enum.IntEnum):
     SOFTWARE_INTERRUPT = 4  # INT n
     PRIVILEGED_SOFTWARE_EXCEPTION = 5  # INT1
     SOFTWARE_EXCEPTION = 6  # INT3 and INTO
+    OTHER = 7  # SYSCALL and SYSENTER, which are events with FRED
 
 
 _RF: Final = Rflags.RF.value
 _SOFTWARE_KINDS: Final = frozenset(
-    {EventKind.SOFTWARE_INTERRUPT, EventKind.PRIVILEGED_SOFTWARE_EXCEPTION, EventKind.SOFTWARE_EXCEPTION}
+    {
+        EventKind.SOFTWARE_INTERRUPT,
+        EventKind.PRIVILEGED_SOFTWARE_EXCEPTION,
+        EventKind.SOFTWARE_EXCEPTION,
+        EventKind.OTHER,
+    }
 )
 
 BREAKPOINTS: Final = 0xF
@@ -68,6 +74,8 @@ class Event:
     leaves the registers alone. ``resume_flag`` overrides the value pushed for RF, for events between the iterations of
     a repeated string instruction; None follows the class of the event. ``injected`` marks an event injected by a VM
     entry: the value pushed for RF is that of the guest-state area, and INT n ignores IOPL in virtual-8086 mode.
+    ``nested`` and ``data`` are for FRED alone: it is an exception met while another event was delivered, and the event
+    data if they do not follow from the rest.
     Spec: SDM Vol. 3, "Vectored-Event Injection".
     """
 
@@ -79,12 +87,15 @@ class Event:
     debug: int | None = None
     resume_flag: bool | None = None
     injected: bool = False
+    nested: bool = False
+    data: int | None = None
 
     @classmethod
-    def from_fault(cls, fault: Fault) -> Event:
+    def from_fault(cls, fault: Fault, *, nested: bool = False) -> Event:
         """The hardware exception that delivers ``fault``."""
         debug = fault.debug if fault.vector == Vector.DB else None
-        return cls(fault.vector, EventKind.HARDWARE_EXCEPTION, fault.error_code, address=fault.address, debug=debug)
+        kind = EventKind.HARDWARE_EXCEPTION
+        return cls(fault.vector, kind, fault.error_code, address=fault.address, debug=debug, nested=nested)
 
     @property
     def is_software(self) -> bool:
@@ -98,8 +109,8 @@ class Event:
 
     @property
     def external(self) -> int:
-        """The EXT bit of error codes of exceptions during delivery: 0 for INT n, INT3 and INTO only."""
-        return 0 if self.checks_gate_privilege else 1
+        """The EXT bit of error codes of exceptions during delivery: 0 for what an instruction asks for, but INT1."""
+        return 0 if self.checks_gate_privilege or self.kind == EventKind.OTHER else 1
 
     def saved_rip(self, state: CpuState) -> int:
         """The return address that delivery pushes, before it is cut to the width of the gate."""

@@ -14,6 +14,7 @@ from attrs import frozen
 
 from vtx.x86 import control_flow, descriptors, iret, shadow_stack
 from vtx.x86.descriptors import Descriptor, Gate, SystemType, is_null, null_segment, selector_fault
+from vtx.x86.fred import is_enabled
 from vtx.x86.inner_stack import ia32e_stack_pointer, tss_stack
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, linear_code_address
 from vtx.x86.outcome import Fault, InstructionAborted, Vector, gp
@@ -110,7 +111,7 @@ def _target(state: CpuState, memory: LinearMemory, selector: int, offset: int, *
     if descriptor is None:
         raise selector_fault(Vector.GP, selector)
     gates = (SystemType.CALL_GATE_32,) if state.long_mode else (SystemType.CALL_GATE_32, SystemType.CALL_GATE_16)
-    if descriptor.system_type in gates:
+    if descriptor.system_type in gates and not is_enabled(state):
         return _through_gate(state, memory, selector, call=call)
     cpl = state.cpl
     if not descriptor.is_code:
@@ -118,6 +119,8 @@ def _target(state: CpuState, memory: LinearMemory, selector: int, offset: int, *
     if descriptor.dpl > cpl if descriptor.is_conforming else (selector & 3 > cpl or descriptor.dpl != cpl):
         raise selector_fault(Vector.GP, selector)
     if state.long_mode and descriptor.long and descriptor.big:
+        raise selector_fault(Vector.GP, selector)
+    if iret.is_denied_by_fred(state, descriptor, cpl, cpl):
         raise selector_fault(Vector.GP, selector)
     if not descriptor.present:
         raise selector_fault(Vector.NP, selector)

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from vtx.x86 import descriptors, shadow_stack
 from vtx.x86.control_flow import has_shadow_stack
 from vtx.x86.descriptors import Descriptor, is_null, null_segment, real_mode_segment, selector_fault
+from vtx.x86.fred import is_enabled
 from vtx.x86.linear import LinearMemory, is_canonical, linear_address_width, system_address
 from vtx.x86.outcome import Vector, gp
 from vtx.x86.stack import Stack
@@ -186,8 +187,18 @@ def _protected(state: CpuState, memory: LinearMemory, operand_size: int) -> None
         drop_inner_segments(state, new_cpl)
 
 
-def return_segment(state: CpuState, memory: LinearMemory, selector: int, cpl: int) -> Descriptor:
-    """The code segment that privilege level ``cpl`` may return to; raises #GP or #NP."""
+def is_denied_by_fred(state: CpuState, code: Descriptor, cpl: int, target: int) -> bool:
+    """Whether FRED forbids a transfer from privilege level ``cpl`` to ``code`` at level ``target``.
+
+    There is no way to another level but by FRED itself, and no 32-bit code at level 0.
+    """
+    return is_enabled(state) and (target != cpl or (not cpl and not code.long))
+
+
+def return_segment(
+    state: CpuState, memory: LinearMemory, selector: int, cpl: int, *, by_fred: bool = False
+) -> Descriptor:
+    """The code segment that privilege level ``cpl`` may return to, ``by_fred`` by ERETU; raises #GP or #NP."""
     if is_null(selector):
         raise gp(0)
     code = descriptors.read_descriptor(state, memory, selector)
@@ -197,6 +208,8 @@ def return_segment(state: CpuState, memory: LinearMemory, selector: int, cpl: in
     if code.dpl > rpl if code.is_conforming else code.dpl != rpl:
         raise selector_fault(Vector.GP, selector)
     if state.long_mode and code.long and code.big:
+        raise selector_fault(Vector.GP, selector)
+    if not by_fred and is_denied_by_fred(state, code, cpl, rpl):
         raise selector_fault(Vector.GP, selector)
     if not code.present:
         raise selector_fault(Vector.NP, selector)

@@ -14,7 +14,7 @@ from attrs import evolve, field, frozen
 
 from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
-from vtx.x86 import control_flow
+from vtx.x86 import control_flow, fred
 from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR, MISC_ENABLE_XD_DISABLE
 from vtx.x86.performance import FREEZE_LBRS_ON_PMI, FREEZE_PERFMON_ON_PMI, IA32_PERF_GLOBAL_STATUS
 from vtx.x86.state import MASK32, MASK64, Efer
@@ -36,6 +36,10 @@ IA32_SYSENTER_ESP: Final = 0x175
 IA32_SYSENTER_EIP: Final = 0x176
 IA32_MCG_CAP: Final = 0x179
 IA32_MISC_ENABLE: Final = 0x1A0
+IA32_FRED_RSP0: Final = 0x1CC
+IA32_FRED_STKLVLS: Final = 0x1D0
+IA32_FRED_SSP1: Final = 0x1D1
+IA32_FRED_CONFIG: Final = 0x1D4
 IA32_DEBUGCTL: Final = 0x1D9
 MSR_LASTBRANCHFROMIP: Final = 0x1DB
 IA32_PAT: Final = 0x277
@@ -256,6 +260,18 @@ _TABLE: Final[tuple[Msr, ...]] = (
         ),
         intel_only=True,
     ),
+    *(
+        Msr(
+            IA32_FRED_RSP0 + level, f"IA32_FRED_RSP{level}", writable=MASK64 & ~63, features=("FRED",), check=_canonical
+        )
+        for level in range(4)
+    ),
+    Msr(IA32_FRED_STKLVLS, "IA32_FRED_STKLVLS", features=("FRED",)),
+    *(
+        Msr(IA32_FRED_SSP1 + n, f"IA32_FRED_SSP{n + 1}", writable=MASK64 & ~7, features=("FRED",), check=_canonical)
+        for n in range(3)
+    ),
+    Msr(IA32_FRED_CONFIG, "IA32_FRED_CONFIG", writable=fred.DEFINED, features=("FRED",), check=_canonical),
     # LBR and BTF.
     Msr(IA32_DEBUGCTL, "IA32_DEBUGCTL", writable=0b11, writable_with=(("BUS_LOCK_DETECT", 1 << 2),)),
     # A last-branch record of one entry, as the P6 family has it, and the branch before the last exception.
@@ -279,8 +295,8 @@ _TABLE: Final[tuple[Msr, ...]] = (
     _cet_control(IA32_U_CET, "IA32_U_CET"),
     _cet_control(IA32_S_CET, "IA32_S_CET"),
     *(
-        Msr(IA32_PL0_SSP + level, f"IA32_PL{level}_SSP", writable=~3 & MASK64, features=("CET_SS",), check=_canonical)
-        for level in range(4)
+        Msr(IA32_PL0_SSP + level, f"IA32_PL{level}_SSP", 0, ~3 & MASK64, features=features, check=_canonical)
+        for level, features in enumerate((("CET_SS", "FRED"), ("CET_SS",), ("CET_SS",), ("CET_SS",)))
     ),
     Msr(IA32_INTERRUPT_SSP_TABLE_ADDR, "IA32_INTERRUPT_SSP_TABLE_ADDR", features=("CET_SS",), check=_canonical),
     # Hardware duty cycling: nothing is ever forced idle.

@@ -22,6 +22,10 @@ from vtx.x86.msr_table import (
     IA32_APIC_BASE,
     IA32_DEBUGCTL,
     IA32_EFER,
+    IA32_FRED_CONFIG,
+    IA32_FRED_RSP0,
+    IA32_FRED_SSP1,
+    IA32_FRED_STKLVLS,
     IA32_FS_BASE,
     IA32_GS_BASE,
     IA32_INTERRUPT_SSP_TABLE_ADDR,
@@ -224,6 +228,35 @@ def bind_control_flow(msrs: MsrFile, state: Callable[[], CpuState], changed: Cal
     for index, name in _CONTROL_FLOW:
         bind(index, name)
     msrs.bind(range(IA32_PL0_SSP, IA32_PL0_SSP + 4), lambda index: state().pl_ssp[index - IA32_PL0_SSP], write_pointer)
+
+
+def bind_fred(msrs: MsrFile, state: Callable[[], CpuState]) -> None:
+    """Bind the MSRs of FRED to ``state``.
+
+    Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3, "Flexible Return and Event Delivery (FRED)".
+    """
+
+    def write_config(index: int, value: int) -> bool:
+        state().fred_config = value
+        return True
+
+    def write_levels(index: int, value: int) -> bool:
+        state().fred_stack_levels = value
+        return True
+
+    def write_rsp(index: int, value: int) -> bool:
+        state().fred_rsp[index - IA32_FRED_RSP0] = value
+        return True
+
+    def write_ssp(index: int, value: int) -> bool:
+        state().fred_ssp[index - IA32_FRED_SSP1] = value
+        return True
+
+    msrs.bind(IA32_FRED_CONFIG, lambda index: state().fred_config, write_config)
+    msrs.bind(IA32_FRED_STKLVLS, lambda index: state().fred_stack_levels, write_levels)
+    rsps, ssps = range(IA32_FRED_RSP0, IA32_FRED_RSP0 + 4), range(IA32_FRED_SSP1, IA32_FRED_SSP1 + 3)
+    msrs.bind(rsps, lambda index: state().fred_rsp[index - IA32_FRED_RSP0], write_rsp)
+    msrs.bind(ssps, lambda index: state().fred_ssp[index - IA32_FRED_SSP1], write_ssp)
 
 
 def bind_protection_keys(msrs: MsrFile, changed: Callable[[int], None]) -> None:

@@ -177,10 +177,15 @@ def leave(
     return SspChange(returned if continues else None)
 
 
-def enter_fast(state: CpuState) -> None:
-    """SYSCALL and SYSENTER: the procedure at privilege level 0 has no shadow stack until it takes one."""
+def leave_user_stack(state: CpuState) -> None:
+    """Code that has a shadow stack will be returned to by way of IA32_PL3_SSP."""
     if has_shadow_stack(state):
         state.pl_ssp[3] = _extended(state)
+
+
+def enter_fast(state: CpuState) -> None:
+    """SYSCALL and SYSENTER: the procedure at privilege level 0 has no shadow stack until it takes one."""
+    leave_user_stack(state)
     if shadow_stack_enabled(state, 0):
         state.ssp = 0
     expect_endbranch(state, 0)

@@ -216,6 +216,7 @@ _CHECKS: Final[tuple[tuple[str, _Check], ...]] = (
     ("CR4.VMXE is set", lambda msrs, v, context: bool(v["CR4"] & _VMXE)),
     ("CR4 has reserved bits set", lambda msrs, v, context: bool(v["CR4"] & reserved_cr4_bits(msrs.profile))),
     ("CR4.PCIDE is set outside IA-32e mode", lambda msrs, v, context: bool(v["CR4"] & Cr4.PCIDE) and not _long_mode(v)),
+    ("CR4.FRED is set outside IA-32e mode", lambda msrs, v, context: bool(v["CR4"] & Cr4.FRED) and not _long_mode(v)),
     ("CR4.CET is set without CR0.WP", lambda msrs, v, context: bool(v["CR4"] & Cr4.CET) and not v["CR0"] & Cr0.WP),
     ("CR4.PAE is clear in IA-32e mode", lambda msrs, v, context: _long_mode(v) and not v["CR4"] & Cr4.PAE),
     ("virtual-8086 mode in IA-32e mode", lambda msrs, v, context: _long_mode(v) and bool(context.virtual_8086)),

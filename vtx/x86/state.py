@@ -236,6 +236,7 @@ class Cr4(enum.IntEnum):
     PKS = 1 << 24
     UINTR = 1 << 25
     LAM_SUP = 1 << 28
+    FRED = 1 << 32
 
 
 class Efer(enum.IntEnum):
@@ -299,6 +300,10 @@ class CpuState:
     ssp: int = 0  # the shadow-stack pointer
     pl_ssp: list[int] = field(factory=lambda: [0, 0, 0, 0])  # IA32_PL0_SSP to IA32_PL3_SSP
     interrupt_ssp_table: int = 0  # IA32_INTERRUPT_SSP_TABLE_ADDR
+    fred_config: int = 0  # IA32_FRED_CONFIG, layout of `vtx.x86.fred`
+    fred_stack_levels: int = 0  # IA32_FRED_STKLVLS
+    fred_rsp: list[int] = field(factory=lambda: [0, 0, 0, 0])  # IA32_FRED_RSP0 to IA32_FRED_RSP3
+    fred_ssp: list[int] = field(factory=lambda: [0, 0, 0])  # IA32_FRED_SSP1 to IA32_FRED_SSP3
     pdptrs: list[int] = field(factory=lambda: [0, 0, 0, 0])
     kernel_gs_base: int = 0
     fpu: bytes = b""

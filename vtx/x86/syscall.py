@@ -12,14 +12,12 @@ from typing import Final
 
 from attrs import frozen
 
+from vtx.x86.flat_segments import flat_code, load_flat
 from vtx.x86.linear import is_canonical, linear_address_width
 from vtx.x86.outcome import gp, ud
 from vtx.x86.shadow_stack import enter_fast, leave_fast
-from vtx.x86.state import MASK32, MASK64, CpuState, Efer, Gpr, Rflags, Segment, SegmentRegister
+from vtx.x86.state import MASK32, MASK64, CpuState, Efer, Gpr, Rflags, SegmentRegister
 
-_FLAT_CODE_32: Final = 0xC09B  # G, D, present, code, readable, accessed
-_FLAT_CODE_64: Final = 0xA09B  # G, L
-_FLAT_STACK: Final = 0xC093  # G, B, present, writable, accessed
 _DPL_3: Final = 3 << 5
 _IF: Final = Rflags.IF.value
 _RF: Final = Rflags.RF.value
@@ -47,15 +45,6 @@ class SysenterMsrs:
     eip: int = 0
 
 
-def _flat(selector: int, rights: int, dpl: int) -> Segment:
-    return Segment(selector & 0xFFFF, 0, MASK32, rights | dpl << 5)
-
-
-def _load_flat(state: CpuState, cs: int, ss: int, dpl: int, *, long: bool) -> None:
-    state.segments[SegmentRegister.CS] = _flat(cs, _FLAT_CODE_64 if long else _FLAT_CODE_32, dpl)
-    state.segments[SegmentRegister.SS] = _flat(ss, _FLAT_STACK, dpl)
-
-
 def syscall(state: CpuState, msrs: SyscallMsrs, instruction_length: int, *, amd: bool = False) -> None:
     """SYSCALL, to privilege level 0; the instruction is ``instruction_length`` bytes long.
 
@@ -77,7 +66,7 @@ def syscall(state: CpuState, msrs: SyscallMsrs, instruction_length: int, *, amd:
         state.rip = msrs.star & MASK32
         state.rflags = rflags & ~_CLEARED_IN_LEGACY_MODE
     cs = msrs.star >> 32 & 0xFFFC
-    _load_flat(state, cs, cs + 8, 0, long=state.long_mode)
+    load_flat(state, cs, cs + 8, 0, long=state.long_mode)
 
 
 def sysret(state: CpuState, msrs: SyscallMsrs, operand_size: int, *, amd: bool = False) -> None:
@@ -105,9 +94,9 @@ def sysret(state: CpuState, msrs: SyscallMsrs, operand_size: int, *, amd: bool =
     if amd:
         stack = state.segments[SegmentRegister.SS]
         stack.selector, stack.access_rights = base + 8 & 0xFFFF, stack.access_rights | _DPL_3
-        state.segments[SegmentRegister.CS] = _flat(cs, _FLAT_CODE_64 if operand_size == 64 else _FLAT_CODE_32, 3)
+        state.segments[SegmentRegister.CS] = flat_code(cs, 3, long=operand_size == 64)
     else:
-        _load_flat(state, cs | 3, (base + 8) | 3, 3, long=operand_size == 64)
+        load_flat(state, cs | 3, (base + 8) | 3, 3, long=operand_size == 64)
 
 
 def sysenter(state: CpuState, msrs: SysenterMsrs, *, amd: bool = False) -> None:
@@ -125,7 +114,7 @@ def sysenter(state: CpuState, msrs: SysenterMsrs, *, amd: bool = False) -> None:
     state.gpr[Gpr.RSP] = msrs.esp & width
     state.rip = msrs.eip & width
     cs = msrs.cs & 0xFFFC
-    _load_flat(state, cs, cs + 8, 0, long=state.long_mode)
+    load_flat(state, cs, cs + 8, 0, long=state.long_mode)
 
 
 def sysexit(state: CpuState, msrs: SysenterMsrs, operand_size: int, *, amd: bool = False) -> None:
@@ -148,4 +137,4 @@ def sysexit(state: CpuState, msrs: SysenterMsrs, operand_size: int, *, amd: bool
     leave_fast(state)
     state.rip, state.gpr[Gpr.RSP] = target, stack
     cs = (msrs.cs & 0xFFFC) + (32 if operand_size == 64 else 16)
-    _load_flat(state, cs | 3, (cs + 8) | 3, 3, long=operand_size == 64)
+    load_flat(state, cs | 3, (cs + 8) | 3, 3, long=operand_size == 64)

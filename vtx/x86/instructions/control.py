@@ -78,7 +78,7 @@ def _check_cr0(cpu: LogicalProcessor, value: int) -> None:
     if value & Cr0.PG and not state.cr0 & Cr0.PG and state.efer & Efer.LME:
         if not state.cr4 & Cr4.PAE or state.cs.access_rights & AccessRights.LONG:
             raise gp(0)
-    elif state.cr0 & Cr0.PG and not value & Cr0.PG and (state.in_64_bit_mode or state.cr4 & Cr4.PCIDE):
+    elif state.cr0 & Cr0.PG and not value & Cr0.PG and (state.in_64_bit_mode or state.cr4 & (Cr4.PCIDE | Cr4.FRED)):
         raise gp(0)
 
 
@@ -132,6 +132,8 @@ def _check_cr4(cpu: LogicalProcessor, value: int) -> None:
     if state.long_mode and (not value & Cr4.PAE or changed & Cr4.LA57):
         raise gp(0)
     if value & Cr4.CET and not state.cr0 & Cr0.WP:
+        raise gp(0)
+    if value & Cr4.FRED and not state.long_mode:
         raise gp(0)
     if changed & value & Cr4.PCIDE and (not state.long_mode or state.cr3 & 0xFFF):
         raise gp(0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
+from vtx.x86 import fred
 from vtx.x86.decode import Instruction
 from vtx.x86.event import BREAKPOINTS, Event, EventKind
 from vtx.x86.instructions.common import intercepts_flow
@@ -24,7 +25,7 @@ from vtx.x86.msr_table import (
     IA32_SYSENTER_ESP,
 )
 from vtx.x86.operations import SIMPLE, Plain, SoftwareInterrupt
-from vtx.x86.outcome import Vector, gp
+from vtx.x86.outcome import Vector, gp, ud
 from vtx.x86.state import Cr4, Rflags
 from vtx.x86.syscall import SyscallMsrs, SysenterMsrs, syscall, sysenter, sysexit, sysret
 
@@ -104,15 +105,31 @@ def _trap_flag(cpu: LogicalProcessor) -> bool:
     return bool(cpu.state.rflags & Rflags.TF)
 
 
+def _by_fred(cpu: LogicalProcessor, instruction: Instruction, vector: int) -> bool:
+    """Deliver SYSCALL or SYSENTER as an event if FRED is enabled; whether it is."""
+    enabled = fred.is_enabled(cpu.state)
+    if enabled:
+        cpu.raise_software(Event(vector, EventKind.OTHER, instruction_length=instruction.length))
+    return enabled
+
+
 def fast_call(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSCALL."""
+    if cpu.state.in_64_bit_mode and _by_fred(cpu, instruction, fred.SYSCALL):
+        return
     syscall(cpu.state, _syscall_msrs(cpu), instruction.length, amd=cpu.profile.is_amd)
     cpu.changed_system_state()
     cpu.completed(single_step=_trap_flag(cpu))
 
 
+def _forbidden_by_fred(cpu: LogicalProcessor) -> None:
+    if fred.is_enabled(cpu.state):
+        raise ud()
+
+
 def fast_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSRET where the engine does not execute it."""
+    _forbidden_by_fred(cpu)
     size = 64 if instruction.mnemonic == Mnemonic.SYSRETQ else 32
     sysret(cpu.state, _syscall_msrs(cpu), size, amd=cpu.profile.is_amd)
     cpu.changed_system_state()
@@ -121,6 +138,8 @@ def fast_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def fast_enter(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSENTER."""
+    if _by_fred(cpu, instruction, fred.SYSENTER):
+        return
     sysenter(cpu.state, _sysenter_msrs(cpu), amd=cpu.profile.is_amd)
     cpu.changed_system_state()
     cpu.completed(single_step=False)
@@ -128,6 +147,7 @@ def fast_enter(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def fast_exit(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SYSEXIT where the engine does not execute it."""
+    _forbidden_by_fred(cpu)
     size = 64 if instruction.mnemonic == Mnemonic.SYSEXITQ else 32
     sysexit(cpu.state, _sysenter_msrs(cpu), size, amd=cpu.profile.is_amd)
     cpu.changed_system_state()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Mnemonic
 
+from vtx.x86 import fred
 from vtx.x86.control_flow import (
     ControlProtection,
     cp,
@@ -51,10 +52,11 @@ def _require_shadow_stack(cpu: LogicalProcessor) -> None:
         raise ud()
 
 
-def _require_supervisor_shadow_stack(cpu: LogicalProcessor) -> None:
+def _require_supervisor_shadow_stack(cpu: LogicalProcessor, *, tokens: bool = False) -> None:
+    """``tokens`` if the instruction is about tokens, for which FRED has no use."""
     require_feature(cpu, "CET_SS")
     require_protected_mode(cpu)
-    if not shadow_stack_enabled(cpu.state, 0):
+    if not shadow_stack_enabled(cpu.state, 0) or (tokens and fred.is_enabled(cpu.state)):
         raise ud()
     require_ring_0(cpu)
 
@@ -159,7 +161,7 @@ def store_user(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def set_busy(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """SETSSBSY: take the shadow stack of privilege level 0."""
-    _require_supervisor_shadow_stack(cpu)
+    _require_supervisor_shadow_stack(cpu, tokens=True)
     token = cpu.state.pl_ssp[0]
     if token & 7:
         raise gp(0)
@@ -171,7 +173,7 @@ def set_busy(cpu: LogicalProcessor, instruction: Instruction) -> None:
 
 def clear_busy(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """CLRSSBSY: CF says that there was no busy token."""
-    _require_supervisor_shadow_stack(cpu)
+    _require_supervisor_shadow_stack(cpu, tokens=True)
     linear = _aligned_operand(cpu, instruction, 8, write=True)
     _set_carry(cpu, not free(cpu.mmu, linear))
     cpu.state.ssp = 0

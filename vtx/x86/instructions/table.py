@@ -14,6 +14,7 @@ from vtx.x86.instructions import (
     descriptor_tables,
     extended_state,
     flow,
+    fred,
     identification,
     interrupt_flag,
     missing,
@@ -42,7 +43,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
         *(port_io, missing, wait, broadcast, msr_list, extended_state, sse_control, simd, protection_keys),
-        *(near, shadow_stacks),
+        *(near, shadow_stacks, fred),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
