@@ -24,11 +24,12 @@ from vtx.vmx.guest_state import guest_pdptes, guest_uses_pae_paging, load_guest
 from vtx.vmx.msr_area import load_msrs
 from vtx.vmx.operation import ActiveVmcs, EntryFailure, VmxOperation
 from vtx.vmx.outcome import ENTERED, FAIL_INVALID, Outcome
-from vtx.vmx.record import ERROR_CODE_VALID, VALID
+from vtx.vmx.record import ERROR_CODE_VALID, NESTED_EXCEPTION, VALID
 from vtx.vmx.timer import deadline
 from vtx.vmx.translation import second_level_of
 from vtx.vmx.view import VIEW_FIELDS, ControlView, build_view, unmodelled_control
 from vtx.vmx.virtual_apic import VirtualApic
+from vtx.x86 import fred
 from vtx.x86.event import Event, EventKind
 from vtx.x86.outcome import NotModelled
 from vtx.x86.paging import load_pdptrs
@@ -38,6 +39,7 @@ from vtx.x86.state import Efer, Shadow
 _LOAD_COUNT: Final = f.VM_ENTRY_MSR_LOAD_COUNT.encoding
 _INTERRUPTION: Final = f.VM_ENTRY_INTERRUPTION_INFORMATION.encoding
 _ERROR_CODE: Final = f.VM_ENTRY_EXCEPTION_ERROR_CODE.encoding
+_EVENT_DATA: Final = f.INJECTED_EVENT_DATA.encoding
 _LENGTH: Final = f.VM_ENTRY_INSTRUCTION_LENGTH.encoding
 _TIMER: Final = f.VMX_PREEMPTION_TIMER_VALUE.encoding
 _CR3: Final = f.GUEST_CR3.encoding
@@ -46,6 +48,8 @@ _RULES: Final = RuleSet(
     tuple(rule for stage in (Stage.BASIC, Stage.CONTROLS, Stage.HOST, Stage.GUEST) for rule in RULES[stage])
 )
 _LMA: Final = int(Efer.LMA)
+# Injected after a MOV SS, they leave it to their handlers' first instruction to report what it has held back.
+_AFTER_MOV_SS: Final = frozenset((EventKind.SOFTWARE_INTERRUPT, EventKind.SOFTWARE_EXCEPTION))
 _TIMER_CONTROL: Final = c.ACTIVATE_VMX_PREEMPTION_TIMER.mask
 _MONITOR_TRAP_FLAG: Final = c.MONITOR_TRAP_FLAG.mask
 _PDPTE_QUALIFICATION: Final = 2
@@ -197,14 +201,22 @@ def _inject(operation: VmxOperation, vmcs: Vmcs) -> None:
     """
     word = vmcs.values[_INTERRUPTION]
     event_type = word >> 8 & 7
+    is_trap = event_type == layouts.OTHER_EVENT and not word & 0xFF
     # An MTF VM exit is pending after an injected vectored event if the flag is set, and by injecting it if not.
-    operation.pending_trap = operation.trap_flag or event_type == layouts.OTHER_EVENT
-    if event_type == layouts.OTHER_EVENT:
+    operation.pending_trap = operation.trap_flag or is_trap
+    if is_trap:
         return
+    state = operation.processor.state
+    by_fred = fred.is_enabled(state)
     event = Event(
         word & 0xFF,
         EventKind(event_type),
         vmcs.values[_ERROR_CODE] if word & ERROR_CODE_VALID else None,
         vmcs.values[_LENGTH],
+        injected=True,
+        nested=by_fred and bool(word & NESTED_EXCEPTION),
+        data=vmcs.values[_EVENT_DATA] if by_fred else None,
     )
+    if by_fred or event.kind not in _AFTER_MOV_SS or not state.shadow & Shadow.MOV_SS:
+        state.pending_debug = 0
     operation.processor.deliver(event)

@@ -14,10 +14,12 @@ from vtx.vmx.apic_access import access_exit
 from vtx.vmx.ept import EptMisconfiguration, EptViolation, PageModificationLogFull
 from vtx.vmx.intercepts import exception_exit, resume_flag
 from vtx.vmx.operation import VmxOperation
-from vtx.vmx.record import NMI_UNBLOCKING, VmExit, interruption_word
+from vtx.vmx.record import NESTED_EXCEPTION, NMI_UNBLOCKING, VmExit, interruption_word
 from vtx.vmx.sub_page_tables import SubPageEvent
 from vtx.vmx.view import ControlView
+from vtx.x86 import fred
 from vtx.x86.event import Event
+from vtx.x86.fred_delivery import event_data
 from vtx.x86.outcome import Fault, NotModelled, Vector
 from vtx.x86.second_level import ReservedPageAccess, SecondLevelFault
 
@@ -29,7 +31,8 @@ _QUALIFICATION_TELLS_OF_NMIS: Final = frozenset(
 
 def _word(event: Event) -> int:
     """Interruption or IDT-vectoring information of ``event``."""
-    return interruption_word(event.vector, event.kind, error_code=event.error_code is not None)
+    word = interruption_word(event.vector, event.kind, error_code=event.error_code is not None)
+    return word | NESTED_EXCEPTION if event.nested else word
 
 
 def event_exit(operation: VmxOperation, event: Event, fault: Fault | None) -> VmExit | None:
@@ -40,7 +43,9 @@ def event_exit(operation: VmxOperation, event: Event, fault: Fault | None) -> Vm
     return record
 
 
-def _with_vectoring(record: VmExit, delivering: Event) -> VmExit:
+def _with_vectoring(operation: VmxOperation, record: VmExit, delivering: Event) -> VmExit:
+    if fred.is_enabled(operation.processor.state):
+        record.event_data = event_data(delivering)
     record.vectoring = _word(delivering)
     record.vectoring_error = delivering.error_code or 0
     if delivering.is_software:
@@ -56,16 +61,18 @@ def delivery_exit(operation: VmxOperation, delivering: Event, fault: Fault | Non
     # A double fault that exits directly is not an exit during delivery of what led to it.
     if record is None or fault.vector == Vector.DF:
         return record
-    return _with_vectoring(record, delivering)
+    if fred.is_enabled(operation.processor.state):
+        record.interruption |= NESTED_EXCEPTION
+    return _with_vectoring(operation, record, delivering)
 
 
-def task_switch_exit(record: VmExit, delivering: Event | None) -> VmExit:
+def task_switch_exit(operation: VmxOperation, record: VmExit, delivering: Event | None) -> VmExit:
     """The exit of a task switch, through a task gate of the IDT if something is being delivered."""
     if delivering is None:
         return record
     if not delivering.is_software:
         record.instruction_length = None
-    return _with_vectoring(record, delivering)
+    return _with_vectoring(operation, record, delivering)
 
 
 def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, delivering: Event | None) -> VmExit:
@@ -91,7 +98,7 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
     record.shadow_stack_busy = fault.shadow_stack_busy
     if delivering is not None:
         record.resume_flag = resume_flag(delivering, state)
-        return _with_vectoring(record, delivering)
+        return _with_vectoring(operation, record, delivering)
     return record
 
 

@@ -27,6 +27,7 @@ _INTERRUPTION: Final = f.VM_EXIT_INTERRUPTION_INFORMATION.encoding
 _INTERRUPTION_ERROR: Final = f.VM_EXIT_INTERRUPTION_ERROR_CODE.encoding
 _VECTORING: Final = f.IDT_VECTORING_INFORMATION.encoding
 _VECTORING_ERROR: Final = f.IDT_VECTORING_ERROR_CODE.encoding
+_EVENT_DATA: Final = f.ORIGINAL_EVENT_DATA.encoding
 _LENGTH: Final = f.VM_EXIT_INSTRUCTION_LENGTH.encoding
 _INFORMATION: Final = f.VM_EXIT_INSTRUCTION_INFORMATION.encoding
 _LINEAR: Final = f.GUEST_LINEAR_ADDRESS.encoding
@@ -118,6 +119,8 @@ def _record(vmcs: Vmcs, record: VmExit, view: ControlView) -> None:
         values[_INTERRUPTION_ERROR] = record.interruption_error & MASK32
     if record.vectoring & ERROR_CODE_VALID:
         values[_VECTORING_ERROR] = record.vectoring_error & MASK32
+    if record.event_data is not None:
+        values[_EVENT_DATA] = record.event_data
     if record.instruction_length is not None:
         values[_LENGTH] = record.instruction_length
     if record.instruction_information is not None:

@@ -17,6 +17,7 @@ from vmcs.controls import Control
 from vmcs.exits import Reason
 from vmcs.fields import Field
 from vmcs.region import Vmcs
+from vtx.vmx import fred_state
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
 from vtx.vmx.timer import remaining
@@ -126,6 +127,8 @@ def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: I
     if view.entry & c.ENTRY_LOAD_CET_STATE.mask:
         state.s_cet, state.ssp = values[_S_CET], values[_SSP]
         state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
+    if view.entry & c.ENTRY_LOAD_FRED.mask:
+        fred_state.load(state, values, fred_state.GUEST)
     _load_segments(state, values)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]
@@ -251,6 +254,8 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
     if exit_controls & c.EXIT_SAVE_VMX_PREEMPTION_TIMER_VALUE.mask and operation.timer_deadline is not None:
         shift = operation.capabilities.preemption_timer_shift
         saved.append((_TIMER, remaining(operation.processor.tsc(), operation.timer_deadline, shift) & MASK32))
+    if view.secondary_exit & c.EXIT_SAVE_FRED.mask:
+        saved += fred_state.saved(state)
     if view.eptp is not None and uses_pae_paging(state.cr0, state.cr4, state.efer):
         saved += zip(_PDPTES, state.pdptrs, strict=True)
     saved += ((encoding, msrs[index]) for encoding, index in operation.always_saved_msrs)

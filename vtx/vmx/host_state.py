@@ -13,6 +13,7 @@ from vmcs.controls import Control
 from vmcs.exits import AbortIndicator
 from vmcs.fields import Field
 from vmcs.region import Vmcs
+from vtx.vmx import fred_state
 from vtx.vmx.guest_state import CR0_KEPT, DR7_ALWAYS_1, uses_pae_paging, write_msr
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.view import ControlView
@@ -97,6 +98,8 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
     if view.exit & c.EXIT_LOAD_CET_STATE.mask:
         state.s_cet, state.ssp = values[_S_CET], values[_SSP]
         state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
+    if view.secondary_exit & c.EXIT_LOAD_FRED.mask:
+        fred_state.load(state, values, fred_state.HOST)
     _load_segments(state, values, is_64_bit)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]

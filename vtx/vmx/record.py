@@ -15,6 +15,7 @@ from vtx.x86.outcome import Vector
 VALID: Final = 1 << 31
 ERROR_CODE_VALID: Final = 1 << 11
 NMI_UNBLOCKING: Final = 1 << 12
+NESTED_EXCEPTION: Final = 1 << 13
 ENTRY_FAILURE: Final = 1 << 31
 SHADOW_STACK_BUSY: Final = 1 << 25
 
@@ -26,7 +27,8 @@ class VmExit:
     ``reason`` is the 32-bit exit reason. Fields that are None are not defined for this exit and keep their old value in
     the VMCS. ``interruption`` and ``vectoring`` are interruption-information words, 0 (invalid) without an event; their
     error codes count only if the word says so. ``resume_flag`` is the value of RFLAGS.RF to save, None to save it as
-    it is. ``shadow_stack_busy``: the delivery or call that the exit took the place of had marked a shadow stack busy.
+    it is. ``event_data`` is what FRED would have pushed, None if an event was not being delivered by it.
+    ``shadow_stack_busy``: the delivery or call that the exit took the place of had marked a shadow stack busy.
     """
 
     reason: int
@@ -40,6 +42,7 @@ class VmExit:
     vectoring: int = 0
     vectoring_error: int = 0
     resume_flag: int | None = None
+    event_data: int | None = None
     shadow_stack_busy: bool = False
 
     @property

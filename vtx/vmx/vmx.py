@@ -256,7 +256,7 @@ class Vmx:
                 or (view.tertiary != 0 and msr_virtualization.virtualize(vmx, operation, instruction))
             )
         if type(operation) is TaskSwitch:
-            record = events.task_switch_exit(record, operation.delivering)
+            record = events.task_switch_exit(vmx, record, operation.delivering)
         elif type(operation) is WriteMsrList:
             active.vmcs[f.MSR_DATA] = operation.value
         self._exit(record)

@@ -48,6 +48,8 @@ CONTROL_FEATURES: Final = {
     "load PKRS": "PKS",
     "load CET state": "CET_SS",
     "prematurely busy shadow stack": "CET_SS",
+    "save FRED": "FRED",
+    "load FRED": "FRED",
     "load IA32_SPEC_CTRL": "SPEC_CTRL",
     "virtualize IA32_SPEC_CTRL": "SPEC_CTRL",
     "enable MSR-list instructions": "MSRLIST",
