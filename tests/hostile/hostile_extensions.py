@@ -90,6 +90,24 @@ def _guest_fields(guest: CpuState) -> dict[Field, int]:
     return values
 
 
+def _install_fred(values: dict[Field, int], state: CpuState, guest: CpuState) -> None:
+    """Load and save the registers of FRED; those that are no part of the VMCS are the guest's."""
+    state.fred_rsp[0] = guest.fred_rsp[0]
+    values[f.VM_ENTRY_CONTROLS] |= c.ENTRY_LOAD_FRED.mask
+    values[f.VM_EXIT_CONTROLS] |= c.EXIT_ACTIVATE_SECONDARY_CONTROLS.mask
+    values[f.SECONDARY_VM_EXIT_CONTROLS] = c.EXIT_SAVE_FRED.mask | c.EXIT_LOAD_FRED.mask
+    values |= {
+        f.GUEST_IA32_FRED_CONFIG: guest.fred_config,
+        f.GUEST_IA32_FRED_STKLVLS: guest.fred_stack_levels,
+        f.GUEST_IA32_FRED_RSP1: guest.fred_rsp[1],
+        f.GUEST_IA32_FRED_RSP2: guest.fred_rsp[2],
+        f.GUEST_IA32_FRED_RSP3: guest.fred_rsp[3],
+        f.GUEST_IA32_FRED_SSP1: guest.fred_ssp[0],
+        f.GUEST_IA32_FRED_SSP2: guest.fred_ssp[1],
+        f.GUEST_IA32_FRED_SSP3: guest.fred_ssp[2],
+    }
+
+
 def _host_fields(host: CpuState) -> dict[Field, int]:
     values = {
         f.HOST_CR0: host.cr0 | 0x20,
@@ -231,6 +249,8 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
         state.u_cet, state.pl_ssp = guest.u_cet, list(guest.pl_ssp)
         values[f.VM_ENTRY_CONTROLS] |= c.ENTRY_LOAD_CET_STATE.mask
         values[f.VM_EXIT_CONTROLS] |= c.EXIT_LOAD_CET_STATE.mask
+    if guest.cr4 >> 32 & 1:
+        _install_fred(values, state, guest)
     if source.random() < 0.3:
         memory.write(at.MSR_BITMAP, source.randbytes(0x1000))
         memory.write(at.IO_BITMAPS, source.randbytes(0x2000))

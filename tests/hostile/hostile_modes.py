@@ -209,6 +209,18 @@ def _control_flow(state: CpuState, source: random.Random, mode: str) -> None:
         state.cr4 |= source.randrange(2) << 28
 
 
+def _event_delivery(state: CpuState, source: random.Random) -> None:
+    """FRED, with stacks and entry points where something is."""
+    state.cr4 |= 1 << 32
+    entry = source.choice((at.CODE, at.CODE + 0x1000, at.CODE + 0x1000, source.getrandbits(47) & ~0xFFF))
+    state.fred_config = entry | source.choice((0, 8)) | source.choice((0, 64)) | source.randrange(4) << 9
+    state.fred_config |= source.choice((0, 0, 1, 2, 3)) if state.cpl < 3 else 0
+    state.fred_stack_levels = source.choice((0, source.getrandbits(64), (1 << 64) - 1))
+    pages = (at.STACK, at.STACK - 0x400, at.DATA, at.DATA + 0x1000, source.getrandbits(47))
+    state.fred_rsp = [source.choice(pages) & ~63 for _ in range(4)]
+    state.fred_ssp = [source.choice((at.SHADOW_STACK + 0x800, source.getrandbits(47))) & ~7 for _ in range(3)]
+
+
 def install_long_tables(memory: PhysicalMemory, source: random.Random, root: int, levels: int) -> int:
     """Tables of 8-byte entries at ``root``: last level first in memory, so that one layout serves all."""
     entries = _last_level(source, 8)
@@ -321,6 +333,8 @@ def new_state(
         state.gpr[i] = source.choice(values)
     if with_control_flow:
         _control_flow(state, source, mode)
+        if mode in LONG_MODES and source.random() < 0.4:
+            _event_delivery(state, source)
     based = mode in ("real", "virtual-8086", "protected-16")
     state.rip = 0 if based else at.CODE
     state.gpr[4] = 0x8000 if based else at.STACK

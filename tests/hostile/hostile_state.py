@@ -218,6 +218,35 @@ def _shadow_stack(source: random.Random, bits: int) -> bytes:
     return code
 
 
+# Events and returns by FRED.
+
+_SELECTORS: Final = (0x38, 0x38, 0x43, 0x23, 0x10, 0x08, 0x1B)
+_TO_FRED: Final = (
+    *(b"\x0f\x05", b"\x0f\x34", b"\xcd\x40", b"\xcc", b"\xf1", b"\x0f\x0b", b"\x48\x0f\x07", b"\x0f\x01\xf8", b"\xcf"),
+    *(b"\x48\xcf", b"\x48\xcb", b"\xf2\x0f\x00\xf0", b"\xf2\x0f\x00\x37", b"\x0f\xa1", b"\x0f\x01\xca"),
+)
+_RETURNS: Final = (b"\xf2\x0f\x01\xca", b"\xf3\x0f\x01\xca")  # ERETS, ERETU
+
+
+def _event_frame(source: random.Random, bits: int) -> bytes:
+    """A return to the program by a frame written where the stack is, or what makes such a frame."""
+    if bits != 64 or source.random() < 0.3:
+        code = load(0, source.choice(_SELECTORS), bits) + source.choice(_TO_FRED)
+        return code + source.choice((b"", *_RETURNS))
+    frame = (
+        source.getrandbits(31),
+        at.CODE + source.choice((0, source.randrange(at.CODE_SIZE))),
+        source.choice(_SELECTORS) | source.choice((0, 0, 0, 1, 2, 3, 4, 8, source.getrandbits(14))) << 16,
+        2 | source.choice((0, 0, 0x100, 0x200, 0x202, 0xD5, 0x3000, 0x2_0000, source.getrandbits(22))),
+        at.STACK - 8 * source.randrange(32),
+        source.choice(_SELECTORS) | source.choice((0, 0, 1, 2, 4, 7, 8)) << 16,
+    )
+    code = load(4, at.STACK - 0x200, bits)
+    for number, word in enumerate(frame):
+        code += b"\x48\xc7\x44\x24" + bytes((8 * number,)) + word.to_bytes(4, "little")
+    return code + source.choice(_RETURNS)
+
+
 # Waiting.
 
 
@@ -287,6 +316,7 @@ WEIGHTS: Final[dict[Callable[[random.Random, int], bytes], int]] = {
     _extended_state: 3,
     _keys: 2,
     _shadow_stack: 8,
+    _event_frame: 4,
     _wait: 2,
     _stack_end: 3,
     _far_end: 2,
