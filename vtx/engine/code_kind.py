@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from vtx.x86 import bounds
 from vtx.x86.alignment import checks_alignment
 from vtx.x86.control_flow import watches_branches
 from vtx.x86.fred import is_enabled
@@ -35,6 +36,12 @@ CONTROL_FLOW: Final = 1 << 15
 
 FRED: Final = 1 << 17
 """SWAPGS is an invalid opcode."""
+
+BOUNDS: Final = 1 << 18
+"""The instructions of Intel MPX are none that do nothing."""
+
+INITIALIZES_BOUNDS: Final = 1 << 19
+"""Near branches without the prefix BND change bound registers."""
 
 BITS: Final = 20
 """How many bits there are, those without a meaning included."""
@@ -65,6 +72,8 @@ def kind_of(state: CpuState) -> int:
         checks |= CONTROL_FLOW
     if is_enabled(state):
         checks |= FRED
+    if bounds.enabled(state):
+        checks |= BOUNDS | INITIALIZES_BOUNDS if bounds.watches_branches(state) else BOUNDS
     if state.in_64_bit_mode:
         return 64 | checks
     kind = (32 if state.cs.big else 16) | checks

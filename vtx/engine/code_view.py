@@ -14,13 +14,14 @@ from attrs import frozen
 from iced_x86 import Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
-from vtx.engine.code_kind import CONTROL_FLOW, FRED, LIKE_8086, UNMASKED_SIMD, width
+from vtx.engine.code_kind import BOUNDS, CONTROL_FLOW, FRED, INITIALIZES_BOUNDS, LIKE_8086, UNMASKED_SIMD, width
 from vtx.engine.guards import Guard, GuardTable, guards_of
-from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
+from vtx.engine.untranslatable import may_be_exit
+from vtx.x86.decode import BOUNDS_CODES, MAX_INSTRUCTION_LENGTH
 from vtx.x86.execution import OperandTrap, Place
 from vtx.x86.instructions.simd import ARITHMETIC
 from vtx.x86.memory import PhysicalMemory
-from vtx.x86.near_branches import FAR_TRANSFERS, is_near_branch, is_watched_branch
+from vtx.x86.near_branches import FAR_TRANSFERS, initializes_bounds, is_near_branch, is_watched_branch
 from vtx.x86.state import MASK32, MASK64, Rflags
 
 # Facts about a block: the number of instructions, and
@@ -75,6 +76,10 @@ def _must_not_run(instruction: Instruction, kind: int) -> bool:
     if kind & FRED and instruction.mnemonic == Mnemonic.SWAPGS:
         return True
     if kind & CONTROL_FLOW and (instruction.mnemonic in _SHADOW_STACK or is_watched_branch(instruction)):
+        return True
+    if kind & BOUNDS and instruction.code in BOUNDS_CODES:
+        return True
+    if kind & INITIALIZES_BOUNDS and initializes_bounds(instruction):
         return True
     # They may switch tasks, go to a non-canonical address, and change the kind of the code.
     return not kind & LIKE_8086 and instruction.code in FAR_TRANSFERS
@@ -241,9 +246,9 @@ class CodeView:
             place = self._places[key] = Place(self.facts(linear, left, kind) & COUNT if left else 0, known)
         return place
 
-    def begins_branch(self, linear: int, kind: int) -> bool:
-        """Whether the instruction at ``linear`` is a branch that control-flow enforcement watches."""
-        return is_watched_branch(Decoder(width(kind), self.read(linear, MAX_INSTRUCTION_LENGTH)).decode())
+    def may_be_exit(self, linear: int, kind: int) -> bool:
+        """Whether the instruction at ``linear`` is one that can be made to trap by itself."""
+        return may_be_exit(Decoder(width(kind), self.read(linear, MAX_INSTRUCTION_LENGTH)).decode())
 
     def near_branch(self, linear: int, size: int, kind: int) -> int | None:
         """Linear address of the last instruction in ``size`` bytes of code if that is a near branch."""

@@ -29,6 +29,7 @@ from iced_x86 import (
 from vtx.engine.code_kind import CHECKS_ALIGNMENT, LIKE_8086, SHORT_SEGMENTS, SMALL_STACK, is_limited, width
 from vtx.x86.alignment import checked_alignment, required_alignment
 from vtx.x86.decode import SEGMENT_REGISTERS
+from vtx.x86.instructions.near import CONDITIONAL
 from vtx.x86.instructions.simd import ARITHMETIC
 from vtx.x86.instructions.table import HANDLERS
 from vtx.x86.state import MASK32, MASK64, SegmentRegister
@@ -65,6 +66,7 @@ _BIT_STRINGS: Final = frozenset((Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemon
 # They come to the model, which checks their operands in the right order; what is behind them is in another block.
 _TRAPPING: Final = frozenset(HANDLERS) - {
     *(Mnemonic.MOV, Mnemonic.POP, Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RET, Mnemonic.RETF),
+    *(Mnemonic.RESERVEDNOP, *CONDITIONAL),
     *(Mnemonic.IN, Mnemonic.OUT, Mnemonic.LDS, Mnemonic.LES, Mnemonic.LFS, Mnemonic.LGS),
     *(Mnemonic.CLI, Mnemonic.STI, Mnemonic.POPF, Mnemonic.POPFD, Mnemonic.POPFQ, Mnemonic.SWAPGS),
     *ARITHMETIC,

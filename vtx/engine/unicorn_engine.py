@@ -388,10 +388,10 @@ class UnicornEngine:
         return _INSTRUCTION_TRAP if there and stopped.traps else Interrupted()
 
     def _stops_by_itself(self, stopped: StoppedBefore) -> bool:
-        """Have an instruction guarded by itself, or a branch trap by itself, from now on; whether it can be done."""
+        """Have an instruction guarded by itself, or trap by itself, from now on; whether it can be done."""
         address, place = stopped.instruction, stopped.instruction + self._context.beyond_4_gib()
         if stopped.traps:
-            arranged = self._code.begins_branch(address, self._context.kind) and self._exits.add(place)
+            arranged = self._code.may_be_exit(address, self._context.kind) and self._exits.add(place)
         elif arranged := self.clock.guard_instruction(place):
             self._code.guarded(stopped.block, address)
         if arranged:

@@ -4,8 +4,9 @@ Some are for code that it cannot translate, which would end the process: LOCK wi
 an invalid opcode; Unicorn makes an access to memory of it, through an address that was never computed, and aborts.
 Where such an instruction may begin there is an exit, so that it traps before it is looked at.
 
-Others are `added` for branches that the model executes while control-flow enforcement watches them: a trap is a tenth
-of what it takes to execute what comes before them in their blocks one by one.
+Others are `added` for branches that the model executes while control-flow enforcement or Intel MPX watches them, and
+for the instructions of Intel MPX: a trap is a tenth of what it takes to execute what comes before them in their blocks
+one by one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from iced_x86 import Decoder
+from iced_x86 import Decoder, Instruction
 
 from vtx.addresses import PAGE_SHIFT, PAGE_SIZE
 from vtx.engine import native
-from vtx.x86.decode import MAX_INSTRUCTION_LENGTH
-from vtx.x86.near_branches import is_watched_branch
+from vtx.x86.decode import BOUNDS_CODES, MAX_INSTRUCTION_LENGTH
+from vtx.x86.near_branches import initializes_bounds, is_watched_branch
 
 _BIT_TEST: Final = re.compile(rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])", re.DOTALL)
 _LOCK: Final = 0xF0
@@ -47,6 +48,13 @@ def begins(code: bytes, *, bits: int) -> set[int]:
             if locked:
                 found.add(offset)
     return found
+
+
+def may_be_exit(instruction: Instruction) -> bool:
+    """Whether ``instruction`` is one of those for which exits are added."""
+    if instruction.code in BOUNDS_CODES:
+        return True
+    return is_watched_branch(instruction) or initializes_bounds(instruction)
 
 
 class Exits:
@@ -89,7 +97,7 @@ class Exits:
         return bool(crossing) or start in inside - known
 
     def add(self, address: int) -> bool:
-        """Let the branch at linear ``address`` trap from now on; False if there are too many exits, or there was one.
+        """Let what is at linear ``address`` trap from now on; False if there are too many exits, or there was one.
 
         The caller drops what has been translated there.
         """
@@ -108,7 +116,7 @@ class Exits:
         if address not in exits and address not in self._added:
             return False
         code = self._read(address, MAX_INSTRUCTION_LENGTH + 3)
-        return not (0 in begins(code, bits=bits) or is_watched_branch(Decoder(bits, code).decode()))
+        return not (0 in begins(code, bits=bits) or may_be_exit(Decoder(bits, code).decode()))
 
     def remove(self, address: int) -> None:
         """Let what is at ``address`` no longer trap."""

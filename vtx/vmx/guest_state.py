@@ -56,6 +56,7 @@ _TIMER: Final = f.VMX_PREEMPTION_TIMER_VALUE.encoding
 _S_CET: Final = f.GUEST_IA32_S_CET.encoding
 _SSP: Final = f.GUEST_SSP.encoding
 _INTERRUPT_SSP_TABLE: Final = f.GUEST_IA32_INTERRUPT_SSP_TABLE_ADDR.encoding
+_BNDCFGS: Final = f.GUEST_IA32_BNDCFGS.encoding
 _PDPTES: Final = tuple(each.encoding for each in (f.GUEST_PDPTE0, f.GUEST_PDPTE1, f.GUEST_PDPTE2, f.GUEST_PDPTE3))
 
 _SEGMENT_NAMES: Final = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
@@ -84,7 +85,6 @@ _PENDING_BS: Final = 1 << 14
 # Controls that load or save an MSR with a field of its own; an absent MSR makes the control unmodelled.
 _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
     (c.ENTRY_LOAD_IA32_PERF_GLOBAL_CTRL, f.GUEST_IA32_PERF_GLOBAL_CTRL, 0x38F),
-    (c.ENTRY_LOAD_IA32_BNDCFGS, f.GUEST_IA32_BNDCFGS, 0xD90),
     (c.ENTRY_LOAD_IA32_RTIT_CTL, f.GUEST_IA32_RTIT_CTL, 0x570),
     (c.ENTRY_LOAD_IA32_LBR_CTL, f.GUEST_IA32_LBR_CTL, 0x14CE),
     (c.ENTRY_LOAD_PKRS, f.GUEST_IA32_PKRS, m.IA32_PKRS),
@@ -129,6 +129,8 @@ def load_guest(operation: VmxOperation, vmcs: Vmcs, view: ControlView, pdptes: I
         state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
     if view.entry & c.ENTRY_LOAD_FRED.mask:
         fred_state.load(state, values, fred_state.GUEST)
+    if view.entry & c.ENTRY_LOAD_IA32_BNDCFGS.mask:
+        state.bndcfgs = values[_BNDCFGS]
     _load_segments(state, values)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]
@@ -261,6 +263,8 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
     saved += ((encoding, msrs[index]) for encoding, index in operation.always_saved_msrs)
     if operation.saves_cet:
         saved += ((_S_CET, state.s_cet), (_SSP, state.ssp), (_INTERRUPT_SSP_TABLE, state.interrupt_ssp_table))
+    if operation.saves_bounds:
+        saved.append((_BNDCFGS, state.bndcfgs))
     return saved
 
 

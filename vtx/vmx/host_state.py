@@ -74,7 +74,6 @@ _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
     (c.EXIT_LOAD_PKRS, f.HOST_IA32_PKRS, m.IA32_PKRS),
 )
 _CLEARED_MSRS: Final[tuple[tuple[Control, int], ...]] = (
-    (c.EXIT_CLEAR_IA32_BNDCFGS, 0xD90),
     (c.EXIT_CLEAR_IA32_RTIT_CTL, 0x570),
     (c.EXIT_CLEAR_IA32_LBR_CTL, 0x14CE),
 )
@@ -100,6 +99,8 @@ def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIn
         state.interrupt_ssp_table = values[_INTERRUPT_SSP_TABLE]
     if view.secondary_exit & c.EXIT_LOAD_FRED.mask:
         fred_state.load(state, values, fred_state.HOST)
+    if view.exit & c.EXIT_CLEAR_IA32_BNDCFGS.mask:
+        state.bndcfgs = 0
     _load_segments(state, values, is_64_bit)
     state.rip = values[_RIP]
     state.gpr[4] = values[_RSP]

@@ -29,6 +29,7 @@ from iced_x86 import (
 from iced_x86 import Instruction as IcedInstruction
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
+from vtx.x86 import bounds
 from vtx.x86.alignment import required_alignment
 from vtx.x86.decode import SEGMENT_REGISTERS, Instruction
 from vtx.x86.second_level import AccessKind
@@ -79,9 +80,9 @@ class Operand:
 
 
 @lru_cache(maxsize=4096)
-def _decoded(encoding: bytes, bits: int, rip: int) -> tuple[IcedInstruction, int, tuple[UsedMemory, ...]]:
+def _decoded(encoding: bytes, bits: int, rip: int, mpx: bool) -> tuple[IcedInstruction, int, tuple[UsedMemory, ...]]:
     """An instruction at ``rip``: as iced-x86 has it, the alignment it asks for, and the memory it accesses."""
-    raw = Decoder(bits, encoding, DecoderOptions.NONE, rip).decode()
+    raw = Decoder(bits, encoding, DecoderOptions.MPX if mpx else DecoderOptions.NONE, rip).decode()
     return raw, required_alignment(raw), tuple(_FACTORY.info(raw).used_memory())
 
 
@@ -94,7 +95,7 @@ def operands(processor: LogicalProcessor) -> list[Operand]:
     if instruction is None:
         return []
     state = processor.state
-    raw, alignment, accessed = _decoded(instruction.encoding, instruction.bits, state.rip)
+    raw, alignment, accessed = _decoded(instruction.encoding, instruction.bits, state.rip, bounds.enabled(state))
     if (instruction.rep and raw.is_string_instruction) and not state.gpr[Gpr.RCX] & _count_mask(instruction):
         return []
     found = []

@@ -21,7 +21,7 @@ _MAY_BE_UNALIGNED: Final = frozenset(
         *(Mnemonic.MOVUPS, Mnemonic.MOVUPD, Mnemonic.MOVDQU, Mnemonic.LDDQU, Mnemonic.MASKMOVDQU),
         *(Mnemonic.PCMPESTRI, Mnemonic.PCMPESTRI64, Mnemonic.PCMPESTRM, Mnemonic.PCMPESTRM64),
         *(Mnemonic.PCMPISTRI, Mnemonic.PCMPISTRM),
-        *(Mnemonic.INVPCID, Mnemonic.INVEPT, Mnemonic.INVVPID),
+        *(Mnemonic.INVPCID, Mnemonic.INVEPT, Mnemonic.INVVPID, Mnemonic.BNDMOV),
     )
 )
 

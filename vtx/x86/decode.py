@@ -33,6 +33,14 @@ SEGMENT_REGISTERS: Final[Mapping[int, SegmentRegister]] = {
 }
 """Segment registers by iced register number."""
 
+BOUNDS_CODES: Final = frozenset(
+    (
+        *(Code.RESERVEDNOP_RM16_R16_0F1A, Code.RESERVEDNOP_RM32_R32_0F1A, Code.RESERVEDNOP_RM64_R64_0F1A),
+        *(Code.RESERVEDNOP_RM16_R16_0F1B, Code.RESERVEDNOP_RM32_R32_0F1B, Code.RESERVEDNOP_RM64_R64_0F1B),
+    )
+)
+"""The instructions of Intel MPX as iced-x86 decodes them here: as the NOPs they are where that is not enabled."""
+
 _ADDRESS_MASKS: Final = {2: 0xFFFF, 4: MASK32, 8: MASK64}
 _STRING_MEMORY: Final = {
     OpKind.MEMORY_SEG_SI: (6, 2),
@@ -192,20 +200,26 @@ def decode(encoding: bytes, bits: int) -> Instruction | None:
     """
     raw = Decoder(bits, encoding, DecoderOptions.NONE, 0).decode()
     if raw.code == Code.INVALID:
-        return None
+        raw = Decoder(bits, encoding, DecoderOptions.NO_INVALID_CHECK, 0).decode()
+        if raw.code not in BOUNDS_CODES:  # they may have a LOCK prefix, which only their handlers know
+            return None
+    return describe(raw, encoding[: raw.len], bits)
+
+
+def describe(raw: IcedInstruction, encoding: bytes, bits: int) -> Instruction:
+    """``raw``, decoded as if it were at 0, as an `Instruction` whose bytes are ``encoding``."""
     registers = tuple(
         _general_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count)
     )
     system = tuple(_system_register(raw, i) if raw.op_kind(i) == OpKind.REGISTER else None for i in range(raw.op_count))
     immediates = [raw.immediate(i) for i in range(raw.op_count) if raw.op_kind(i) in _IMMEDIATES]
-    head = encoding[: raw.len]
-    operand_size, address_size = _sizes(head, bits)
+    operand_size, address_size = _sizes(encoding, bits)
     memory = _memory_operand(raw, bits)
     return Instruction(
         mnemonic=raw.mnemonic,
         code=raw.code,
-        length=raw.len,
-        encoding=head,
+        length=len(encoding),
+        encoding=encoding,
         bits=bits,
         operand_size=operand_size,
         address_size=memory.address_size if memory else address_size,

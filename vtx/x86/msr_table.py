@@ -14,7 +14,7 @@ from attrs import evolve, field, frozen
 
 from vmcs.bits import is_canonical
 from vmcs.capabilities import CapabilityMsr
-from vtx.x86 import control_flow, fred
+from vtx.x86 import bounds, control_flow, fred
 from vtx.x86.cpuid import MISC_ENABLE_LIMIT_CPUID, MISC_ENABLE_MONITOR, MISC_ENABLE_XD_DISABLE
 from vtx.x86.performance import FREEZE_LBRS_ON_PMI, FREEZE_PERFMON_ON_PMI, IA32_PERF_GLOBAL_STATUS
 from vtx.x86.state import MASK32, MASK64, Efer
@@ -49,6 +49,7 @@ IA32_PL0_SSP: Final = 0x6A4
 IA32_INTERRUPT_SSP_TABLE_ADDR: Final = 0x6A8
 IA32_TSC_DEADLINE: Final = 0x6E0
 IA32_PKRS: Final = 0x6E1
+IA32_BNDCFGS: Final = 0xD90
 IA32_XSS: Final = 0xDA0
 IA32_PM_CTL1: Final = 0xDB1
 X2APIC_MSRS: Final = range(0x800, 0x900)
@@ -285,6 +286,13 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(0x2F, "IA32_BARRIER", writable=0, features=("MSRLIST",)),
     Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
+    Msr(
+        IA32_BNDCFGS,
+        "IA32_BNDCFGS",
+        writable=bounds.BASE | bounds.PRESERVE | bounds.ENABLE,
+        features=("MPX",),
+        check=_canonical,
+    ),
     Msr(
         IA32_XSS,
         "IA32_XSS",

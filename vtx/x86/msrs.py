@@ -20,6 +20,7 @@ from vtx.x86.msr_table import (
     APIC_BASE_EXTD,
     IA32_APERF,
     IA32_APIC_BASE,
+    IA32_BNDCFGS,
     IA32_DEBUGCTL,
     IA32_EFER,
     IA32_FRED_CONFIG,
@@ -53,10 +54,11 @@ Writer = Callable[[int, int], bool]
 """Writes a value to the MSR of an index; False, with nothing changed, for a general-protection fault."""
 
 
-_CONTROL_FLOW: Final = (
+_CONTROLS: Final = (
     (IA32_U_CET, "u_cet"),
     (IA32_S_CET, "s_cet"),
     (IA32_INTERRUPT_SSP_TABLE_ADDR, "interrupt_ssp_table"),
+    (IA32_BNDCFGS, "bndcfgs"),
 )
 
 
@@ -208,9 +210,10 @@ def bind_registers(msrs: MsrFile, state: Callable[[], CpuState], changed: Callab
 
 
 def bind_control_flow(msrs: MsrFile, state: Callable[[], CpuState], changed: Callable[[], None]) -> None:
-    """Bind the MSRs of control-flow enforcement to ``state``; ``changed`` is called when one was written.
+    """Bind the MSRs of control-flow enforcement and Intel MPX to ``state``; ``changed`` is called when one was written.
 
-    Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 1, "Control-Flow Enforcement Technology (CET)".
+    Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 1, "Control-Flow Enforcement Technology (CET)", "Read and Write of
+    IA32_BNDCFGS".
     """
 
     def bind(index: int, name: str) -> None:
@@ -225,7 +228,7 @@ def bind_control_flow(msrs: MsrFile, state: Callable[[], CpuState], changed: Cal
         state().pl_ssp[index - IA32_PL0_SSP] = value
         return True
 
-    for index, name in _CONTROL_FLOW:
+    for index, name in _CONTROLS:
         bind(index, name)
     msrs.bind(range(IA32_PL0_SSP, IA32_PL0_SSP + 4), lambda index: state().pl_ssp[index - IA32_PL0_SSP], write_pointer)
 

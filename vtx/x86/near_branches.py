@@ -29,6 +29,7 @@ FAR_TRANSFERS: Final = frozenset(
 )
 """Far CALL, JMP and RET, as iced-x86 codes."""
 
+_SHORT_JUMPS: Final = frozenset((Code.JMP_REL8_16, Code.JMP_REL8_32, Code.JMP_REL8_64))
 _LOOPS: Final = frozenset((Mnemonic.LOOP, Mnemonic.LOOPE, Mnemonic.LOOPNE))
 _PUSHING_OR_POPPING: Final = frozenset((Mnemonic.CALL, Mnemonic.RET))
 
@@ -56,6 +57,18 @@ def is_watched_branch(instruction: iced_x86.Instruction) -> bool:
     if mnemonic == Mnemonic.JMP:
         return bool(instruction.is_jmp_near_indirect)
     return mnemonic == Mnemonic.RET or (mnemonic == Mnemonic.CALL and instruction.code not in FAR_TRANSFERS)
+
+
+def initializes_bounds(instruction: iced_x86.Instruction) -> bool:
+    """Whether it is one of the branches that initialize the bound registers of Intel MPX where they are to.
+
+    Short JMP, JrCXZ and LOOP are none, nor is any branch with the prefix BND, which is F2H.
+
+    Spec: SDM Vol. 1, "CALL, RET, JMP and All Jcc".
+    """
+    if instruction.has_repne_prefix or not is_near_branch(instruction) or instruction.code in _SHORT_JUMPS:
+        return False
+    return bool(instruction.flow_control != FlowControl.CONDITIONAL_BRANCH or instruction.is_jcc_short_or_near)
 
 
 def take_back(processor: LogicalProcessor, origin: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vtx.x86 import operand_checks, refusal, watch
+from vtx.x86.bounds import bound_range_exceeded
 from vtx.x86.core import Halt, ProcessorCore
 from vtx.x86.decode import Instruction
 from vtx.x86.event import Event, EventKind
@@ -405,6 +406,8 @@ class LogicalProcessor(ProcessorCore):
             elif event.vector == Vector.GP and self.state.cpl and self._has_earlier_fault():
                 return self.execute("privileged instruction")
             else:
+                if event.vector == Vector.BR:
+                    bound_range_exceeded(self.state)
                 self.raise_fault(_fault(event))
                 return False
         elif isinstance(event, RefusedFill):

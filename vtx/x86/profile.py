@@ -263,6 +263,9 @@ def _xsave_components(cpuid: Section, features: frozenset[str]) -> tuple[str, ..
         raise cpuid.fail("xsave_components", "x87 among the components")
     if ("PKRU" in names) != ("XSAVE" in features and "PKU" in features):
         raise cpuid.fail("xsave_components", "PKRU if and only if cpuid.features has PKU")
+    for name in ("BNDREGS", "BNDCSR"):
+        if (name in names) != ("XSAVE" in features and "MPX" in features):
+            raise cpuid.fail("xsave_components", f"{name} if and only if cpuid.features has MPX")
     return tuple(names)
 
 

@@ -44,14 +44,18 @@ class StateComponent:
 
 X87_STATE: Final = 1 << 0
 SSE_STATE: Final = 1 << 1
+BNDREGS: Final = StateComponent(3, 64, offset=960)
+BNDCSR: Final = StateComponent(4, 64, offset=1024)
 PKRU: Final = StateComponent(9, 8, offset=2688, amd_offset=2432)
 CET_USER: Final = StateComponent(11, 16, supervisor=True)
 CET_SUPERVISOR: Final = StateComponent(12, 24, supervisor=True)
 HDC: Final = StateComponent(13, 8, supervisor=True)
-COMPONENTS: Final = (PKRU, CET_USER, CET_SUPERVISOR, HDC)
+COMPONENTS: Final = (BNDREGS, BNDCSR, PKRU, CET_USER, CET_SUPERVISOR, HDC)
 """Those beyond the legacy region, in the order of their bits. None needs to be aligned in the compacted format."""
 
-USER_COMPONENT_BITS: Final[Mapping[str, int]] = MappingProxyType({"x87": 0, "SSE": 1, "PKRU": PKRU.bit})
+USER_COMPONENT_BITS: Final[Mapping[str, int]] = MappingProxyType(
+    {"x87": 0, "SSE": 1, "BNDREGS": BNDREGS.bit, "BNDCSR": BNDCSR.bit, "PKRU": PKRU.bit}
+)
 """Bits of XCR0 by the names that profiles give the components."""
 
 SUPERVISOR_COMPONENTS: Final[Mapping[str, tuple[StateComponent, ...]]] = MappingProxyType(

@@ -9,7 +9,7 @@ Interpretations. SMIs wait for the end of blocking by STI and MOV SS. There is n
 SMM revision identifier is clear. LDTR, TR, GDTR and IDTR keep their contents on entry.
 
 Spec: SDM Vol. 3, "Entering SMM", "Exiting From SMM", "SMI Handler Execution Environment", "Auto HALT Restart", "SMBASE
-Relocation"; APM Vol. 2, "SMM Resources", "Leaving SMM".
+Relocation"; Vol. 1, "Intel MPX and System Manage Mode"; APM Vol. 2, "SMM Resources", "Leaving SMM".
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from vtx.x86.bounds import legal_configuration
 from vtx.x86.cpuid import reserved_cr4_bits
 from vtx.x86.linear_masking import CR3_LAM
 from vtx.x86.msr_table import IA32_EFER
@@ -103,7 +104,7 @@ def _start_handler(state: CpuState) -> None:
     smbase = state.smbase
     state.rflags, state.rip = int(Rflags.FIXED_1), AREA
     state.cr0 &= ~_CR0_CLEARED
-    state.cr4 = state.efer = 0
+    state.cr4 = state.efer = state.bndcfgs = 0
     state.dr7 = _DR7_RESET
     for register in SegmentRegister:
         state.segments[register] = Segment(0, 0, MASK32, _DATA)
@@ -126,6 +127,8 @@ def leave(cpu: ProcessorCore) -> None:
         cpu.shut_down(f"RSM from system-management mode: {problem}")
         return
     _restore(state, values, context)
+    if cpu.profile.has("MPX"):
+        state.bndcfgs = legal_configuration(values["BNDCFGS"], cpu.profile.linear_address_width)
     state.smm = None
     cpu.mmu.tlb.clear()
     cpu.mmu.vm_transition(state, _NO_SECOND_LEVEL, 0, flush=True)
@@ -162,6 +165,7 @@ def _values(state: CpuState, revision: int) -> dict[str, int]:
         "IDTR limit": state.idtr.limit,
         "revision": revision,
         "SMBASE": state.smbase,
+        "BNDCFGS": state.bndcfgs,
         "auto HALT restart": _RESTART if state.activity is Activity.HLT else 0,
     }
     values |= {f"GPR {number}": value for number, value in enumerate(state.gpr)}

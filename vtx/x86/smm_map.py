@@ -71,6 +71,7 @@ INTEL_64: Final = SaveMap(
         Row(0x7EF8, 4, "SMBASE"),
         Row(0x7EE0, 4, "enable EPT"),
         Row(0x7ED8, 8, "EPTP"),
+        Row(0x7ED0, 8, "BNDCFGS"),
         Row(0x7E9C, 4, "LDTR base"),
         Row(0x7E94, 4, "IDTR base"),
         Row(0x7E8C, 4, "GDTR base"),

@@ -304,6 +304,11 @@ class CpuState:
     fred_stack_levels: int = 0  # IA32_FRED_STKLVLS
     fred_rsp: list[int] = field(factory=lambda: [0, 0, 0, 0])  # IA32_FRED_RSP0 to IA32_FRED_RSP3
     fred_ssp: list[int] = field(factory=lambda: [0, 0, 0])  # IA32_FRED_SSP1 to IA32_FRED_SSP3
+    lower_bounds: list[int] = field(factory=lambda: [0, 0, 0, 0])  # of BND0 to BND3
+    upper_bounds: list[int] = field(factory=lambda: [0, 0, 0, 0])  # the same, in 1's complement
+    bndcfgu: int = 0  # layout of `vtx.x86.bounds`
+    bndcfgs: int = 0  # IA32_BNDCFGS
+    bndstatus: int = 0  # error code of the last #BR in bits 1:0, address of a bound-directory entry above them
     pdptrs: list[int] = field(factory=lambda: [0, 0, 0, 0])
     kernel_gs_base: int = 0
     fpu: bytes = b""

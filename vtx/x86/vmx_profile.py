@@ -45,6 +45,8 @@ CONTROL_FEATURES: Final = {
     "enable ENCLS exiting": "SGX",
     "VMM bus-lock detection": "BUS_LOCK_DETECT",
     "virtualize x2APIC mode": "x2APIC",
+    "clear IA32_BNDCFGS": "MPX",
+    "load IA32_BNDCFGS": "MPX",
     "load PKRS": "PKS",
     "load CET state": "CET_SS",
     "prematurely busy shadow stack": "CET_SS",

@@ -90,6 +90,23 @@ def test_init__reaches_the_reset_vector_in_rom() -> None:
     assert machine.cpu.state.cs.base in (0xFFFF_0000, 0xF_0000)
 
 
+@pytest.mark.parametrize("how", ["init", "reset"])
+def test_bounds__are_initial_after_init_and_reset(how: str) -> None:
+    """XCR0 is one that INIT keeps."""
+    machine, _ = boot(sector(HALT))
+    state = machine.cpu.state
+    state.lower_bounds[0], state.upper_bounds[3], state.xcr0 = 1, 2, 0x1B
+    state.bndcfgs, state.bndcfgu, state.bndstatus = 0x5001, 0x6001, 0x7002
+    if how == "init":
+        machine.cpu.init()
+        machine.cpu.run_once()
+    else:
+        machine.cpu.reset()
+    assert (state.lower_bounds, state.upper_bounds) == ([0] * 4, [0] * 4)
+    assert (state.bndcfgs, state.bndcfgu, state.bndstatus) == (0, 0, 0)
+    assert state.xcr0 == (0x1B if how == "init" else 1)
+
+
 def test_init_ipi_to_the_bootstrap_processor() -> None:
     """From protected mode, with a second processor that counts: it waits for a start-up IPI again."""
     machine = machine_with(2, START + wait_for(1) + store(ICR, ICR_INIT_SELF) + b"\xf4\xeb\xfd")

@@ -104,6 +104,23 @@ def test_x87_and_sse_state_is_restored() -> None:
         assert each.run().exit_value == 0x1234_5678
 
 
+def test_bounds_and_what_configures_them_are_restored() -> None:
+    machine = machine_with(1, bytes.fromhex("660f1b0500900000") + EXIT_0)  # BNDMOV [9000H], BND0
+    state = machine.cpu.state
+    state.cr4, state.xcr0, state.bndcfgs, state.bndcfgu, state.bndstatus = 1 << 18, 0x1B, 0x5001, 0x6003, 0x7002
+    state.lower_bounds[0], state.upper_bounds[0] = 0x1234, 0x5678
+    machine.cpu.load_control_state()
+    snapshot = machine.snapshot()
+    other = machine_with(1, b"")
+    for each in (machine, other, machine):
+        each.restore(snapshot)
+        restored = each.cpu.state
+        assert (restored.bndcfgs, restored.bndcfgu, restored.bndstatus) == (0x5001, 0x6003, 0x7002)
+        assert each.run().exit_value == 0
+        assert each.memory.read_u64(COUNTER) == 0x5678_0000_1234
+        restored.lower_bounds[0], restored.upper_bounds[0] = 1, 2  # of the machine, not of the snapshot
+
+
 def test_translations_that_are_stale_stay_stale() -> None:
     directory, table, page = 0x4000, 0x5000, COUNTER
     load = b"\xa1" + page.to_bytes(4, "little")  # MOV EAX, [page]
@@ -247,7 +264,7 @@ def test_every_attribute_is_accounted_for() -> None:
 def test_every_field_of_vmx_is_accounted_for() -> None:
     saved = "vmxon_pointer active current non_root below_threshold pause_loop host_nmi_blocked timer_deadline trap_flag"
     saved += " pending_trap transitions virtual_apic"
-    built_in = "processor capabilities observer always_saved_msrs stores_ia32e_mode_guest saves_cet"
+    built_in = "processor capabilities observer always_saved_msrs stores_ia32e_mode_guest saves_cet saves_bounds"
     derived = "view last_failure"
     assert {each.name for each in fields(VmxOperation)} == set(f"{saved} {built_in} {derived}".split())
     derived = "view second_level virtual_apic context checked"

@@ -56,6 +56,7 @@ INTEL = {
     "LDT base low": (0x7E9C, 4),
     "IDT base low": (0x7E94, 4),
     "GDT base low": (0x7E8C, 4),
+    "BNDCFGS": (0x7ED0, 8),
     "CR4": (0x7E40, 4),
     "IDT base high": (0x7DD8, 4),
     "LDT base high": (0x7DD4, 4),
@@ -157,6 +158,49 @@ def test_map__shows_what_was_interrupted() -> None:
     }
     assert {name: saved(machine, name) for name in expected} == expected
     assert saved(machine, "RIP") == 0x1002
+
+
+@pytest.mark.parametrize(
+    ("left", "back"),
+    [
+        (None, 0x0000_7FFF_0000_5003),
+        (0, 0),
+        (0x7001, 0x7001),
+        # bits 11:2 are cleared, the highest bit of a linear address is extended
+        (0x8765_0000_0000_0FFF, 3),
+        (0x8000_0000_1000, 0xFFFF_8000_0000_1000),
+    ],
+)
+def test_bounds_configuration__is_saved_cleared_and_restored(left: int | None, back: int) -> None:
+    """``left``: what the handler, which begins with HLT, finds replaced in the map."""
+    machine = smm_machine(OUT_B2 + b"\xf4", RSM)
+    state = machine.cpu.state
+    state.bndcfgs, state.bndcfgu, state.bndstatus = 0x0000_7FFF_0000_5003, 0x9003, 0x8001
+    state.lower_bounds[1], state.upper_bounds[2] = 5, 6
+    while state.smm is None:
+        machine.cpu.run_once()
+    assert saved(machine, "BNDCFGS") == 0x0000_7FFF_0000_5003
+    assert (state.bndcfgs, machine.cpu.msrs.read(0xD90)) == (0, 0)
+    if left is not None:
+        machine.memory.write_u64(HANDLER + INTEL["BNDCFGS"][0], left)
+    while state.smm is not None:
+        machine.cpu.run_once()
+    assert state.bndcfgs == back
+    assert (state.bndcfgu, state.bndstatus) == (0x9003, 0x8001)
+    assert (state.lower_bounds, state.upper_bounds) == ([0, 5, 0, 0], [0, 0, 6, 0])
+
+
+def test_bounds_configuration__is_nothing_to_a_processor_without_it() -> None:
+    machine = Machine(memory=2 << 20, profile="nehalem-server")
+    machine.load(b"\xfa" + OUT_B2 + b"\xf4" + bytes(506) + b"\x55\xaa")
+    machine.memory.write(HANDLER, RSM)
+    state = machine.cpu.state
+    while state.smm is None:
+        machine.cpu.run_once()
+    machine.memory.write_u64(HANDLER + INTEL["BNDCFGS"][0], 0x7001)
+    while state.smm is not None:
+        machine.cpu.run_once()
+    assert state.bndcfgs == 0
 
 
 def test_handler__finds_the_initial_environment() -> None:

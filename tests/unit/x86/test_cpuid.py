@@ -37,9 +37,9 @@ def leaf(number, subleaf=0, dynamic=POWER_UP, profile=SKYLAKE):
         (SKYLAKE, 4, 3, 1, 0x0280_003F),
         (SKYLAKE, 4, 3, 2, 0x0000_8FFF),
         (SKYLAKE, 6, 0, 0, 0x0000_0004),
-        (SKYLAKE, 7, 0, 1, 0x0194_2683),
+        (SKYLAKE, 7, 0, 1, 0x0194_6683),
         (SKYLAKE, 7, 0, 2, 0x0000_000C),
-        (SKYLAKE, 0xD, 0, 0, 0x203),
+        (SKYLAKE, 0xD, 0, 0, 0x21B),
         (SKYLAKE, 0xD, 0, 1, 576),
         (SKYLAKE, 0xD, 0, 2, 2696),
         (SKYLAKE, 0x8000_0000, 0, 0, 0x8000_0008),
@@ -80,10 +80,10 @@ def test_leaf_out_of_range_answers_as_the_highest_basic_leaf(number, subleaf):
     [
         (1, 2, 1 << 12 | 1 << 28 | 1 << 29 | 1 << 31 | 1 << 6),  # FMA, AVX, F16C, hypervisor, SMX
         (1, 3, 1 << 21 | 1 << 30),  # debug store
-        (7, 1, 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 11 | 1 << 14 | 1 << 16 | 1 << 25 | 1 << 29),
+        (7, 1, 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 11 | 1 << 16 | 1 << 25 | 1 << 29),
         (7, 2, 1 << 4 | 1 << 5 | 1 << 7 | 1 << 22),  # OSPKE, WAITPKG, CET_SS, RDPID
         (7, 3, 1 << 20 | 1 << 26 | 1 << 29),
-        (0xD, 0, ~0x203),  # x87, SSE, PKRU
+        (0xD, 0, ~0x21B),  # x87, SSE, MPX, PKRU
         (0xA, 0, ~0),
     ],
 )
@@ -151,21 +151,24 @@ def test_cache_leaf_types_and_levels_and_end():
 
 
 def test_extended_state_subleaves():
-    """PKRU is 8 bytes at 2688; of components that are absent, or in the legacy region, the sub-leaves are zero."""
-    assert leaf(0xD, 9) == (8, 2688, 0, 0)
-    assert all(leaf(0xD, n) == (0, 0, 0, 0) for n in range(1, 64) if n != 9)
+    """Size and offset, as a dump has them; of components absent, or in the legacy region, the sub-leaves are zero."""
+    assert [leaf(0xD, n) for n in (3, 4, 9)] == [(64, 960, 0, 0), (64, 1024, 0, 0), (8, 2688, 0, 0)]
+    assert all(leaf(0xD, n) == (0, 0, 0, 0) for n in range(1, 64) if n not in (3, 4, 9))
 
 
 @pytest.mark.parametrize(
     ("profile", "subleaf", "xcr0", "xss", "expected"),
     [
         # EAX and EDX are what XCR0 can have, EBX is for what it has, ECX for all it can have.
-        (SKYLAKE, 0, 3, 0, (0x203, 576, 2696, 0)),
-        (SKYLAKE, 0, 0x203, 0, (0x203, 2696, 2696, 0)),
-        (EVERYTHING, 0, 0x201, 0, (0x203, 2696, 2696, 0)),
+        (SKYLAKE, 0, 3, 0, (0x21B, 576, 2696, 0)),
+        (SKYLAKE, 0, 0x1B, 0, (0x21B, 1088, 2696, 0)),
+        (SKYLAKE, 0, 0x203, 0, (0x21B, 2696, 2696, 0)),
+        (EVERYTHING, 0, 0x201, 0, (0x21B, 2696, 2696, 0)),
         # XSAVEOPT, XSAVEC, XGETBV with ECX 1, XSAVES; the size of the compacted format; what IA32_XSS can have
         (EVERYTHING, 1, 3, 0, (0xF, 576, 0x3800, 0)),
         (EVERYTHING, 1, 0x203, 0, (0xF, 584, 0x3800, 0)),
+        (EVERYTHING, 1, 0x1B, 0, (0xF, 704, 0x3800, 0)),
+        (EVERYTHING, 1, 0x21B, 0, (0xF, 712, 0x3800, 0)),
         (EVERYTHING, 1, 3, 0x2000, (0xF, 584, 0x3800, 0)),
         (EVERYTHING, 1, 0x203, 0x2000, (0xF, 592, 0x3800, 0)),
         (EVERYTHING, 1, 3, 0x1800, (0xF, 616, 0x3800, 0)),  # 16 bytes of user state, 24 of supervisor state

@@ -283,3 +283,100 @@ def test_restored_mxcsr_counts_at_once() -> None:
     struct.pack_into("<I", data, 24, 0x1D80)
     bench.memory.write(FROM, bytes(data))
     assert bench.event().vector == Vector.XM
+
+
+class TestMpx:
+    """Four pairs of bounds; BNDCFGU and BNDSTATUS. 64 bytes each, of which the second component uses 16."""
+
+    BNDREGS, BNDCSR = 8, 16
+    BOTH, WITH_MPX = 24, 0x21B
+    BOUNDS = struct.pack("<8Q", *range(1, 9))
+    CONFIGURATION = struct.pack("<2Q", 0x7000_0003, 0x8001).ljust(64, b"\0")
+
+    def bench(self, code: str, *, profile: str = INTEL, asked: int = BOTH, xcr0: int = WITH_MPX) -> ProcessorBench:
+        bench = bench_of(code, profile=profile, asked=asked, xcr0=xcr0)
+        bench.memory.write(FROM, bytes(0xB00))
+        return bench
+
+    def used(self, code: str, **options: int) -> ProcessorBench:
+        bench = self.bench(code, **options)
+        state = bench.state
+        state.lower_bounds[:], state.upper_bounds[:] = [1, 3, 5, 7], [2, 4, 6, 8]
+        state.bndcfgu, state.bndstatus = 0x7000_0003, 0x8001
+        return bench
+
+    @pytest.mark.parametrize("profile", [INTEL, "skylake-server"])
+    def test_standard_format(self, profile: str) -> None:
+        bench = self.used(XSAVE, profile=profile)
+        bench.run()
+        assert bench.memory.read(TO + 960, 128) == self.BOUNDS + self.CONFIGURATION
+        assert written(bench) == [(960, 1088)]
+        assert header(bench) == (self.BOTH, 0)
+
+    def test_compacted_format(self) -> None:
+        bench = self.used(XSAVEC)
+        bench.run()
+        assert bench.memory.read(TO + 576, 128) == self.BOUNDS + self.CONFIGURATION
+        assert header(bench) == (self.BOTH, COMPACTED | self.BOTH)
+
+    @pytest.mark.parametrize("asked", [BNDREGS, BNDCSR])
+    def test_one_component(self, asked: int) -> None:
+        bench = self.used(XSAVEC, asked=asked)
+        bench.run()
+        expected = self.BOUNDS if asked == self.BNDREGS else self.CONFIGURATION
+        assert bench.memory.read(TO + 576, 64) == expected
+        assert written(bench) == [(576, 640)]
+
+    @pytest.mark.parametrize("code", [XSAVEOPT, XSAVEC])
+    def test_initial_state_is_not_stored(self, code: str) -> None:
+        bench = self.bench(code)
+        bench.run()
+        assert (written(bench), header(bench)[0]) == ([], 0)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "in_use"),
+        [("upper_bounds", [0, 0, 0, 1], BNDREGS), ("bndcfgu", 2, BNDCSR), ("bndstatus", 1, BNDCSR)],
+    )
+    def test_in_use(self, name: str, value: object, in_use: int) -> None:
+        bench = self.bench(XGETBV)
+        bench.state.gpr[1] = 1
+        setattr(bench.state, name, value)
+        assert bench.run().gpr[0] & self.BOTH == in_use
+
+    def test_not_enabled(self) -> None:
+        bench = self.used(XSAVE, xcr0=ALL)
+        bench.run()
+        assert (written(bench), header(bench)) == ([], (0, 0))
+
+    @pytest.mark.parametrize("compacted", [False, True])
+    def test_restore(self, compacted: bool) -> None:
+        bench = self.bench(XRSTOR)
+        bench.memory.write(FROM + (576 if compacted else 960), self.BOUNDS + self.CONFIGURATION)
+        bench.memory.write(FROM + 512, struct.pack("<QQ", self.BOTH, COMPACTED | self.BOTH if compacted else 0))
+        state = bench.run()
+        assert (state.lower_bounds, state.upper_bounds) == ([1, 3, 5, 7], [2, 4, 6, 8])
+        assert (state.bndcfgu, state.bndstatus) == (0x7000_0003, 0x8001)
+
+    def test_restore_of_initial_state(self) -> None:
+        state = self.used(XRSTOR).run()
+        assert (state.lower_bounds, state.upper_bounds, state.bndcfgu, state.bndstatus) == ([0] * 4, [0] * 4, 0, 0)
+
+    def test_restore_of_what_is_not_asked_for(self) -> None:
+        state = self.used(XRSTOR, asked=SSE).run()
+        assert (state.lower_bounds, state.bndcfgu) == ([1, 3, 5, 7], 0x7000_0003)
+
+    def test_restored_configuration_is_in_force_at_once(self) -> None:
+        """At privilege level 3: BNDMK BND0, [RDI] before and BNDMK BND1, [RDI] after; then an invalid opcode."""
+        bench = bench_of("f30f1b07" + XRSTOR + "f30f1b0f" + "0f0b", state=long_mode(3), asked=self.BNDCSR, xcr0=0x1B)
+        bench.memory.write(FROM, bytes(0xB00))
+        bench.memory.write_u64(FROM + 1024, 1)
+        bench.memory.write_u64(FROM + 512, self.BNDCSR)
+        assert bench.event().vector == Vector.UD
+        assert bench.state.lower_bounds == [0, FROM, 0, 0]
+
+    def test_reserved_bits_of_the_configuration(self) -> None:
+        """What RSM does to IA32_BNDCFGS: they are cleared, and the highest bit of a linear address is extended."""
+        bench = self.bench(XRSTOR)
+        bench.memory.write_u64(FROM + 1024, 0x8000_0000_5FFF)
+        bench.memory.write_u64(FROM + 512, self.BNDCSR)
+        assert bench.run().bndcfgu == 0xFFFF_8000_0000_5003

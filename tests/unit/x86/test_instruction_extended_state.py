@@ -140,10 +140,22 @@ class TestXcr0:
         state = bench.run()
         assert (state.xcr0, state.gpr[RAX], state.gpr[RDX]) == (3, 3, 0)
 
+    def test_both_components_of_mpx(self) -> None:
+        assert bench_of(self.XSETBV, enabled(1), rax=0x19).run().xcr0 == 0x19
+
+    def test_mpx_is_enabled_by_it(self) -> None:
+        """BNDMK BND0, [RDI] before and BNDMK BND1, [RDI] after."""
+        state = enabled(3)
+        state.bndcfgs = 1
+        bench = bench_of("f30f1b07" + self.XSETBV + "f30f1b0f", state, rax=0x1B)
+        assert bench.run().lower_bounds == [0, AREA, 0, 0]
+
     @pytest.mark.parametrize(
         ("registers", "cpl"),
         [
             pytest.param({"rax": 2}, 0, id="without-x87"),
+            pytest.param({"rax": 0xB}, 0, id="bndregs-without-bndcsr"),
+            pytest.param({"rax": 0x13}, 0, id="bndcsr-without-bndregs"),
             pytest.param({"rax": 5}, 0, id="avx-without-sse"),
             pytest.param({"rax": 3, "rdx": 1 << 31}, 0, id="reserved"),
             pytest.param({"rax": 3, "rcx": 1}, 0, id="no-such-register"),

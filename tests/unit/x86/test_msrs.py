@@ -49,6 +49,8 @@ TABLE = {
     "IA32_MC3_MISC": (0x40F, 0, [0, M64], []),
     "IA32_VMX_BASIC": (0x480, 0x00D8_1000_5654_5801, [], [0, 0x00D8_1000_5654_5801]),
     "IA32_TSC_DEADLINE": (0x6E0, 0, [0, M64], []),
+    # Enable, BNDPRESERVE and the base of the bound directory, which must be canonical
+    "IA32_BNDCFGS": (0xD90, 0, [0, 1, 2, TOP | 3, HOLE - 0x1000], [4, 0x800, 0xFFC, HOLE, TOP - 0x1000]),
     "IA32_EFER": (0xC000_0080, 0, [0, 1, 0x100, 0x800, 0x901], [2, 8, 0x1000, 0x4000, 1 << 63]),
     "IA32_STAR": (0xC000_0081, 0, [0, M64], []),
     "IA32_LSTAR": (0xC000_0082, 0, [0, TOP], [HOLE, TOP - 1]),
@@ -78,7 +80,7 @@ def test_table(index, reset, accepted, refused):
 
 ABSENT = [
     *(0x48, 0x49, 0x9B, 0xC1, 0xE7, 0x10A, 0x186, 0x17B, 0x214, 0x345, 0x38D, 0x38F, 0x390, 0x410, 0x492),
-    *(0x6A2, 0x800, 0x802, 0x83F, 0x8FF, 0xD90, 0xDA0, 0x4000_0000, 0xC000_0104, 0xC001_0117, 0xFFFF_FFFF),
+    *(0x6A2, 0x800, 0x802, 0x83F, 0x8FF, 0xDA0, 0x4000_0000, 0xC000_0104, 0xC001_0117, 0xFFFF_FFFF),
 ]
 
 
@@ -86,6 +88,11 @@ ABSENT = [
 def test_absent_msr_faults(msrs, index):
     assert msrs.read(index) is None
     assert not msrs.write(index, 0)
+
+
+def test_bounds_configuration_is_that_of_mpx():
+    assert MsrFile(NEHALEM).read(0xD90) is None
+    assert not MsrFile(NEHALEM).write(0xD90, 0)
 
 
 def test_upper_half_of_sysenter_cs_is_not_stored(msrs):

@@ -41,8 +41,8 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x480, 0x00D8_1000_5654_5801),
         (SKYLAKE, 0x481, 0x0000_00FF_0000_0016),
         (SKYLAKE, 0x482, 0xFFF9_FFFE_0401_E172),
-        (SKYLAKE, 0x483, 0x007F_EFFF_0003_6DFF),
-        (SKYLAKE, 0x484, 0x0000_D3FF_0000_11FF),
+        (SKYLAKE, 0x483, 0x00FF_EFFF_0003_6DFF),
+        (SKYLAKE, 0x484, 0x0001_D3FF_0000_11FF),
         (SKYLAKE, 0x485, 0x0000_0000_6004_01E0),
         (SKYLAKE, 0x486, 0x8000_0021),
         (SKYLAKE, 0x487, 0xFFFF_FFFF),
@@ -53,8 +53,8 @@ def test_file_name_is_the_profile_name(name):
         (SKYLAKE, 0x48C, 0x0000_0F01_0633_4141),
         (SKYLAKE, 0x48D, 0x0000_00FF_0000_0016),
         (SKYLAKE, 0x48E, 0xFFF9_FFFE_0400_6172),
-        (SKYLAKE, 0x48F, 0x007F_EFFF_0003_6DFB),
-        (SKYLAKE, 0x490, 0x0000_D3FF_0000_11FB),
+        (SKYLAKE, 0x48F, 0x00FF_EFFF_0003_6DFB),
+        (SKYLAKE, 0x490, 0x0001_D3FF_0000_11FB),
         # XSAVES, mode-based execute control, sub-page permissions, user wait and pause, instruction timeout
         (EVERYTHING, 0x48B, SKYLAKE.vmx_capabilities[0x48B] | 0x84D0_0000 << 32),
         # 5-level walks, advanced information for EPT violations
@@ -174,11 +174,16 @@ MISTAKES = [
         "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an index of its own, not 0xce of MSR_FIRST",
     ),
     (
-        '["x87", "SSE", "PKRU"]',
-        '["x87", "SSE"]',
+        '"BNDCSR", "PKRU"]',
+        '"BNDCSR"]',
         "x.toml: cpuid.xsave_components: expected PKRU if and only if cpuid.features has PKU",
     ),
-    ('["x87", "SSE", "PKRU"]', '["SSE", "PKRU"]', "x.toml: cpuid.xsave_components: expected x87 among the components"),
+    ('["x87", "SSE", ', '["SSE", ', "x.toml: cpuid.xsave_components: expected x87 among the components"),
+    (
+        '"BNDREGS", "BNDCSR"',
+        '"BNDCSR"',
+        "x.toml: cpuid.xsave_components: expected BNDREGS if and only if cpuid.features has MPX",
+    ),
     ("index = 0xCE, ", "", "x.toml: msrs.MSR_PLATFORM_INFO.index: expected an integer from 0x0 to 0xffffffff, but"),
 ]
 

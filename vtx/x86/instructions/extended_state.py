@@ -1,4 +1,4 @@
-"""XSETBV and XGETBV, and the XSAVE family: x87, SSE, PKRU and supervisor state to and from memory.
+"""XSETBV and XGETBV, and the XSAVE family: x87, SSE, MPX, PKRU and supervisor state to and from memory.
 
 The supervisor state components modelled are those of control-flow enforcement, and HDC state.
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 from iced_x86 import Mnemonic
 
+from vtx.x86.bounds import MPX_STATE, legal_configuration
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import operand_address, require_feature, require_ring_0
 from vtx.x86.instructions.sse_control import (
@@ -39,6 +40,8 @@ from vtx.x86.operations import SIMPLE, ExtendedStateTransfer, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.save_area import (
     ALIGNMENT,
+    BNDCSR,
+    BNDREGS,
     CET_SUPERVISOR,
     CET_USER,
     COMPACTED,
@@ -82,6 +85,29 @@ class _Register:
         return 1 << self.component.bit
 
 
+def _load_bounds(cpu: LogicalProcessor) -> int:
+    pairs = zip(cpu.state.lower_bounds, cpu.state.upper_bounds, strict=True)
+    return sum((lower | upper << 64) << 128 * number for number, (lower, upper) in enumerate(pairs))
+
+
+def _store_bounds(cpu: LogicalProcessor, value: int) -> bool:
+    cpu.state.lower_bounds[:] = (value >> 128 * number & MASK64 for number in range(4))
+    cpu.state.upper_bounds[:] = (value >> 128 * number + 64 & MASK64 for number in range(4))
+    cpu.changed_system_state()
+    return True
+
+
+def _load_bounds_configuration(cpu: LogicalProcessor) -> int:
+    return cpu.state.bndcfgu | cpu.state.bndstatus << 64
+
+
+def _store_bounds_configuration(cpu: LogicalProcessor, value: int) -> bool:
+    cpu.state.bndcfgu = legal_configuration(value & MASK64, cpu.profile.linear_address_width)
+    cpu.state.bndstatus = value >> 64 & MASK64
+    cpu.changed_system_state()
+    return True
+
+
 def _load_pkru(cpu: LogicalProcessor) -> int:
     return cpu.state.pkru
 
@@ -113,6 +139,8 @@ def _msrs(component: StateComponent, *indices: int) -> _Register:
 
 
 _REGISTERS: Final = (
+    _Register(BNDREGS, 0, _load_bounds, _store_bounds),
+    _Register(BNDCSR, 0, _load_bounds_configuration, _store_bounds_configuration),
     _Register(PKRU, 0, _load_pkru, _store_pkru),
     _msrs(CET_USER, IA32_U_CET, IA32_PL0_SSP + 3),
     _msrs(CET_SUPERVISOR, IA32_PL0_SSP, IA32_PL0_SSP + 1, IA32_PL0_SSP + 2),
@@ -141,7 +169,10 @@ def xsetbv(cpu: LogicalProcessor, instruction: Instruction) -> None:
     value = _mask_operand(cpu)
     if state.gpr[Gpr.RCX] & MASK32 != _XCR0 or value & ~cpu.profile.xcr0_supported or not value & X87_STATE:
         raise gp(0)
+    if value & MPX_STATE not in (0, MPX_STATE):
+        raise gp(0)
     state.xcr0 = value
+    cpu.changed_system_state()
     cpu.retire(instruction)
 
 

@@ -1,9 +1,11 @@
-"""Near CALL, RET and JMP where control-flow enforcement watches them; elsewhere the engine executes them by itself.
+"""Near branches where control-flow enforcement or Intel MPX watches them; elsewhere the engine executes them by itself.
 
 Everything is checked, and pushed or popped, before anything is committed.
 
-Spec: SDM Vol. 2, "CALL—Call Procedure", "RET—Return From Procedure", "JMP—Jump"; SDM Vol. 1, "Shadow Stacks", "Indirect
-Branch Tracking".
+Interpretations. Jcc initializes the bound registers whether or not its condition holds.
+
+Spec: SDM Vol. 2, "CALL—Call Procedure", "RET—Return From Procedure", "JMP—Jump", "Jcc—Jump if Condition Is Met"; SDM
+Vol. 1, "Shadow Stacks", "Indirect Branch Tracking", "CALL, RET, JMP and All Jcc".
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 from iced_x86 import Decoder, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
-from vtx.x86 import access, control_flow, operand_checks
+from vtx.x86 import access, bounds, conditions, control_flow, operand_checks
 from vtx.x86.alignment import checks_alignment
 from vtx.x86.control_flow import ControlProtection, cp, has_shadow_stack
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions.common import read_operand
 from vtx.x86.instructions.tasks import far_transfer
 from vtx.x86.linear import is_canonical, linear_address_width
-from vtx.x86.near_branches import FAR_TRANSFERS
+from vtx.x86.near_branches import FAR_TRANSFERS, initializes_bounds
 from vtx.x86.outcome import InstructionAborted, gp
 from vtx.x86.shadow_stack import ShadowStack
 from vtx.x86.stack import Stack
@@ -39,12 +41,14 @@ _BRANCH_SIZES: Final = {OpKind.NEAR_BRANCH16: 2, OpKind.NEAR_BRANCH32: 4, OpKind
 class _Form:
     """What the bytes of a near branch say: ``size`` of the instruction pointer in bytes, ``no_track`` the prefix 3EH.
 
-    ``displacement`` counts from the begin of the instruction; None for what is indirect.
+    ``displacement`` counts from the begin of the instruction; None for what is indirect. ``bound`` is the prefix BND,
+    or that the branch needs none to leave the bound registers alone.
     """
 
     size: int
     displacement: int | None
     no_track: bool
+    bound: bool
 
 
 @lru_cache(maxsize=4096)
@@ -59,7 +63,7 @@ def _form(encoding: bytes, bits: int) -> _Form:
         size = MemorySizeExt.size(raw.memory_size)
     else:
         size = RegisterExt.size(raw.op0_register)
-    return _Form(size, displacement, raw.segment_prefix == Register.DS)
+    return _Form(size, displacement, raw.segment_prefix == Register.DS, not initializes_bounds(raw))
 
 
 def _check_operands(cpu: LogicalProcessor) -> None:
@@ -87,8 +91,10 @@ def _target(cpu: LogicalProcessor, instruction: Instruction, form: _Form) -> int
     return target & (1 << 8 * form.size) - 1
 
 
-def _commit(cpu: LogicalProcessor, rip: int, pointer: int | None = None) -> None:
+def _commit(cpu: LogicalProcessor, form: _Form, rip: int, pointer: int | None = None) -> None:
     state = cpu.state
+    if not form.bound and bounds.initialize(state):
+        cpu.changed_system_state()  # what follows need not be watched
     if pointer is not None:
         state.gpr[Gpr.RSP] = pointer
     state.rip = rip
@@ -115,7 +121,7 @@ def near_call(cpu: LogicalProcessor, instruction: Instruction) -> None:
         shadow = ShadowStack.of(state, cpu.mmu)
         shadow.push(next_rip & (1 << 8 * size) - 1, 8 if size == 8 else 4)
         state.ssp = shadow.pointer
-    _commit(cpu, target, stack.pointer)
+    _commit(cpu, form, target, stack.pointer)
     _track(state, form)
 
 
@@ -123,7 +129,8 @@ def near_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     """Near RET."""
     state = cpu.state
     _check_operands(cpu)
-    size = _form(instruction.encoding, instruction.bits).size
+    form = _form(instruction.encoding, instruction.bits)
+    size = form.size
     stack = Stack.of(state, cpu.mmu)
     target = stack.pop(size)
     ssp = state.ssp
@@ -135,7 +142,7 @@ def near_return(cpu: LogicalProcessor, instruction: Instruction) -> None:
     _check_target(state, target)
     stack.release(instruction.immediate)
     state.ssp = ssp
-    _commit(cpu, target, stack.pointer)
+    _commit(cpu, form, target, stack.pointer)
 
 
 def near_jump(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -144,8 +151,18 @@ def near_jump(cpu: LogicalProcessor, instruction: Instruction) -> None:
     _check_operands(cpu)
     target = _target(cpu, instruction, form)
     _check_target(cpu.state, target)
-    _commit(cpu, target)
+    _commit(cpu, form, target)
     _track(cpu.state, form)
+
+
+def near_conditional(cpu: LogicalProcessor, instruction: Instruction) -> None:
+    """Jcc."""
+    state, form = cpu.state, _form(instruction.encoding, instruction.bits)
+    target = (state.rip + instruction.length) & (MASK64 if state.in_64_bit_mode else MASK32)
+    if conditions.holds(instruction, state):
+        target = _target(cpu, instruction, form)
+        _check_target(state, target)
+    _commit(cpu, form, target)
 
 
 def call(cpu: LogicalProcessor, instruction: Instruction) -> None:
@@ -164,4 +181,17 @@ def jump(cpu: LogicalProcessor, instruction: Instruction) -> None:
         near_jump(cpu, instruction)
 
 
-HANDLERS: Final = {Mnemonic.CALL: call, Mnemonic.JMP: jump, Mnemonic.RET: near_return}
+CONDITIONAL: Final = frozenset(
+    (
+        *(Mnemonic.JO, Mnemonic.JNO, Mnemonic.JB, Mnemonic.JAE, Mnemonic.JE, Mnemonic.JNE, Mnemonic.JBE, Mnemonic.JA),
+        *(Mnemonic.JS, Mnemonic.JNS, Mnemonic.JP, Mnemonic.JNP, Mnemonic.JL, Mnemonic.JGE, Mnemonic.JLE, Mnemonic.JG),
+    )
+)
+"""Jcc, without JrCXZ."""
+
+HANDLERS: Final = {
+    Mnemonic.CALL: call,
+    Mnemonic.JMP: jump,
+    Mnemonic.RET: near_return,
+    **dict.fromkeys(CONDITIONAL, near_conditional),
+}

@@ -9,6 +9,7 @@ from iced_x86 import Mnemonic
 
 from vtx.x86.decode import Instruction
 from vtx.x86.instructions import (
+    bounds,
     broadcast,
     control,
     descriptor_tables,
@@ -43,7 +44,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
         *(port_io, missing, wait, broadcast, msr_list, extended_state, sse_control, simd, protection_keys),
-        *(near, shadow_stacks, fred),
+        *(near, shadow_stacks, fred, bounds),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
@@ -67,6 +68,7 @@ _QUIET: Final = frozenset(
         *(Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW),
         *(Mnemonic.RDPKRU, Mnemonic.WRPKRU, Mnemonic.RET, Mnemonic.RDSSPD, Mnemonic.RDSSPQ),
         *(Mnemonic.RDFSBASE, Mnemonic.RDGSBASE, Mnemonic.MOVBE, Mnemonic.ADCX, Mnemonic.ADOX),
+        *(Mnemonic.RESERVEDNOP, *near.CONDITIONAL),
         *(Mnemonic.VMREAD, Mnemonic.VMWRITE, Mnemonic.VMPTRST, Mnemonic.INVEPT, Mnemonic.INVVPID),
     )
 )
@@ -82,13 +84,13 @@ def is_answered(instruction: Instruction) -> bool:
 
 
 def is_quiet(instruction: Instruction) -> bool:
-    """Whether the instruction affects nothing but GPRs, RIP, SSP, RFLAGS, memory and translations, unless it faults.
+    """Whether the instruction affects nothing but GPRs, RIP, SSP, bounds, RFLAGS, memory and translations, or faults.
 
     After such an instruction no event can be due that was not due before, but by the passing of time.
     """
     if instruction.mnemonic == Mnemonic.MOV:
         return instruction.registers[0] is not None or instruction.system_registers[0] == _CR3
-    if instruction.mnemonic == Mnemonic.CALL:  # an indirect one is tracked
+    if instruction.mnemonic in (Mnemonic.CALL, Mnemonic.JMP):  # an indirect one is tracked
         return instruction.memory is None and instruction.registers[0] is None
     return instruction.mnemonic in _QUIET
 
