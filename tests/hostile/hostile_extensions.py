@@ -78,6 +78,7 @@ def _guest_fields(guest: CpuState) -> dict[Field, int]:
         f.GUEST_IDTR_BASE: guest.idtr.base,
         f.GUEST_IDTR_LIMIT: guest.idtr.limit,
         f.GUEST_IA32_EFER: guest.efer,
+        f.GUEST_IA32_BNDCFGS: guest.bndcfgs,
         f.GUEST_IA32_S_CET: guest.s_cet,
         f.GUEST_SSP: guest.ssp,
         f.GUEST_IA32_INTERRUPT_SSP_TABLE_ADDR: guest.interrupt_ssp_table,
@@ -251,6 +252,11 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
         values[f.VM_EXIT_CONTROLS] |= c.EXIT_LOAD_CET_STATE.mask
     if guest.cr4 >> 32 & 1:
         _install_fred(values, state, guest)
+    if guest.bndcfgs or guest.bndcfgu:
+        state.cr4, state.xcr0, state.bndcfgu = state.cr4 | 1 << 18, guest.xcr0, guest.bndcfgu
+        state.lower_bounds, state.upper_bounds = list(guest.lower_bounds), list(guest.upper_bounds)
+        values[f.VM_ENTRY_CONTROLS] |= c.ENTRY_LOAD_IA32_BNDCFGS.mask
+        values[f.VM_EXIT_CONTROLS] |= source.choice((0, c.EXIT_CLEAR_IA32_BNDCFGS.mask))
     if source.random() < 0.3:
         memory.write(at.MSR_BITMAP, source.randbytes(0x1000))
         memory.write(at.IO_BITMAPS, source.randbytes(0x2000))

@@ -221,6 +221,19 @@ def _event_delivery(state: CpuState, source: random.Random) -> None:
     state.fred_ssp = [source.choice((at.SHADOW_STACK + 0x800, source.getrandbits(47))) & ~7 for _ in range(3)]
 
 
+def _bounds(memory: PhysicalMemory, source: random.Random, state: CpuState) -> None:
+    """Intel MPX enabled, with bounds in use, and a directory of which some entries are valid."""
+    state.cr4, state.xcr0 = state.cr4 | 1 << 18, source.choice((0x1B, 0x1B, 0x21B, 0x19))
+    configurations = (1, 1, 3, 3, *4 * (at.BOUNDS | 1,), *3 * (at.BOUNDS | 3,), 2, 0, (1 << 47) - 0x1000 | 1)
+    state.bndcfgu, state.bndcfgs = source.choice(configurations), source.choice(configurations)
+    values = (0, 0, at.DATA, at.DATA + 0xFFF, at.CODE, (1 << 64) - 1 ^ at.DATA, 0xFFFF_FFFF ^ at.DATA, 1, 1 << 63)
+    state.lower_bounds = [source.choice(values) for _ in range(4)]
+    state.upper_bounds = [source.choice(values) for _ in range(4)]
+    for offset in range(0, 0x1000, 8):
+        table = source.choice((at.BOUND_TABLE | 1, at.BOUND_TABLE | 1, 0, at.NOWHERE | 1, 1 << 47 | 1))
+        memory.write_u64(at.BOUNDS + offset, table | (table & 0xFFFF_FFFF) << 32 if source.random() < 0.3 else table)
+
+
 def install_long_tables(memory: PhysicalMemory, source: random.Random, root: int, levels: int) -> int:
     """Tables of 8-byte entries at ``root``: last level first in memory, so that one layout serves all."""
     entries = _last_level(source, 8)
@@ -294,7 +307,14 @@ def _shorten(state: CpuState, source: random.Random, mode: str) -> None:
 
 
 def new_state(
-    memory: PhysicalMemory, source: random.Random, mode: str, cr3: int, cpl: int, *, with_control_flow: bool = False
+    memory: PhysicalMemory,
+    source: random.Random,
+    mode: str,
+    cr3: int,
+    cpl: int,
+    *,
+    with_control_flow: bool = False,
+    with_bounds: bool = False,
 ) -> CpuState:
     """A consistent state of ``mode`` that is about to execute the code; what is free in it is random."""
     state = CpuState()
@@ -335,6 +355,8 @@ def new_state(
         _control_flow(state, source, mode)
         if mode in LONG_MODES and source.random() < 0.4:
             _event_delivery(state, source)
+    if with_bounds:
+        _bounds(memory, source, state)
     based = mode in ("real", "virtual-8086", "protected-16")
     state.rip = 0 if based else at.CODE
     state.gpr[4] = 0x8000 if based else at.STACK

@@ -110,7 +110,8 @@ def build(program: Program, *, compiled: bool, tracer: _Recorder | None) -> tupl
     install_descriptors(memory, source, choice.mode, starts)
     cr3 = install_page_tables(memory, source, choice.mode)
     enforced = choice.profile == "everything" and choice.mode not in ("real", "virtual-8086") and source.random() < 0.25
-    state = new_state(memory, source, choice.mode, cr3, choice.cpl, with_control_flow=enforced)
+    bounds = machine.profile.has("MPX") and source.random() < 0.35
+    state = new_state(memory, source, choice.mode, cr3, choice.cpl, with_control_flow=enforced, with_bounds=bounds)
     guest = state if choice.extension.endswith("guest") else None
     if guest is None:
         cpu.state = state

@@ -125,7 +125,7 @@ def _x87_exceptions(source: random.Random, bits: int) -> bytes:
 
 # State components, protection keys.
 
-_COMPONENTS: Final = (0x203, 3, 1, 2, 0x200, 0x201, 0x2203, 0x2000, 0, 7)
+_COMPONENTS: Final = (0x203, 3, 1, 2, 0x200, 0x201, 0x2203, 0x2000, 0, 7, 0x1B, 0x21B, 8, 0x10)
 
 
 def _components(source: random.Random) -> int:
@@ -133,7 +133,7 @@ def _components(source: random.Random) -> int:
 
 
 def _enable_components(source: random.Random, bits: int) -> bytes:
-    components = source.choice((3, 3, 0x203, 0x203, 1, _components(source)))
+    components = source.choice((3, 3, 0x203, 0x21B, 1, _components(source)))
     value = load(1, source.randrange(10) == 0, bits) + load(2, 0, bits) + load(0, components, bits)
     return _change_control(source, 4, 18, bits) + value + b"\x0f\x01\xd1"
 
@@ -247,6 +247,47 @@ def _event_frame(source: random.Random, bits: int) -> bytes:
     return code + source.choice(_RETURNS)
 
 
+# Bounds.
+
+# Prefix, opcode: BNDMK, BNDCL, BNDCU, BNDCN, BNDMOV both ways, BNDLDX, BNDSTX; BOUND is the last.
+_BOUNDS: Final = (
+    *((b"\xf3", b"\x0f\x1b"), (b"\xf3", b"\x0f\x1a"), (b"\xf2", b"\x0f\x1a"), (b"\xf2", b"\x0f\x1b")),
+    *((b"\x66", b"\x0f\x1a"), (b"\x66", b"\x0f\x1b"), (b"", b"\x0f\x1a"), (b"", b"\x0f\x1b"), (b"", b"\x62")),
+)
+_BRANCHES: Final = (b"\x75\x00", b"\x74\x00", b"\x0f\x85", b"\xe8", b"\xe9", b"\xe3\x00", b"\xeb\x00")
+
+
+def _bounds(source: random.Random, bits: int) -> bytes:
+    """The instructions of Intel MPX, now and then enabled before, and branches with the prefix BND or without."""
+    code = b""
+    if source.random() < 0.3:
+        value = load(1, 0, bits) + load(2, 0, bits) + load(0, source.choice((0x1B, 0x1B, 0x21B, 3, 0xB)), bits)
+        code += _change_control(source, 4, 18, bits) + value + b"\x0f\x01\xd1"
+        configuration = source.choice((1, 3, at.BOUNDS | 1, at.BOUNDS | 3, 0, 4, source.getrandbits(32)))
+        code += load(1, 0xD90, bits) + load(0, configuration, bits) + load(2, 0, bits) + b"\x0f\x30"
+    for _ in range(source.randrange(1, 5)):
+        prefix, opcode = source.choice(_BOUNDS)
+        number = source.choice((0, 1, 2, 3, 0, 1, 2, 3, 4, source.randrange(8)))
+        wide = source.choice((b"", b"", b"\x48", b"\x44", b"\x41")) if bits == 64 else b""
+        encoded = prefix + wide + opcode
+        form = source.random()
+        if form < 0.2:
+            code += encoded + bytes((0xC0 | number << 3 | source.randrange(8),))
+        elif form < 0.4:
+            code += prefix + wide + opcode + operand(source, bits, number)
+        else:
+            sib = bits != 16 and source.random() < 0.4
+            where = source.choice((at.DATA, at.DATA + 0xFF8, at.DATA - 8, at.STACK, source.choice(at.ADDRESSES)))
+            code += load(_EDI, where, bits)
+            # [EDI + EAX] for what takes the index by itself
+            code += encoded + bytes((0x04 | number << 3, 0x07)) if sib else at_register(encoded, _EDI, number, bits)
+        if source.random() < 0.4:
+            branch = source.choice(_BRANCHES)
+            distance = b"" if len(branch) == 2 and branch[0] != 0x0F else bytes(2 if bits == 16 else 4)
+            code += source.choice((b"", b"", b"\xf2")) + branch + distance
+    return code
+
+
 # Waiting.
 
 
@@ -317,6 +358,7 @@ WEIGHTS: Final[dict[Callable[[random.Random, int], bytes], int]] = {
     _keys: 2,
     _shadow_stack: 8,
     _event_frame: 4,
+    _bounds: 10,
     _wait: 2,
     _stack_end: 3,
     _far_end: 2,

@@ -34,7 +34,7 @@ def test_programs__are_the_same_each_time() -> None:
 
 
 def test_difference__notices_one() -> None:
-    assert difference(run(Program(7)), run(Program(7, limit=3))) is not None
+    assert difference(run(Program(12)), run(Program(12, limit=3))) is not None
 
 
 # Prints a line for each program it is asked for, but dies at number 2 and says that number 4 failed.
