@@ -19,7 +19,7 @@ from vmcs.controls import CONTROLS, ControlWord
 from vtx.x86.cpuid_features import FEATURES
 from vtx.x86.profile import build_profile
 from vtx.x86.toml_section import ProfileError
-from vtx.x86.vmx_profile import CONTROL_FEATURES, CONTROL_NEEDS
+from vtx.x86.vmx_profile import BASIC_FEATURES, CONTROL_FEATURES, CONTROL_NEEDS
 
 Document = dict[str, Any]
 """A profile's tables as TOML has them."""
@@ -93,6 +93,7 @@ _CONTROL_KEYS: Final = {
     ControlWord.SECONDARY: "secondary",
     ControlWord.TERTIARY: "tertiary",
     ControlWord.EXIT: "exit",
+    ControlWord.SECONDARY_EXIT: "secondary_exit",
     ControlWord.ENTRY: "entry",
 }
 _CONTROL_FLAGS: Final = {
@@ -126,11 +127,12 @@ _EXTENSIONS: Final = ("VMX", "SVM")
 # Properties without a meaning for a machine that is not an accelerator on some host.
 _WITHOUT_EFFECT: Final = ("host-phys-bits", "migratable", "check", "enforce", "l3-cache", "pmu")
 
-# Features that QEMU has no flag for, and so none of its models: tests rely on that.
-_NOT_QEMUS: Final = ("RDPRU", "APERFMPERF")
+# Features that a model of QEMU has only if asked for, if at all: it has no flag for the first two, and FRED is nothing
+# that an accelerator gives its guests. Tests rely on that, and take bits that came with FRED for reserved.
+_NOT_IN_MODELS: Final = ("RDPRU", "APERFMPERF", "FRED")
 
-_STATE_COMPONENT: Final = {"PKU": "PKRU"}
-_NEED_XSAVE: Final = ("XSAVEOPT", "XSAVEC", "XGETBV_1", "XSAVES", "AVX", "PKU")
+_STATE_COMPONENTS: Final = {"PKU": ("PKRU",), "MPX": ("BNDREGS", "BNDCSR")}
+_NEED_XSAVE: Final = ("XSAVEOPT", "XSAVEC", "XGETBV_1", "XSAVES", "AVX", "PKU", "MPX")
 
 
 def parse_wish(text: str) -> Wish:
@@ -202,8 +204,10 @@ def adapt(document: Mapping[str, Any], wish: Wish, possible: frozenset[str]) -> 
         raise UnsupportedError(f"a processor of {wish.vendor}")
     if wish.physical_address_width is not None:
         changed["implementation"]["physical_address_width"] = wish.physical_address_width
-    for feature in _NOT_QEMUS:
-        _drop_feature(changed, feature)
+    asked = {_feature(flag) for flag in wish.on}
+    for feature in _NOT_IN_MODELS:
+        if feature not in asked:
+            _drop_feature(changed, feature)
     for flag in wish.off:
         if (control := _CONTROL_FLAGS.get(flag)) is not None:
             _drop_control(changed, control)
@@ -232,13 +236,16 @@ def _drop_feature(document: Document, feature: str) -> None:
     for control, needed in CONTROL_FEATURES.items():
         if needed == feature:
             _drop_control(document, control)
+    for bit, needed in BASIC_FEATURES.items():
+        if needed == feature:
+            document.get("vmx", {}).get("basic", {}).pop(bit, None)
     components = document["cpuid"].get("xsave_components", [])
     if feature == "XSAVE":
         document["cpuid"]["xsave_components"] = []
         for dependent in _NEED_XSAVE:
             _drop_feature(document, dependent)
-    elif _STATE_COMPONENT.get(feature) in components:
-        components.remove(_STATE_COMPONENT[feature])
+    elif feature in _STATE_COMPONENTS:
+        components[:] = (name for name in components if name not in _STATE_COMPONENTS[feature])
 
 
 def _drop_control(document: Document, control: str) -> None:
@@ -264,8 +271,8 @@ def _add_feature(document: Document, flag: str, possible: frozenset[str]) -> Non
     components = document["cpuid"].setdefault("xsave_components", [])
     if feature == "XSAVE":
         components += ["x87", "SSE"]
-    elif feature in _STATE_COMPONENT and "XSAVE" in features:
-        components.append(_STATE_COMPONENT[feature])
+    elif "XSAVE" in features:
+        components += _STATE_COMPONENTS.get(feature, ())
 
 
 def _add_control(document: Document, control: str, possible: frozenset[str]) -> None:

@@ -59,6 +59,9 @@ CONTROL_FEATURES: Final = {
     "load UINV": "UINTR",
 }
 
+# The same for bits of IA32_VMX_BASIC.
+BASIC_FEATURES: Final = {"nested-exception support": "FRED"}
+
 # Secondary controls that VM entry accepts only together with another one.
 CONTROL_NEEDS: Final = {
     "unrestricted guest": "enable EPT",
@@ -108,6 +111,9 @@ def capability_msrs(section: Section, features: frozenset[str]) -> dict[int, int
     """
     msrs: dict[int, int] = {}
     basic = msrs[CapabilityMsr.BASIC] = _fields(section.section("basic"), BASIC)
+    for bit, feature in BASIC_FEATURES.items():
+        if BASIC.get(basic, bit) and feature not in features:
+            raise section.fail("basic", f"CPUID feature {feature} for {bit!r}")
     msrs[CapabilityMsr.MISC] = _fields(section.section("misc"), MISC)
     true_controls = BASIC.get(basic, "default1 controls may be 0")
     allowed: dict[str, int] = {}

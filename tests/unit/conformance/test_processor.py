@@ -116,6 +116,22 @@ def test_what_nothing_has_is_off_already() -> None:
     assert adapted("max,-skinit,-npt,-vmx-mbec").features == adapted("max").features
 
 
+def test_fred_only_if_asked_for() -> None:
+    """With it go its controls, bits 1:0 of the secondary ones for exits, and bit 58 of IA32_VMX_BASIC."""
+    profiles = adapted("max", "everything"), adapted("max,+fred", "everything")
+    assert [profile.has("FRED") for profile in profiles] == [False, True]
+    assert [profile.vmx_capabilities[0x493] & 3 for profile in profiles] == [0, 3]
+    assert [profile.vmx_capabilities[0x480] >> 58 for profile in profiles] == [0, 1]
+
+
+@pytest.mark.parametrize("off", ["-mpx", "-xsave"])
+def test_mpx_takes_its_state_components_along(off: str) -> None:
+    profile = adapted(f"max,{off}", "everything")
+    assert not profile.has("MPX")
+    assert not {"BNDREGS", "BNDCSR"} & set(profile.xsave_components)
+    assert adapted("max,-mpx,+mpx", "everything").has("MPX")
+
+
 @pytest.mark.parametrize("feature", ["RDPRU", "APERFMPERF"])
 def test_feature_that_no_model_of_qemus_has(feature: str) -> None:
     assert feature in profile_document("everything-amd")["cpuid"]["features"]

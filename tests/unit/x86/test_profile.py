@@ -142,6 +142,11 @@ MISTAKES = [
         "x.toml: vmx.secondary[8]: expected CPUID feature RDSEED for 'RDSEED exiting'",
     ),
     (
+        '"VMCS memory type" = 6\n',
+        '"VMCS memory type" = 6\n"nested-exception support" = true\n',
+        "x.toml: vmx.basic: expected CPUID feature FRED for 'nested-exception support'",
+    ),
+    (
         '    "enable EPT",\n',
         "",
         "x.toml: vmx.secondary[4]: expected 'enable EPT' to be listed with 'unrestricted guest'",
