@@ -132,6 +132,28 @@ class InterruptAccepted:
 
 
 @frozen
+class UserInterruptsRequested:
+    """A notification brought the user interrupts ``requests``, one bit for each vector, before ``rip``."""
+
+    name: ClassVar[str] = "user_interrupts_requested"
+    vcpu: int
+    time: int
+    rip: int
+    requests: int
+
+
+@frozen
+class UserInterruptDelivered:
+    """Control passed to the user's handler of user interrupts at ``rip``; ``vector`` is 0 to 63."""
+
+    name: ClassVar[str] = "user_interrupt_delivered"
+    vcpu: int
+    time: int
+    vector: int
+    rip: int
+
+
+@frozen
 class SmmEntered:
     """A system-management interrupt was delivered at the boundary before ``rip``; state is saved below ``smbase``."""
 
@@ -368,6 +390,8 @@ TraceEvent = (
     | ExceptionRaised
     | EventDelivered
     | InterruptAccepted
+    | UserInterruptsRequested
+    | UserInterruptDelivered
     | SmmEntered
     | SmmLeft
     | VmInstruction

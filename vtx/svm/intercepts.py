@@ -288,6 +288,7 @@ _DECISIONS: Final[Mapping[type, Callable[[SvmOperation, Any, Instruction], Vmexi
     op.ExtendedStateTransfer: _never,
     op.ReadMsrList: _never,
     op.WriteMsrList: _never,
+    op.SendUserIpi: _never,
     op.RaiseException: _never,
 }
 

@@ -97,6 +97,8 @@ FIELDS: Final[Mapping[type[e.TraceEvent], Mapping[str, Codec]]] = {
     e.ExceptionRaised: _event(rip=HEX, vector=NUMBER, error_code=HEX, address=HEX),
     e.EventDelivered: _event(vector=NUMBER, kind=TEXT, cs=HEX, rip=HEX, error_code=HEX),
     e.InterruptAccepted: _event(rip=HEX, vector=NUMBER),
+    e.UserInterruptsRequested: _event(rip=HEX, requests=HEX),
+    e.UserInterruptDelivered: _event(vector=NUMBER, rip=HEX),
     e.SmmEntered: _event(rip=HEX, smbase=HEX),
     e.SmmLeft: _event(rip=HEX),
     e.VmInstruction: _event(mnemonic=TEXT, outcome=TEXT),

@@ -94,7 +94,7 @@ def access_exit(operation: VmxOperation, access: ReservedPageAccess, delivering:
             kind = ApicAccessType.GUEST_PHYSICAL_EVENT_DELIVERY
     offset = 0 if access.linear is None else access.linear & PAGE_OFFSET_MASK
     record = VmExit(Reason.APIC_ACCESS, apic_access(offset, kind), resume_flag=1)
-    if delivering is None and access.kind is not AccessKind.EXECUTE:
+    if delivering is None and not access.asynchronous and access.kind is not AccessKind.EXECUTE:
         record.instruction_length = _instruction_length(operation)
     return record
 

@@ -1,4 +1,8 @@
-"""MOV CR8, RDMSR and WRMSR that act on the virtual-APIC page instead of the local APIC.
+"""MOV CR8, RDMSR, WRMSR and SENDUIPI that act on the virtual-APIC page instead of the local APIC.
+
+Interpretation. With a TPR shadow, the notification of SENDUIPI is an IPI of xAPIC mode if APIC accesses are
+virtualized, and one of x2APIC mode if not, whether or not x2APIC mode is virtualized. It is virtualized, or else causes
+an APIC-write VM exit, once the descriptor has been written.
 
 Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts", "Virtualizing CR8-Based TPR Accesses", "Virtualizing
 MSR-Based APIC Accesses".
@@ -15,13 +19,21 @@ from vtx.vmx.execution import complete
 from vtx.vmx.exit import perform_exit
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import VmExit
-from vtx.vmx.virtual_apic import VEOI, VICR_LOW, VSELF_IPI, VTPR, VirtualApic
+from vtx.vmx.virtual_apic import VEOI, VICR_HIGH, VICR_LOW, VSELF_IPI, VTPR, VirtualApic
 from vtx.x86.decode import Instruction
-from vtx.x86.operations import MoveFromControlRegister, MoveToControlRegister, Operation, ReadMsr, WriteMsr
+from vtx.x86.operations import (
+    MoveFromControlRegister,
+    MoveToControlRegister,
+    Operation,
+    ReadMsr,
+    SendUserIpi,
+    WriteMsr,
+)
 from vtx.x86.outcome import gp
 from vtx.x86.state import MASK32, Gpr
 
 _X2APIC_MODE: Final = c.VIRTUALIZE_X2APIC_MODE.mask
+_APIC_ACCESSES: Final = c.VIRTUALIZE_APIC_ACCESSES.mask
 _FIRST_MSR, _LAST_MSR = 0x800, 0x8FF
 _TPR_MSR: Final = 0x808
 _EOI_MSR: Final = 0x80B
@@ -53,12 +65,26 @@ def virtualize(operation: VmxOperation, action: Operation, instruction: Instruct
             record = _write_msr(apic, index, value)
             if record is not None:
                 record = ipi_virtualization.virtualize(operation, apic, record, x2apic=True)
+        case SendUserIpi(vector=vector, destination=destination):
+            in_xapic_mode = bool(view.secondary & _APIC_ACCESSES)
+            record = _send(apic, vector, destination, x2apic=not in_xapic_mode)
+            record = ipi_virtualization.virtualize(operation, apic, record, x2apic=not in_xapic_mode)
         case _:
             return False
     complete(state, instruction)
     if record is not None:
         perform_exit(operation, record)
     return True
+
+
+def _send(apic: VirtualApic, vector: int, destination: int, *, x2apic: bool) -> VmExit:
+    """Command a fixed interrupt to the physical APIC ID that ``destination`` (NDST) names; the exit that follows."""
+    if x2apic:
+        apic.write(VICR_LOW, destination << 32 | vector, 8)
+    else:
+        apic.write(VICR_HIGH, (destination >> 8 & 0xFF) << 24)
+        apic.write(VICR_LOW, vector)
+    return VmExit(Reason.APIC_WRITE, VICR_LOW)
 
 
 def is_virtual_register(operation: VmxOperation, index: int) -> bool:

@@ -15,8 +15,11 @@ from vtx.vmx.operation import VmxOperation
 from vtx.vmx.posted_interrupts import is_notification, process_posted
 from vtx.vmx.record import NMI_WORD, VmExit, interruption_word
 from vtx.vmx.view import ControlView
+from vtx.vmx.virtual_apic import VirtualApic
 from vtx.x86.event import Event
 from vtx.x86.state import Activity, CpuState, Rflags, Shadow
+from vtx.x86.user_interrupts import UINTR
+from vtx.x86.user_interrupts import is_notification as is_user_notification
 
 _EXTERNAL_INTERRUPT_EXITING: Final = c.EXTERNAL_INTERRUPT_EXITING.mask
 _NMI_EXITING: Final = c.NMI_EXITING.mask
@@ -71,7 +74,7 @@ def _interrupt(operation: VmxOperation, view: ControlView, state: CpuState) -> V
         if view.primary & _INTERRUPT_WINDOW:
             return VmExit(Reason.INTERRUPT_WINDOW)
         if apic is not None and apic.pending:
-            return apic.deliver()
+            return _virtual_interrupt(operation, apic)
     # With external-interrupt exiting, RFLAGS.IF and blocking by STI do not hold interrupts back.
     if view.pin & _EXTERNAL_INTERRUPT_EXITING and not _blocked_by_mov_ss(state) and processor.interrupt_pending():
         word = 0
@@ -83,6 +86,14 @@ def _interrupt(operation: VmxOperation, view: ControlView, state: CpuState) -> V
             word = interruption_word(vector, layouts.EXTERNAL_INTERRUPT)
         return VmExit(Reason.EXTERNAL_INTERRUPT, interruption=word)
     return None
+
+
+def _virtual_interrupt(operation: VmxOperation, apic: VirtualApic) -> Event:
+    """Virtual-interrupt delivery; nothing but the processor itself will end service of a notification."""
+    event, processor = apic.deliver(), operation.processor
+    if processor.state.cr4 & UINTR and is_user_notification(processor.state, processor.msrs.values, event):
+        apic.dismiss()
+    return event
 
 
 def _blocked_by_mov_ss(state: CpuState) -> bool:

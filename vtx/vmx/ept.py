@@ -57,6 +57,7 @@ QUALIFICATION_WRITABLE_PAGE: Final = 1 << 10
 QUALIFICATION_EXECUTE_DISABLE_PAGE: Final = 1 << 11
 QUALIFICATION_SHADOW_STACK: Final = 1 << 13
 QUALIFICATION_SHADOW_STACK_PAGE: Final = 1 << 14
+QUALIFICATION_ASYNCHRONOUS: Final = 1 << 16
 
 _TAG_MODE_BASED: Final = 1 << 63
 _TAG_HLAT: Final = 1 << 62
@@ -66,7 +67,8 @@ _TAG_HLAT: Final = 1 << 62
 class EptViolation(SecondLevelFault):
     """VM exit with reason 48, or a virtualization exception unless that is ``suppressed``.
 
-    ``qualification`` is complete but for bits 12 (NMI unblocking due to IRET) and 13 (shadow-stack access).
+    ``qualification`` is complete but for bits 12 (NMI unblocking due to IRET), 13 (shadow-stack access) and 16
+    (asynchronous access).
     """
 
     qualification: int
@@ -74,8 +76,9 @@ class EptViolation(SecondLevelFault):
 
     @property
     def complete_qualification(self) -> int:
-        """The qualification with the bit that says that it was a shadow-stack access."""
-        return self.qualification | (QUALIFICATION_SHADOW_STACK if self.shadow_stack else 0)
+        """The qualification with the bits that say that it was a shadow-stack access, or an asynchronous one."""
+        asynchronous = QUALIFICATION_ASYNCHRONOUS if self.asynchronous else 0
+        return self.qualification | (QUALIFICATION_SHADOW_STACK if self.shadow_stack else 0) | asynchronous
 
 
 @frozen

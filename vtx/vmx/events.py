@@ -11,7 +11,12 @@ from typing import Final
 from vmcs import controls as c
 from vmcs.exits import Reason
 from vtx.vmx.apic_access import access_exit
-from vtx.vmx.ept import EptMisconfiguration, EptViolation, PageModificationLogFull
+from vtx.vmx.ept import (
+    QUALIFICATION_ASYNCHRONOUS,
+    EptMisconfiguration,
+    EptViolation,
+    PageModificationLogFull,
+)
 from vtx.vmx.intercepts import exception_exit, resume_flag
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.record import NESTED_EXCEPTION, NMI_UNBLOCKING, VmExit, interruption_word
@@ -27,6 +32,7 @@ _SUB_PAGE_MISS: Final = 1 << 11
 _QUALIFICATION_TELLS_OF_NMIS: Final = frozenset(
     (Reason.EPT_VIOLATION, Reason.PAGE_MODIFICATION_LOG_FULL, Reason.SPP_RELATED_EVENT)
 )
+_QUALIFICATION_TELLS_OF_ASYNCHRONY: Final = _QUALIFICATION_TELLS_OF_NMIS | {Reason.APIC_ACCESS}
 
 
 def _word(event: Event) -> int:
@@ -94,6 +100,8 @@ def second_level_exit(operation: VmxOperation, fault: SecondLevelFault, deliveri
             record = access_exit(operation, fault, delivering)
         case _:
             raise NotModelled(f"second-level event {type(fault).__name__} in VMX non-root operation")
+    if fault.asynchronous and record.reason in _QUALIFICATION_TELLS_OF_ASYNCHRONY:
+        record.qualification |= QUALIFICATION_ASYNCHRONOUS
     record.resume_flag = 1
     record.shadow_stack_busy = fault.shadow_stack_busy
     if delivering is not None:

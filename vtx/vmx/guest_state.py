@@ -26,6 +26,7 @@ from vtx.x86 import msr_table as m
 from vtx.x86.branches import BTF
 from vtx.x86.outcome import NotModelled
 from vtx.x86.state import MASK32, Activity, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Shadow
+from vtx.x86.user_interrupts import notification_vector
 
 # CR0 bits that neither VM entry nor VM exit modifies: ET, NW, CD and the reserved bits.
 CR0_KEPT: Final = 0x7FFA_FFD0
@@ -57,6 +58,7 @@ _S_CET: Final = f.GUEST_IA32_S_CET.encoding
 _SSP: Final = f.GUEST_SSP.encoding
 _INTERRUPT_SSP_TABLE: Final = f.GUEST_IA32_INTERRUPT_SSP_TABLE_ADDR.encoding
 _BNDCFGS: Final = f.GUEST_IA32_BNDCFGS.encoding
+_UINV: Final = f.GUEST_UINV.encoding
 _PDPTES: Final = tuple(each.encoding for each in (f.GUEST_PDPTE0, f.GUEST_PDPTE1, f.GUEST_PDPTE2, f.GUEST_PDPTE3))
 
 _SEGMENT_NAMES: Final = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
@@ -90,7 +92,7 @@ _LOADED_MSRS: Final[tuple[tuple[Control, Field, int], ...]] = (
     (c.ENTRY_LOAD_PKRS, f.GUEST_IA32_PKRS, m.IA32_PKRS),
     (c.ENTRY_LOAD_IA32_SPEC_CTRL, f.GUEST_IA32_SPEC_CTRL, m.IA32_SPEC_CTRL),
 )
-_RARE_LOADS: Final = sum(control.mask for control, _, _ in _LOADED_MSRS)
+_RARE_LOADS: Final = sum(control.mask for control, _, _ in _LOADED_MSRS) | c.ENTRY_LOAD_UINV.mask
 # Exits that may leave debug exceptions pending; the others save none (unless blocking by MOV SS holds them back).
 _KEEPS_PENDING_DEBUG: Final = frozenset(
     (
@@ -171,6 +173,14 @@ def _load_msr_fields(operation: VmxOperation, values: dict[int, int], view: Cont
         for control, source, index in _LOADED_MSRS:
             if view.entry & control.mask:
                 write_msr(operation, control, index, values[source.encoding])
+        if view.entry & c.ENTRY_LOAD_UINV.mask:
+            write_uinv(operation, c.ENTRY_LOAD_UINV, values[_UINV])
+
+
+def write_uinv(operation: VmxOperation, control: Control, vector: int) -> None:
+    """Load UINV, which is a part of an MSR, because of ``control``."""
+    misc = operation.processor.msrs.values.get(m.IA32_UINTR_MISC, 0)
+    write_msr(operation, control, m.IA32_UINTR_MISC, misc & ~m.UINV | vector << m.UINV_SHIFT)
 
 
 def write_msr(operation: VmxOperation, control: Control, index: int, value: int) -> None:
@@ -265,6 +275,8 @@ def _controlled_fields(operation: VmxOperation, view: ControlView, msrs: dict[in
         saved += ((_S_CET, state.s_cet), (_SSP, state.ssp), (_INTERRUPT_SSP_TABLE, state.interrupt_ssp_table))
     if operation.saves_bounds:
         saved.append((_BNDCFGS, state.bndcfgs))
+    if operation.saves_uinv:
+        saved.append((_UINV, notification_vector(msrs)))
     return saved
 
 

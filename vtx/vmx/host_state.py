@@ -14,7 +14,7 @@ from vmcs.exits import AbortIndicator
 from vmcs.fields import Field
 from vmcs.region import Vmcs
 from vtx.vmx import fred_state
-from vtx.vmx.guest_state import CR0_KEPT, DR7_ALWAYS_1, uses_pae_paging, write_msr
+from vtx.vmx.guest_state import CR0_KEPT, DR7_ALWAYS_1, uses_pae_paging, write_msr, write_uinv
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.view import ControlView
 from vtx.x86 import msr_table as m
@@ -77,7 +77,11 @@ _CLEARED_MSRS: Final[tuple[tuple[Control, int], ...]] = (
     (c.EXIT_CLEAR_IA32_RTIT_CTL, 0x570),
     (c.EXIT_CLEAR_IA32_LBR_CTL, 0x14CE),
 )
-_RARE: Final = sum(control.mask for control, _, _ in _LOADED_MSRS) + sum(control.mask for control, _ in _CLEARED_MSRS)
+_RARE: Final = (
+    sum(control.mask for control, _, _ in _LOADED_MSRS)
+    + sum(control.mask for control, _ in _CLEARED_MSRS)
+    + c.EXIT_CLEAR_UINV.mask
+)
 
 
 def load_host(operation: VmxOperation, vmcs: Vmcs, view: ControlView) -> AbortIndicator | None:
@@ -141,6 +145,8 @@ def _load_rare_msrs(operation: VmxOperation, values: dict[int, int], view: Contr
     for control, index in _CLEARED_MSRS:
         if view.exit & control.mask:
             write_msr(operation, control, index, 0)
+    if view.exit & c.EXIT_CLEAR_UINV.mask:
+        write_uinv(operation, c.EXIT_CLEAR_UINV, 0)
 
 
 def _load_segments(state: CpuState, values: dict[int, int], is_64_bit: bool) -> None:

@@ -312,6 +312,7 @@ _DECISIONS: Final[Mapping[type, Callable[[Guest, Any, Instruction], VmExit | Non
     op.ExtendedStateTransfer: _extended_state,
     op.ReadMsrList: _rdmsrlist,
     op.WriteMsrList: _wrmsrlist,
+    op.SendUserIpi: _never,
     op.PortIo: _port_io,
     op.TaskSwitch: _task_switch,
     op.RaiseException: _exception,

@@ -86,8 +86,8 @@ class VmxOperation:
     ``virtual_apic`` is the running guest's virtual-APIC page, None without a TPR shadow; ``below_threshold`` the exit
     due at once after an entry with a TPR below its threshold. ``pause_loop`` has the times of the first and the last
     PAUSE of what may be a loop, None before the first since VM entry. ``transitions`` counts VM entries and VM exits.
-    ``always_saved_msrs`` lists (field, MSR) that every exit saves; ``saves_cet``: every exit saves CET state, too;
-    ``saves_bounds``: and IA32_BNDCFGS.
+    ``always_saved_msrs`` lists (field, MSR) that every exit saves; ``saves_cet``, ``saves_bounds`` and ``saves_uinv``:
+    every exit saves CET state, IA32_BNDCFGS and UINV, too.
     """
 
     processor: Processor
@@ -111,11 +111,13 @@ class VmxOperation:
     stores_ia32e_mode_guest: bool = field(init=False)
     saves_cet: bool = field(init=False)
     saves_bounds: bool = field(init=False)
+    saves_uinv: bool = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.stores_ia32e_mode_guest = self.capabilities.stores_ia32e_mode_guest
         self.saves_cet = self.capabilities.allows(c.ENTRY_LOAD_CET_STATE)
         self.saves_bounds = any(map(self.capabilities.allows, (c.ENTRY_LOAD_IA32_BNDCFGS, c.EXIT_CLEAR_IA32_BNDCFGS)))
+        self.saves_uinv = self.capabilities.allows(c.ENTRY_LOAD_UINV)
 
     @property
     def current_pointer(self) -> int:

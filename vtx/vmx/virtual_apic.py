@@ -4,6 +4,9 @@ Virtualization of the task priority, of end of interrupt and of self-IPIs; recog
 interrupts. What a guest does that leads here is in `vtx.vmx.apic_access` (the APIC-access page) and
 `vtx.vmx.apic_instructions` (MOV CR8, RDMSR, WRMSR).
 
+Interpretation. The end of service of a virtual user-interrupt notification virtualizes the PPR and evaluates pending
+virtual interrupts, as end of interrupt does, but causes no VM exit whatever the EOI-exit bitmap says.
+
 Spec: SDM Vol. 3, "APIC Virtualization and Virtual Interrupts".
 """
 
@@ -166,6 +169,12 @@ class VirtualApic(ApicPage):
         self.requesting = self.clear(VIRR, vector)
         self.pending = False
         return Event(vector, EventKind.EXTERNAL_INTERRUPT)
+
+    def dismiss(self) -> None:
+        """End service of the interrupt just delivered, a user-interrupt notification, as no write of software does."""
+        self.servicing = self.clear(VISR, self.servicing)
+        self._virtualize_ppr()
+        self._evaluate()
 
     def post(self, requests: int) -> None:
         """Request the interrupts whose vectors are set in ``requests`` (256 bits), as posted interrupts do."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from vtx.addresses import PAGE_OFFSET_MASK, PAGE_SIZE
 from vtx.events import Access
-from vtx.x86 import watch
+from vtx.x86 import user_interrupts, watch
 from vtx.x86.decode import MAX_INSTRUCTION_LENGTH, Instruction, decode, is_cut_short
 from vtx.x86.double_fault import Delivered, Intercepted, TripleFault, deliver_with_faults
 from vtx.x86.event import Event, EventKind
@@ -48,6 +48,7 @@ from vtx.x86.watch import PENDING_SINGLE_STEP
 
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
+_UINTR: Final = user_interrupts.UINTR
 
 
 @frozen
@@ -192,6 +193,9 @@ class ProcessorCore:
         """Dismiss the interrupt in service from the local APIC."""
         self.platform.end_of_interrupt()
 
+    def send_interrupt(self, vector: int, destination: int) -> None:
+        """Have the local APIC, if there is one, send a fixed interrupt to the APIC ID ``destination``."""
+
     def nmi(self) -> None:
         """A non-maskable interrupt arrives."""
         self._nmi = True
@@ -227,7 +231,10 @@ class ProcessorCore:
         self._noted_at = instructions
 
     def deliver(self, event: Event) -> None:
-        """Deliver ``event`` through the IDT."""
+        """Deliver ``event`` through the IDT, or take it as the user-interrupt notification it is."""
+        if self.state.cr4 & _UINTR and user_interrupts.is_notification(self.state, self.msrs.values, event):
+            self._process_notification(event)
+            return
         self.reload = True
         self.monitor = None
         self.note_event()
@@ -248,6 +255,50 @@ class ProcessorCore:
             if extension is not None and extension.non_root and extension.delivery_fault(event, None):
                 return
             self.shut_down(f"triple fault at {self._where()}: {outcome.fault} during delivery of a double fault")
+
+    def _process_notification(self, event: Event) -> None:
+        """User-interrupt notification processing; what goes wrong does so during delivery of ``event``."""
+        self.reload = True
+        self.note_event()
+        if self.state.activity is Activity.MWAIT:
+            self.state.activity = Activity.ACTIVE
+        try:
+            requests = user_interrupts.process_notification(self.state, self.mmu, self.msrs.values)
+        except InstructionAborted as aborted:
+            self._abort_notification(event, aborted.cause)
+            return
+        self.charge(EVENT_TICKS)
+        if self.tracing is not None:
+            self.tracing.user_interrupts_requested(requests)
+
+    def _abort_notification(self, event: Event, cause: object) -> None:
+        extension = self.virtualization
+        if isinstance(cause, SecondLevelFault):
+            assert extension is not None
+            self._second_level_fault(extension, cause, event)
+        elif isinstance(cause, Fault):
+            if self.tracing is not None:
+                self.tracing.exception(cause)
+            if extension is None or not extension.non_root or not extension.delivery_fault(event, cause):
+                self.deliver(Event.from_fault(cause))
+
+    def deliver_user_interrupt(self) -> bool:
+        """Deliver a user interrupt if one is due and not blocked; CR4.UINTR is set. Whether there was one."""
+        state, values = self.state, self.msrs.values
+        if not user_interrupts.is_due(state, values) or user_interrupts.is_blocked(state):
+            return False
+        self.reload = True
+        self.note_event()
+        try:
+            vector = user_interrupts.deliver(state, self.mmu, values)
+        except InstructionAborted as aborted:
+            cause = aborted.cause
+            self.abort(evolve(cause, asynchronous=True) if isinstance(cause, SecondLevelFault) else cause)
+            return True
+        self.charge(EVENT_TICKS)
+        if self.tracing is not None:
+            self.tracing.user_interrupt_delivered(vector)
+        return True
 
     def raise_fault(self, fault: Fault) -> None:
         """Raise an exception at the current instruction: a VM exit, or delivery."""

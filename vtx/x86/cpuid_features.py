@@ -157,6 +157,7 @@ _FLAGS: Final[tuple[tuple[int, int, int, dict[int, str]], ...]] = (
         | {29: "ARCH_CAPABILITIES", 31: "SSBD"},
     ),
     (7, 1, EAX, {17: "FRED", 18: "LKGS", 26: "LAM", 27: "MSRLIST"}),
+    (7, 1, EDX, {17: "UIRET_UIF"}),
     (0xD, 1, EAX, {0: "XSAVEOPT", 1: "XSAVEC", 2: "XGETBV_1", 3: "XSAVES"}),
     (
         0x8000_0001,

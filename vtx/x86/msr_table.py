@@ -49,6 +49,12 @@ IA32_PL0_SSP: Final = 0x6A4
 IA32_INTERRUPT_SSP_TABLE_ADDR: Final = 0x6A8
 IA32_TSC_DEADLINE: Final = 0x6E0
 IA32_PKRS: Final = 0x6E1
+IA32_UINTR_RR: Final = 0x985
+IA32_UINTR_HANDLER: Final = 0x986
+IA32_UINTR_STACKADJUST: Final = 0x987
+IA32_UINTR_MISC: Final = 0x988
+IA32_UINTR_PD: Final = 0x989
+IA32_UINTR_TT: Final = 0x98A
 IA32_BNDCFGS: Final = 0xD90
 IA32_XSS: Final = 0xDA0
 IA32_PM_CTL1: Final = 0xDB1
@@ -77,6 +83,9 @@ APIC_BASE_EN: Final = 1 << 11
 FEATURE_CONTROL_LOCK: Final = 1 << 0
 FEATURE_CONTROL_VMX_IN_SMX: Final = 1 << 1
 FEATURE_CONTROL_VMX_OUTSIDE_SMX: Final = 1 << 2
+
+UINV_SHIFT: Final = 32  # of IA32_UINTR_MISC, whose low half is UITTSZ
+UINV: Final = 0xFF << UINV_SHIFT
 
 TSC_RATIO_RESET: Final = 1 << 32
 """A ratio of 1: 8 integer bits and 32 bits of fraction."""
@@ -286,6 +295,12 @@ _TABLE: Final[tuple[Msr, ...]] = (
     Msr(0x2F, "IA32_BARRIER", writable=0, features=("MSRLIST",)),
     Msr(IA32_UMWAIT_CONTROL, "IA32_UMWAIT_CONTROL", writable=MASK32 & ~2, features=("WAITPKG",)),
     Msr(IA32_PKRS, "IA32_PKRS", writable=MASK32, features=("PKS",)),
+    Msr(IA32_UINTR_RR, "IA32_UINTR_RR", features=("UINTR",)),
+    Msr(IA32_UINTR_HANDLER, "IA32_UINTR_HANDLER", features=("UINTR",), check=_canonical),
+    Msr(IA32_UINTR_STACKADJUST, "IA32_UINTR_STACKADJUST", features=("UINTR",), check=_canonical),
+    Msr(IA32_UINTR_MISC, "IA32_UINTR_MISC", writable=MASK32 | UINV, features=("UINTR",)),
+    Msr(IA32_UINTR_PD, "IA32_UINTR_PD", writable=MASK64 & ~0x3F, features=("UINTR",), check=_canonical),
+    Msr(IA32_UINTR_TT, "IA32_UINTR_TT", writable=MASK64 & ~0xE, features=("UINTR",), check=_canonical),
     Msr(
         IA32_BNDCFGS,
         "IA32_BNDCFGS",
@@ -297,7 +312,7 @@ _TABLE: Final[tuple[Msr, ...]] = (
         IA32_XSS,
         "IA32_XSS",
         writable=0,
-        writable_with=(("CET_SS", 3 << 11), ("CET_IBT", 3 << 11), ("HDC", 1 << 13)),
+        writable_with=(("CET_SS", 3 << 11), ("CET_IBT", 3 << 11), ("HDC", 1 << 13), ("UINTR", 1 << 14)),
         features=("XSAVES",),
     ),
     _cet_control(IA32_U_CET, "IA32_U_CET"),

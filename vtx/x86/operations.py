@@ -190,6 +190,14 @@ class WriteMsrList:
 
 
 @frozen
+class SendUserIpi:
+    """SENDUIPI has posted a user interrupt and notifies ``destination`` (NDST of the descriptor) with ``vector``."""
+
+    vector: int
+    destination: int
+
+
+@frozen
 class PortIo:
     """IN, OUT, INS or OUTS of ``size`` bytes; ``linear`` is the address of a string operand's memory."""
 
@@ -250,6 +258,7 @@ Operation = (
     | ExtendedStateTransfer
     | ReadMsrList
     | WriteMsrList
+    | SendUserIpi
     | PortIo
     | TaskSwitch
     | RaiseException

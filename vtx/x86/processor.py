@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from vtx.x86 import operand_checks, refusal, watch
+from vtx.x86 import operand_checks, refusal, user_interrupts, watch
 from vtx.x86.bounds import bound_range_exceeded
 from vtx.x86.core import Halt, ProcessorCore
 from vtx.x86.decode import Instruction
@@ -61,6 +61,7 @@ _DEBUG_CAUSES: Final = 0xF | PENDING_SINGLE_STEP | PENDING_TASK_SWITCH  # the bi
 _IF: Final = int(Rflags.IF)
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
+_UINTR: Final = user_interrupts.UINTR
 
 
 class LogicalProcessor(ProcessorCore):
@@ -325,9 +326,12 @@ class LogicalProcessor(ProcessorCore):
             vector = self.platform.acknowledge_interrupt()
             if self.tracing is not None:
                 self.tracing.interrupt(vector)
-            self.deliver(Event(vector, EventKind.EXTERNAL_INTERRUPT))
+            event = Event(vector, EventKind.EXTERNAL_INTERRUPT)
+            if state.cr4 & _UINTR and user_interrupts.is_notification(state, self.msrs.values, event):
+                self.end_of_interrupt()
+            self.deliver(event)
             return True
-        return False
+        return bool(state.cr4 & _UINTR) and self.deliver_user_interrupt()
 
     def _idle(self, until: int | None) -> None:
         if self.count > 1:
@@ -367,6 +371,7 @@ class LogicalProcessor(ProcessorCore):
             or (waiting and not watch_if)
             or (self._nmi and not state.nmi_blocked and not self._holds_nmis())
             or (extension is not None and extension.wants_boundary())
+            or (bool(state.cr4 & _UINTR) and user_interrupts.is_due(state, self.msrs.values))
         )
         plan.budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
         plan.instruction_limit = None if self.instruction_limit is None else self.instruction_limit - self.retired

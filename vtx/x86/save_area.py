@@ -50,7 +50,8 @@ PKRU: Final = StateComponent(9, 8, offset=2688, amd_offset=2432)
 CET_USER: Final = StateComponent(11, 16, supervisor=True)
 CET_SUPERVISOR: Final = StateComponent(12, 24, supervisor=True)
 HDC: Final = StateComponent(13, 8, supervisor=True)
-COMPONENTS: Final = (BNDREGS, BNDCSR, PKRU, CET_USER, CET_SUPERVISOR, HDC)
+USER_INTERRUPTS: Final = StateComponent(14, 48, supervisor=True)
+COMPONENTS: Final = (BNDREGS, BNDCSR, PKRU, CET_USER, CET_SUPERVISOR, HDC, USER_INTERRUPTS)
 """Those beyond the legacy region, in the order of their bits. None needs to be aligned in the compacted format."""
 
 USER_COMPONENT_BITS: Final[Mapping[str, int]] = MappingProxyType(
@@ -59,7 +60,12 @@ USER_COMPONENT_BITS: Final[Mapping[str, int]] = MappingProxyType(
 """Bits of XCR0 by the names that profiles give the components."""
 
 SUPERVISOR_COMPONENTS: Final[Mapping[str, tuple[StateComponent, ...]]] = MappingProxyType(
-    {"CET_SS": (CET_USER, CET_SUPERVISOR), "CET_IBT": (CET_USER, CET_SUPERVISOR), "HDC": (HDC,)}
+    {
+        "CET_SS": (CET_USER, CET_SUPERVISOR),
+        "CET_IBT": (CET_USER, CET_SUPERVISOR),
+        "HDC": (HDC,),
+        "UINTR": (USER_INTERRUPTS,),
+    }
 )
 """The components that IA32_XSS enables, by CPUID feature."""
 

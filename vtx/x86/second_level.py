@@ -35,13 +35,15 @@ class SecondLevelFault:
 
     ``guest_physical`` is exact to the byte. ``linear`` is the linear address being translated (None when there is
     none: the load of the PAE page-directory-pointer-table entries). ``shadow_stack`` marks a shadow-stack access,
-    ``shadow_stack_busy`` is that of `vtx.x86.outcome.Fault`.
+    ``shadow_stack_busy`` is that of `vtx.x86.outcome.Fault`. ``asynchronous``: neither an instruction nor the delivery
+    of an event through the IDT made the access.
     """
 
     guest_physical: GuestPhysicalAddress
     linear: LinearAddress | None
     shadow_stack: bool = field(default=False, kw_only=True)
     shadow_stack_busy: bool = field(default=False, kw_only=True, eq=False)
+    asynchronous: bool = field(default=False, kw_only=True, eq=False)
 
 
 @frozen

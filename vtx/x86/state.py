@@ -315,6 +315,7 @@ class CpuState:
     activity: Activity = Activity.ACTIVE
     shadow: Shadow = Shadow.NONE
     nmi_blocked: bool = False
+    user_interrupt_flag: bool = False  # UIF
     gif: bool = True  # the global interrupt flag of SVM
     popf_intercepted: bool = False  # an intercept of SVM for an instruction that engines execute by themselves
     smbase: int = 0x3_0000

@@ -67,6 +67,14 @@ class ProcessorTracing:
         """An external interrupt was acknowledged."""
         self._emit(events.InterruptAccepted(*self._now(), self._state.rip, vector))
 
+    def user_interrupts_requested(self, requests: int) -> None:
+        """A user-interrupt notification was processed at the boundary before RIP."""
+        self._emit(events.UserInterruptsRequested(*self._now(), self._state.rip, requests))
+
+    def user_interrupt_delivered(self, vector: int) -> None:
+        """A user interrupt was delivered: RIP is that of its handler."""
+        self._emit(events.UserInterruptDelivered(*self._now(), vector, self._state.rip))
+
     def smm_entered(self, rip: int) -> None:
         """A system-management interrupt was delivered at the boundary before ``rip``."""
         self._emit(events.SmmEntered(*self._now(), rip, self._state.smbase))

@@ -32,6 +32,8 @@ EVENTS: tuple[e.TraceEvent, ...] = (
     e.EventDelivered(0, 1, 14, "hardware exception", 0x8, 0x2000, 0x2),
     e.EventDelivered(0, 1, 32, "external interrupt", 0x8, 0x2000),
     e.InterruptAccepted(1, 1, 0x1000, 0x20),
+    e.UserInterruptsRequested(0, 1, 0x1000, 1 << 63 | 1),
+    e.UserInterruptDelivered(0, 1, 63, 0x2000),
     e.SmmEntered(0, 1, 0x1000, 0x3_0000),
     e.SmmLeft(0, 1, 0x1000),
     e.VmInstruction(0, 1, "VMCLEAR", "VMfailValid(2)"),

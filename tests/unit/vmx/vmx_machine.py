@@ -16,7 +16,7 @@ from vtx.x86.memory import PhysicalMemory
 from vtx.x86.mmu import Mmu
 from vtx.x86.monitor import Monitor
 from vtx.x86.msrs import MsrFile, bind_registers
-from vtx.x86.profile import Profile, load_profile
+from vtx.x86.profile import DEFAULT_PROFILE, Profile, load_profile
 from vtx.x86.second_level import AccessKind
 from vtx.x86.state import CpuState, DescriptorTable, Segment
 
@@ -240,9 +240,9 @@ def launch(*controls: Control, fields: dict[Field, int] | None = None) -> tuple[
     return processor, vmx, vmcs
 
 
-def vmx_pc() -> Machine:
+def vmx_pc(profile: str = DEFAULT_PROFILE) -> Machine:
     """A whole machine, in 64-bit mode with linear addresses mapped to themselves, that may execute VMXON."""
-    machine = Machine(memory=4 << 20)
+    machine = Machine(profile=profile, memory=4 << 20)
     cpu = machine.cpu
     cpu.state = long_mode_state()
     map_identity(machine.memory)

@@ -46,6 +46,7 @@ class FakePlatform:
     written: list[tuple[int, int, int]] = field(factory=list)
     task_priority: int = 0
     apic_enabled: bool = True
+    dismissed: int = 0
 
     def port_read(self, port: int, size: int) -> int:
         return self.ports.get(port, (1 << 8 * size) - 1)
@@ -64,7 +65,8 @@ class FakePlatform:
         assert vector is not None
         return vector
 
-    def end_of_interrupt(self) -> None: ...
+    def end_of_interrupt(self) -> None:
+        self.dismissed += 1
 
     def next_deadline(self) -> int | None:
         return self.deadline

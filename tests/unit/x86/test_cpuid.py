@@ -165,18 +165,20 @@ def test_extended_state_subleaves():
         (SKYLAKE, 0, 0x203, 0, (0x21B, 2696, 2696, 0)),
         (EVERYTHING, 0, 0x201, 0, (0x21B, 2696, 2696, 0)),
         # XSAVEOPT, XSAVEC, XGETBV with ECX 1, XSAVES; the size of the compacted format; what IA32_XSS can have
-        (EVERYTHING, 1, 3, 0, (0xF, 576, 0x3800, 0)),
-        (EVERYTHING, 1, 0x203, 0, (0xF, 584, 0x3800, 0)),
-        (EVERYTHING, 1, 0x1B, 0, (0xF, 704, 0x3800, 0)),
-        (EVERYTHING, 1, 0x21B, 0, (0xF, 712, 0x3800, 0)),
-        (EVERYTHING, 1, 3, 0x2000, (0xF, 584, 0x3800, 0)),
-        (EVERYTHING, 1, 0x203, 0x2000, (0xF, 592, 0x3800, 0)),
-        (EVERYTHING, 1, 3, 0x1800, (0xF, 616, 0x3800, 0)),  # 16 bytes of user state, 24 of supervisor state
-        (EVERYTHING, 1, 0x203, 0x3800, (0xF, 632, 0x3800, 0)),
+        (EVERYTHING, 1, 3, 0, (0xF, 576, 0x7800, 0)),
+        (EVERYTHING, 1, 0x203, 0, (0xF, 584, 0x7800, 0)),
+        (EVERYTHING, 1, 0x1B, 0, (0xF, 704, 0x7800, 0)),
+        (EVERYTHING, 1, 0x21B, 0, (0xF, 712, 0x7800, 0)),
+        (EVERYTHING, 1, 3, 0x2000, (0xF, 584, 0x7800, 0)),
+        (EVERYTHING, 1, 0x203, 0x2000, (0xF, 592, 0x7800, 0)),
+        (EVERYTHING, 1, 3, 0x1800, (0xF, 616, 0x7800, 0)),  # 16 bytes of user state, 24 of supervisor state
+        (EVERYTHING, 1, 0x203, 0x3800, (0xF, 632, 0x7800, 0)),
         (EVERYTHING, 11, 3, 0, (16, 0, 1, 0)),
         (EVERYTHING, 12, 3, 0, (24, 0, 1, 0)),
         (EVERYTHING, 9, 3, 0, (8, 2688, 0, 0)),
         (EVERYTHING, 13, 3, 0, (8, 0, 1, 0)),
+        (EVERYTHING, 1, 3, 0x4000, (0xF, 624, 0x7800, 0)),
+        (EVERYTHING, 14, 3, 0, (48, 0, 1, 0)),
         # A dump of a processor of the third Zen generation has PKRU here.
         (EVERYTHING_AMD, 0, 0x203, 0, (0x203, 0x988, 0x988, 0)),
         (EVERYTHING_AMD, 1, 0x203, 0, (0xF, 584, 0, 0)),

@@ -20,6 +20,8 @@ AREA = 0x40_0000
 XSS, PM_CTL1 = 0xDA0, 0xDB1
 HDC = 1 << 13
 CET_STATES = 3 << 11
+UINTR_STATE = 1 << 14
+SUPERVISOR_STATES = HDC | CET_STATES | UINTR_STATE
 EVERYTHING = load_profile("everything")
 
 ENABLE = code("""\
@@ -256,8 +258,8 @@ def test_cpuid__sizes_and_components() -> None:
     def leaf(subleaf: int, xss: int = 0) -> tuple[int, int, int, int]:
         return cpuid(EVERYTHING, 0xD, subleaf, Dynamic(xcr0=3, xss=xss))
 
-    assert leaf(1) == (15, 576, HDC | CET_STATES, 0)
-    assert leaf(1, xss=HDC) == (15, 584, HDC | CET_STATES, 0)
+    assert leaf(1) == (15, 576, SUPERVISOR_STATES, 0)
+    assert leaf(1, xss=HDC) == (15, 584, SUPERVISOR_STATES, 0)
     assert leaf(13) == (8, 0, 1, 0)
     assert leaf(2) == (0, 0, 0, 0)
     assert cpuid(load_profile("skylake-server"), 0xD, 1, Dynamic(xcr0=3)) == (0, 0, 0, 0)

@@ -1,10 +1,11 @@
 """XSETBV and XGETBV, and the XSAVE family: x87, SSE, MPX, PKRU and supervisor state to and from memory.
 
-The supervisor state components modelled are those of control-flow enforcement, and HDC state.
+The supervisor state components modelled are those of control-flow enforcement, HDC state, and UINTR state.
 
 Interpretations. A component is in use unless it is in its initial configuration: nothing is remembered beyond that.
 XSAVEOPT therefore leaves out what is in its initial configuration, and not what was left as it was restored. All of
-what is stored must be writable before any of it is; all of what is loaded is read before any of it is.
+what is stored must be writable before any of it is; all of what is loaded is read before any of it is. XRSTORS demands
+that UINV be 0 if it loads UINTR state from memory, not if it initializes it.
 
 Spec: SDM Vol. 1, "Managing State Using the XSAVE Feature Set", "Processor Tracking of XSAVE-Managed State",
 "Operation of XSAVE", "Operation of XRSTOR", "Operation of XSAVEOPT", "Operation of XSAVEC", "Operation of XSAVES",
@@ -35,7 +36,18 @@ from vtx.x86.instructions.sse_control import (
     require_not_task_switched,
     xmm_registers,
 )
-from vtx.x86.msr_table import IA32_PL0_SSP, IA32_PM_CTL1, IA32_U_CET, IA32_XSS
+from vtx.x86.msr_table import (
+    IA32_PL0_SSP,
+    IA32_PM_CTL1,
+    IA32_U_CET,
+    IA32_UINTR_HANDLER,
+    IA32_UINTR_MISC,
+    IA32_UINTR_PD,
+    IA32_UINTR_RR,
+    IA32_UINTR_STACKADJUST,
+    IA32_UINTR_TT,
+    IA32_XSS,
+)
 from vtx.x86.operations import SIMPLE, ExtendedStateTransfer, Plain
 from vtx.x86.outcome import gp, ud
 from vtx.x86.save_area import (
@@ -51,6 +63,7 @@ from vtx.x86.save_area import (
     LEGACY_AND_HEADER_SIZE,
     PKRU,
     SSE_STATE,
+    USER_INTERRUPTS,
     X87_STATE,
     Header,
     StateComponent,
@@ -58,10 +71,12 @@ from vtx.x86.save_area import (
     standard_offset,
 )
 from vtx.x86.state import MASK32, MASK64, Cr4, Gpr
+from vtx.x86.user_interrupts import notification_vector, set_notification_vector
 
 if TYPE_CHECKING:
     from vtx.x86.processor import LogicalProcessor
 
+_USER_INTERRUPTS: Final = 1 << USER_INTERRUPTS.bit
 _MXCSR_AND_MASK: Final = slice(MXCSR.start, MXCSR.stop + 4)
 _INITIAL_X87: Final = struct.pack("<H", 0x037F).ljust(24, b"\0")
 _INITIAL_MXCSR: Final = struct.pack("<I", 0x1F80)
@@ -138,6 +153,26 @@ def _msrs(component: StateComponent, *indices: int) -> _Register:
     return _Register(component, 0, load, store)
 
 
+# UIF is bit 63 of the part that IA32_UINTR_MISC has otherwise.
+_USER_INTERRUPT_MSRS: Final = (
+    *(IA32_UINTR_HANDLER, IA32_UINTR_STACKADJUST, IA32_UINTR_MISC),
+    *(IA32_UINTR_PD, IA32_UINTR_RR, IA32_UINTR_TT),
+)
+_UIF: Final = 1 << 64 * _USER_INTERRUPT_MSRS.index(IA32_UINTR_MISC) + 63
+_msrs_of_user_interrupts: Final = _msrs(USER_INTERRUPTS, *_USER_INTERRUPT_MSRS)
+
+
+def _load_user_interrupts(cpu: LogicalProcessor) -> int:
+    return _msrs_of_user_interrupts.load(cpu) | (_UIF if cpu.state.user_interrupt_flag else 0)
+
+
+def _store_user_interrupts(cpu: LogicalProcessor, value: int) -> bool:
+    if not _msrs_of_user_interrupts.store(cpu, value & ~_UIF):
+        return False
+    cpu.state.user_interrupt_flag = bool(value & _UIF)
+    return True
+
+
 _REGISTERS: Final = (
     _Register(BNDREGS, 0, _load_bounds, _store_bounds),
     _Register(BNDCSR, 0, _load_bounds_configuration, _store_bounds_configuration),
@@ -145,6 +180,7 @@ _REGISTERS: Final = (
     _msrs(CET_USER, IA32_U_CET, IA32_PL0_SSP + 3),
     _msrs(CET_SUPERVISOR, IA32_PL0_SSP, IA32_PL0_SSP + 1, IA32_PL0_SSP + 2),
     _Register(HDC, 1, _load_hdc, _store_hdc),
+    _Register(USER_INTERRUPTS, 0, _load_user_interrupts, _store_user_interrupts),
 )
 
 
@@ -305,6 +341,8 @@ def _save(area: _Area, *, omit_initial: bool, compact: bool) -> None:
         parts.append((HEADER, present.to_bytes(8, "little")))
     for offset, data in parts:
         area.write(offset, data)
+    if omit_initial and in_use & _USER_INTERRUPTS:
+        set_notification_vector(cpu.msrs.values, 0)
     cpu.retire(area.instruction)
 
 
@@ -349,6 +387,8 @@ def xrstors(cpu: LogicalProcessor, instruction: Instruction) -> None:
         return
     header = Header.parse(area.read(HEADER, HEADER_SIZE))
     if not (header.compacted and header.is_valid(area.enabled, compaction=True)):
+        raise gp(0)
+    if area.requested & header.present & _USER_INTERRUPTS and notification_vector(cpu.msrs.values):
         raise gp(0)
     _restore(area, header)
 

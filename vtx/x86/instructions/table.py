@@ -30,6 +30,7 @@ from vtx.x86.instructions import (
     sse_control,
     system,
     tasks,
+    user_interrupts,
     wait,
 )
 from vtx.x86.near_branches import FAR_TRANSFERS
@@ -44,7 +45,7 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     for module in (
         *(system, identification, msr, control, segment_loads, descriptor_tables, flow, interrupt_flag, tasks),
         *(port_io, missing, wait, broadcast, msr_list, extended_state, sse_control, simd, protection_keys),
-        *(near, shadow_stacks, fred, bounds),
+        *(near, shadow_stacks, fred, bounds, user_interrupts),
     )
     for mnemonic, handler in module.HANDLERS.items()
 }
