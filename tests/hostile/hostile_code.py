@@ -10,6 +10,7 @@ from importlib.resources import files
 import hostile_places as at
 import hostile_state
 from hostile_operands import address, immediate, load, operand
+from hostile_user_interrupts import user_interrupts
 
 Generator = Callable[[random.Random, int], bytes]
 
@@ -286,6 +287,7 @@ _WEIGHTS: dict[Generator, int] = {
     _noise: 2,
     _real: 2,
     **hostile_state.WEIGHTS,
+    user_interrupts: 4,
 }
 _PREFIXES = (b"\x66", b"\x67", b"\xf0", b"\xf2", b"\xf3", b"\x2e", b"\x36", b"\x64", b"\x65", b"\x48", b"\x4d", b"\x41")
 
@@ -297,6 +299,8 @@ def generators(source: random.Random, extension: str) -> Sequence[Generator]:
     weights[_svm] = 12 if extension == "svm" else 1
     if source.random() < 0.25:  # hardly anything else
         weights |= {generator: 10 * weight for generator, weight in hostile_state.WEIGHTS.items()}
+    if source.random() < 0.15:  # most modes have no user interrupts: often enough where there are some
+        weights[user_interrupts] = 150
     for generator in weights:
         if source.random() < 0.2:
             weights[generator] *= source.choice((0, 4))

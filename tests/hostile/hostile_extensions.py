@@ -246,6 +246,8 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
     values |= {f.TSC_MULTIPLIER: 3 << 47, f.POSTED_INTERRUPT_NOTIFICATION_VECTOR: 0xF2, f.PML_INDEX: 3}
     values[f.EXCEPTION_BITMAP] = source.choice((0, 0, (1 << 32) - 1, source.getrandbits(32)))
     values[f.GUEST_PDPTE0], values[f.GUEST_PDPTE3] = memory.read_u64(guest.cr3 & ~31), 0
+    state.user_interrupt_flag = guest.user_interrupt_flag
+    values[f.GUEST_UINV] = source.choice((0xEC, source.randrange(32)))
     if guest.cr4 >> 23 & 1:
         state.u_cet, state.pl_ssp = guest.u_cet, list(guest.pl_ssp)
         values[f.VM_ENTRY_CONTROLS] |= c.ENTRY_LOAD_CET_STATE.mask
@@ -262,7 +264,7 @@ def install_vmx(machine: Machine, source: random.Random, guest: CpuState | None,
         memory.write(at.IO_BITMAPS, source.randbytes(0x2000))
     if source.random() < 0.2:
         information = source.choice((0x8000_0000, 0x8000_0B00, 0x8000_0300, 0x8000_0400, source.getrandbits(32)))
-        values[f.VM_ENTRY_INTERRUPTION_INFORMATION] = information | source.randrange(32)
+        values[f.VM_ENTRY_INTERRUPTION_INFORMATION] = information | source.choice((source.randrange(32), 0xEC))
         values[f.VM_ENTRY_INSTRUCTION_LENGTH] = source.randrange(4)
     _spoil_fields(values, source)
     for field, value in values.items():

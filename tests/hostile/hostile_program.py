@@ -12,6 +12,7 @@ from typing import Any
 
 import hostile_code
 import hostile_places as at
+import hostile_user_interrupts
 from attrs import evolve, field, frozen
 from hostile_extensions import install_svm, install_vmx
 from hostile_modes import MODES, bits_of, install_descriptors, install_page_tables, new_state
@@ -115,6 +116,8 @@ def build(program: Program, *, compiled: bool, tracer: _Recorder | None) -> tupl
     guest = state if choice.extension.endswith("guest") else None
     if guest is None:
         cpu.state = state
+    if choice.profile == "everything" and source.random() < 0.5:
+        hostile_user_interrupts.install(machine, source, state)
     if kind == "vmx":
         install_vmx(machine, source, guest, choice.mode)
     elif kind == "svm":
