@@ -231,7 +231,7 @@ class ProcessorCore:
         self._noted_at = instructions
 
     def deliver(self, event: Event) -> None:
-        """Deliver ``event`` through the IDT, or take it as the user-interrupt notification it is."""
+        """Deliver ``event``, through the IDT or by FRED, or take it as the user-interrupt notification it is."""
         if self.state.cr4 & _UINTR and user_interrupts.is_notification(self.state, self.msrs.values, event):
             self._process_notification(event)
             return
@@ -280,7 +280,7 @@ class ProcessorCore:
             if self.tracing is not None:
                 self.tracing.exception(cause)
             if extension is None or not extension.non_root or not extension.delivery_fault(event, cause):
-                self.deliver(Event.from_fault(cause))
+                self.deliver(Event.from_fault(cause, nested=is_enabled(self.state)))
 
     def deliver_user_interrupt(self) -> bool:
         """Deliver a user interrupt if one is due and not blocked; CR4.UINTR is set. Whether there was one."""

@@ -10,7 +10,8 @@ remembered.
 Interpretations. Clearing ON and taking PIR are one access: if it faults, the descriptor is unchanged. A processor in
 the HLT state is back there after a notification, one in the state of MWAIT is active. An external interrupt injected by
 VM entry is a notification like any other, with nothing to dismiss from a local APIC. Errors of a notification happen
-during delivery of an external interrupt. INIT clears UIF; an SMI, RSM, VM entry and VM exit leave it as it is.
+during delivery of an external interrupt, and are nested exceptions with FRED. INIT clears UIF; an SMI, RSM, VM entry
+and VM exit leave it as it is.
 
 Spec: SDM Vol. 3, "User Interrupts", "User-Interrupt State", "User-Interrupt Delivery", "User-Interrupt Notification
 Identification", "User-Interrupt Notification Processing".

@@ -359,3 +359,28 @@ class TestDelivery:
         bench.state.debugctl = 1
         state = bench.steps()
         assert (state.last_branch.from_ip, state.last_branch.to_ip) == (CODE, ENTRY)
+
+
+class TestWithFred:
+    """FRED delivers neither notifications nor user interrupts, but what goes wrong with the former."""
+
+    FRED = 1 << 32
+
+    def test_a_notification_takes_no_frame(self) -> None:
+        state = state_with(uif=False)
+        state.cr4 |= self.FRED
+        bench = UserInterruptBench(state=state)
+        bench.descriptor(UINV << 16 | 1, 1 << 5)
+        bench.platform.vector = UINV
+        bench.steps()
+        assert (bench.msr(RR), bench.state.cpl, bench.state.gpr[RSP]) == (1 << 5, 3, STACK)
+
+    @pytest.mark.parametrize("fred", [False, True])
+    def test_an_error_of_a_notification_is_nested(self, fred: bool) -> None:
+        state = state_with(uif=False)
+        state.cr4 |= self.FRED if fred else 0
+        bench = UserInterruptBench(state=state, pd=ABSENT)
+        bench.page(ABSENT, 0)
+        bench.platform.vector = UINV
+        event = bench.event()
+        assert (event.vector, event.nested) == (Vector.PF, fred)
