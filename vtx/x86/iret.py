@@ -32,7 +32,7 @@ _VIF: Final = Rflags.VIF.value
 _VIP: Final = Rflags.VIP.value
 _FIXED_1: Final = Rflags.FIXED_1.value
 _LOW_WORD: Final = 0xFFFF
-_ALWAYS: Final = int(
+UNPRIVILEGED_FLAGS: Final = int(
     Rflags.CF
     | Rflags.PF
     | Rflags.AF
@@ -46,6 +46,7 @@ _ALWAYS: Final = int(
     | Rflags.AC
     | Rflags.ID
 )
+"""What a return may change whatever the privilege level it is executed at."""
 
 _V86_SEGMENTS: Final = (SegmentRegister.ES, SegmentRegister.DS, SegmentRegister.FS, SegmentRegister.GS)
 _V86_RIGHTS: Final = 0xF3
@@ -110,7 +111,7 @@ def _real_mode(state: CpuState, memory: LinearMemory, operand_size: int) -> None
     frame = _pop_frame(stack, operand_size // 8)
     if frame.rip > state.cs.limit:
         raise gp(0)
-    rflags = _replace(state, frame.rflags, _ALWAYS | _IF | _IOPL, operand_size)
+    rflags = _replace(state, frame.rflags, UNPRIVILEGED_FLAGS | _IF | _IOPL, operand_size)
     code = Segment(frame.cs, frame.cs << 4, state.cs.limit, state.cs.access_rights)
     _commit(state, code, frame.rip, rflags, stack.pointer)
 
@@ -124,11 +125,11 @@ def _from_virtual_8086(state: CpuState, memory: LinearMemory, operand_size: int)
     if frame.rip > state.cs.limit:
         raise gp(0)
     if not virtual_interrupts:
-        rflags = _replace(state, frame.rflags, _ALWAYS | _IF, operand_size)
+        rflags = _replace(state, frame.rflags, UNPRIVILEGED_FLAGS | _IF, operand_size)
     else:
         if frame.rflags & _TF or (frame.rflags & _IF and state.rflags & _VIP):
             raise gp(0)
-        rflags = _replace(state, frame.rflags, _ALWAYS, operand_size) & ~_VIF
+        rflags = _replace(state, frame.rflags, UNPRIVILEGED_FLAGS, operand_size) & ~_VIF
         rflags |= _VIF if frame.rflags & _IF else 0
     _commit(state, real_mode_segment(frame.cs, _V86_RIGHTS), frame.rip, rflags, stack.pointer)
 
@@ -260,7 +261,7 @@ def returned_shadow_stack(
 def _changeable(state: CpuState) -> int:
     """The RFLAGS bits the current privilege level may change."""
     cpl = state.cpl
-    mask = _ALWAYS
+    mask = UNPRIVILEGED_FLAGS
     if cpl <= (state.rflags & _IOPL) >> 12:
         mask |= _IF
     if cpl == 0:

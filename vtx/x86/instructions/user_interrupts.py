@@ -18,6 +18,7 @@ from vtx.x86.alignment import checks_alignment
 from vtx.x86.control_flow import ControlProtection, cp, has_shadow_stack
 from vtx.x86.decode import Instruction, read_register
 from vtx.x86.instructions.common import ARITHMETIC
+from vtx.x86.iret import UNPRIVILEGED_FLAGS
 from vtx.x86.linear import is_canonical, linear_address_width
 from vtx.x86.msr_table import APIC_BASE_EXTD, IA32_APIC_BASE, IA32_UINTR_MISC, IA32_UINTR_TT
 from vtx.x86.operations import SendUserIpi
@@ -40,20 +41,6 @@ if TYPE_CHECKING:
 
 _TF: Final = int(Rflags.TF)
 _STACK_ALIGNMENT: Final = 7
-_RETURNED: Final = int(
-    Rflags.CF
-    | Rflags.PF
-    | Rflags.AF
-    | Rflags.ZF
-    | Rflags.SF
-    | Rflags.TF
-    | Rflags.DF
-    | Rflags.OF
-    | Rflags.NT
-    | Rflags.RF
-    | Rflags.AC
-    | Rflags.ID
-)
 _FLAG_IMAGE: Final = 1 << 1  # of the RFLAGS that UIRET pops, where it updates UIF flexibly
 
 # The user-interrupt target table (UITT): what IA32_UINTR_TT has beside its address, and an entry.
@@ -111,7 +98,7 @@ def user_interrupt_return(cpu: LogicalProcessor, instruction: Instruction) -> No
         state.ssp = shadow.pointer
     single_step = bool(state.rflags & _TF)
     state.rip, state.gpr[Gpr.RSP] = rip, pointer
-    state.rflags = state.rflags & ~_RETURNED | rflags & _RETURNED
+    state.rflags = state.rflags & ~UNPRIVILEGED_FLAGS | rflags & UNPRIVILEGED_FLAGS
     state.user_interrupt_flag = not cpu.profile.has("UIRET_UIF") or bool(rflags & _FLAG_IMAGE)
     cpu.monitor = None
     cpu.changed_system_state()
