@@ -86,7 +86,6 @@ class Vmx:
 
     intercepts_flow = False
     mnemonics = ROWS.keys()
-    holds_interrupts = False
     holds_nmis = False
 
     def __init__(self, processor: Processor, observer: Observer | None = None) -> None:
@@ -118,6 +117,11 @@ class Vmx:
     def interrupts_ignore_if(self) -> bool:
         """See `Virtualization.interrupts_ignore_if`."""
         return interrupts_ignore_if(self.operation)
+
+    @property
+    def holds_interrupts(self) -> bool:
+        """See `Virtualization.holds_interrupts`: only VM entry makes the shutdown state one of the registers'."""
+        return self.operation.processor.state.activity is Activity.SHUTDOWN
 
     @property
     def transitions(self) -> int:

@@ -153,7 +153,8 @@ class Virtualization(Protocol):
     def holds_interrupts(self) -> bool:
         """Whether the processor holds physical interrupts back, whatever RFLAGS.IF says.
 
-        In VMX never; in SVM while the global interrupt flag is clear, or where virtual interrupts replace them.
+        In VMX in the shutdown state, which VM entry can bring about; in SVM while the global interrupt flag is clear,
+        or where virtual interrupts replace them.
         """
         ...
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from vmx_machine import FakeProcessor, launch, make_vmx, prepare
+from vmx_machine import GUEST_RIP, PAGE_TABLES, FakeProcessor, launch, make_vmx, prepare, vmx_pc
 
 from vmcs import controls as c
 from vmcs import fields as f
 from vmcs.controls import Control
 from vmcs.exits import Reason
 from vtx.vmx import Vmx
+from vtx.vmx.outcome import VmEntered
 from vtx.x86.state import Activity, Shadow
 
 VALID = 1 << 31
@@ -95,6 +96,25 @@ class TestPreemptionTimer:
         _, vmx, _ = launch(fields={f.VMX_PREEMPTION_TIMER_VALUE: 0})
         assert vmx.next_deadline() is None
         assert not vmx.boundary()
+
+
+@pytest.mark.parametrize("controls", [(), (c.EXTERNAL_INTERRUPT_EXITING,)], ids=["delivered", "exiting"])
+@pytest.mark.parametrize("activity", [Activity.HLT, Activity.SHUTDOWN])
+def test_external_interrupt__wakes_from_hlt_alone(controls: tuple[Control, ...], activity: Activity) -> None:
+    machine = vmx_pc()
+    cpu = machine.cpu
+    fields = {f.GUEST_CR3: PAGE_TABLES, f.GUEST_RFLAGS: 0x202, f.GUEST_ACTIVITY_STATE: activity}
+    prepare(cpu.vmx, *controls, fields=fields)
+    assert cpu.vmx.vmlaunch() == VmEntered(), cpu.vmx.last_failure
+    cpu.socket.apic.set_virtual_wire_mode()
+    cpu.socket.apic.send(0x41, cpu.socket.apic.apic_id)
+    assert cpu.awake == (activity is Activity.HLT)
+    cpu.run_once()
+    if activity is Activity.HLT:
+        assert cpu.state.activity is Activity.ACTIVE
+    else:
+        assert (cpu.vmx.non_root, cpu.state.activity, cpu.state.rip) == (True, Activity.SHUTDOWN, GUEST_RIP)
+        assert cpu.platform.interrupt_pending()
 
 
 @pytest.mark.parametrize(
