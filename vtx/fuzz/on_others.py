@@ -50,23 +50,38 @@ def _printed(start: Starter, profile: Profile, image: bytes, module: bytes) -> s
         rom.write_bytes(rom_of(booted(profile, image, module, [])))
         process = start(folder, rom, serial)
         try:
-            return _watch(process, serial)
+            return watch(process, serial)
         finally:
             process.kill()
             process.wait()
 
 
-def _watch(process: subprocess.Popen[bytes], serial: Path) -> str:
-    """What has been printed when the last line comes, or none for a while, or the process has ended."""
-    size, deadline = -1, time.monotonic() + _SECONDS_WITHOUT_A_LINE
+def watch(process: subprocess.Popen[bytes], serial: Path) -> str:
+    """What is printed to the file ``serial`` until the last line comes, or none for a while, or the process has ended.
+
+    A state can reset the other machine, and the guest begins anew, for ever: its second first line is the end, too.
+    """
+    printed, deadline = b"", time.monotonic() + _SECONDS_WITHOUT_A_LINE
     while True:
         ended = process.poll() is not None
-        now = serial.stat().st_size if serial.exists() else 0
-        if now != size:
-            size, deadline = now, time.monotonic() + _SECONDS_WITHOUT_A_LINE
-            text = serial.read_text("latin-1") if now else ""
-            if text.rstrip().endswith(LAST_LINE):
-                return text
-        if ended or time.monotonic() > deadline:
-            return serial.read_text("latin-1") if serial.exists() else ""
+        if more := _read_from(serial, len(printed)):
+            deadline = time.monotonic() + _SECONDS_WITHOUT_A_LINE
+            known = len(printed)
+            printed += more
+            first = printed[: printed.find(b"\n") + 1]
+            again = printed.find(b"\n" + first, max(known - len(first), 0)) if first else -1
+            if again >= 0:
+                return printed[: again + 1].decode("latin-1")
+            if printed.rstrip().endswith(LAST_LINE.encode()):
+                return printed.decode("latin-1")
+        elif ended or time.monotonic() > deadline:
+            return printed.decode("latin-1")
         time.sleep(_POLL_SECONDS)
+
+
+def _read_from(serial: Path, start: int) -> bytes:
+    if not serial.exists():
+        return b""
+    with serial.open("rb") as file:
+        file.seek(start)
+        return file.read()
