@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vtx.fuzz.classes import Sorted
     from vtx.fuzz.compare import Disagreement, Experiment
-    from vtx.fuzz.drawing import Generator, State
+    from vtx.fuzz.drawing import Generator
     from vtx.fuzz.readings import Classes
     from vtx.x86.profile import Profile
 
@@ -138,10 +138,7 @@ class Campaign:
 
 def _print(outcome: Sorted, agree: int) -> None:
     rows = [("agree", f"{agree}", "")]
-    states: dict[tuple[str, str], set[State]] = {}
-    for each, found in outcome.explained.items():
-        states.setdefault((each.id, each.verdict), set()).update(one.state for one in found)
-    rows += [(f"differ: {name}", f"{len(those)}", verdict) for (name, verdict), those in states.items()]
+    rows += [(f"differ: {name}", f"{count}", verdict) for (name, verdict), count in outcome.counts().items()]
     rows.append(("not explained", f"{len(outcome.unexplained)}", ""))
     print_table(("class", "states", "who is right"), rows, right=frozenset({1}))
     for one in outcome.unexplained:

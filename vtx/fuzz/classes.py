@@ -52,6 +52,16 @@ class Sorted:
     explained: dict[Class, list[Disagreement[Any]]] = field(factory=dict)
     unexplained: list[Disagreement[Any]] = field(factory=list)
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How many disagreements the classes of a name and a verdict explain, in the order in which they were met.
+
+        Several classes of one name may explain the same one; equal ones, of a state drawn twice, are two.
+        """
+        found: dict[tuple[str, str], set[int]] = {}
+        for each, explained in self.explained.items():
+            found.setdefault((each.id, each.verdict), set()).update(id(one) for one in explained)
+        return {name: len(those) for name, those in found.items()}
+
 
 def sort(
     known: Sequence[Known[K]], case_of: Callable[[Disagreement[Any]], K], found: Iterable[Disagreement[Any]]

@@ -224,6 +224,13 @@ def test_sort() -> None:
     assert outcome.unexplained == [other]
 
 
+def test_counts__a_state_drawn_twice_is_two() -> None:
+    twice = [disagreement(state(changes={f.GUEST_RIP: RIP}), INVALID_GUEST, GP) for _ in range(2)]
+    assert twice[0] == twice[1]
+    outcome = sort(KNOWN, case_of(GENERATOR, MEMORY), twice)
+    assert outcome.counts() == {("rip-not-canonical", "vtx"): 2}
+
+
 def test_every_class_is_documented() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     assert [each.id for each in KNOWN if f"\n`{each.id}`\n: " not in document] == []
