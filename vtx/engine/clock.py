@@ -246,11 +246,12 @@ class BlockClock:
     def begin(self, limit: int, instruction_limit: int, *, single: bool, native: bool, watch_if: bool) -> None:
         """A run begins; no block has been entered yet.
 
-        A ``single`` step is over before a second block; a ``native`` run executes whatever is in a block.
+        A ``single`` step is over before a second block; a ``native`` run executes whatever is in a block. No run has
+        `UNLIMITED` instructions, so that more are no limit either.
         """
         words = self.words
         words[SINGLE], words[NATIVE], words[WATCH_IF] = single, native, watch_if
-        words[LIMIT], words[INSTRUCTION_LIMIT] = limit, instruction_limit
+        words[LIMIT], words[INSTRUCTION_LIMIT] = limit, min(instruction_limit, UNLIMITED)
         words[STOPPED] = words[SIZE] = 0
 
     def code_granted(self, page: int, frame: int, content: int) -> None:

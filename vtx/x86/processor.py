@@ -64,6 +64,11 @@ _RF: Final = int(Rflags.RF)
 _UINTR: Final = user_interrupts.UINTR
 
 
+def _capped(budget: int) -> int:
+    """A budget that fits the engine's 64 bits: the timer of a device can be due in thousands of years."""
+    return min(budget, UNPLANNED)
+
+
 class LogicalProcessor(ProcessorCore):
     """The processor core with the run loop. Implements `EngineClient` and `vtx.scheduler.Scheduled`."""
 
@@ -373,7 +378,7 @@ class LogicalProcessor(ProcessorCore):
             or (extension is not None and extension.wants_boundary())
             or (bool(state.cr4 & _UINTR) and user_interrupts.is_due(state, self.msrs.values))
         )
-        plan.budget = None if deadline is None else max(deadline - self.now(), 0) // TICKS_PER_BYTE
+        plan.budget = None if deadline is None else _capped(max(deadline - self.now(), 0) // TICKS_PER_BYTE)
         plan.instruction_limit = None if self.instruction_limit is None else self.instruction_limit - self.retired
         return plan
 
@@ -508,7 +513,7 @@ class LogicalProcessor(ProcessorCore):
         if planned is None:
             return UNPLANNED
         left = (planned - self._extra_ticks) // TICKS_PER_BYTE - self.engine.elapsed()
-        return left if left > 0 else ANSWERED
+        return _capped(left) if left > 0 else ANSWERED
 
     def _replan(self) -> int:
         """What `run` does between two runs of the engine, if that is all there is to do: go on in the same run."""

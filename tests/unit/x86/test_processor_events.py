@@ -121,6 +121,19 @@ class TestInterrupts:
         assert bench.state.gpr[7] == DATA + 50
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_deadline_in_thousands_of_years(compiled: bool) -> None:
+    """Beyond the 64 bits in which the engine counts."""
+    bench = ProcessorBench("0fa2" * 20 + "f4", compiled=compiled)
+    bench.platform.deadline = 1 << 70
+    for _ in range(100):
+        if bench.state.rip == CODE + 40:
+            break
+        bench.processor.run_once()
+    assert bench.state.rip == CODE + 40
+    assert bench.processor.now() < 1_000_000
+
+
 class TestHalt:
     """HLT (SDM Vol. 2, "HLT—Halt")."""
 
