@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Final
 
 import click
 
-from vtx.cli.status import CANNOT_START, INTERNAL_ERROR, INTERRUPTED, OUTPUT_CLOSED
+from vtx.cli.status import CANNOT_START, INTERNAL_ERROR, INTERRUPTED, OUTPUT_CLOSED, TERMINATED
 
 _COMMANDS: Final = {
     "run": "vtx.cli.run",
@@ -50,6 +54,31 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command with ``arguments`` (those of the process by default); its exit status."""
+    with _termination() as signals:
+        status = _main(arguments)
+    return TERMINATED if signals and status == INTERRUPTED else status
+
+
+@contextmanager
+def _termination() -> Iterator[list[int]]:
+    """SIGTERM is an interrupt: what a command has started does not outlive it. The list has the signals that came."""
+    signals: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    old = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         status = cli.main(args=None if arguments is None else list(arguments), prog_name="vtx", standalone_mode=False)
         sys.stdout.flush()

@@ -161,3 +161,22 @@ def test_running_a_guest__does_not_load(image: Path, module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert done.returncode == 125, done.stderr
+
+
+def test_termination__ends_the_other_emulator_too(tmp_path: Path) -> None:
+    other = tmp_path / "bochs"
+    other.write_text("#!/bin/sh\nexec sleep 1000\n")
+    other.chmod(0o755)
+    command = [sys.executable, "-m", "vtx.cli", "fuzz", "entries", "--count", "1"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not children.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = children.read_text().split()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.strip()) == (143, b"")
+    assert not Path(f"/proc/{child}").exists()
