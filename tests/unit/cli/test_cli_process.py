@@ -176,6 +176,10 @@ def test_termination__ends_the_other_emulator_too(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (child,) = children.read_text().split()
+    while Path(f"/proc/{child}/comm").read_text() != "sleep\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)  # it is being watched by now
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err.strip()) == (143, b"")
