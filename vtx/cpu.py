@@ -13,7 +13,7 @@ from attrs import fields
 
 from vtx import pc_map
 from vtx.board import Socket
-from vtx.devices.apic_registers import BROADCAST, ApicBase
+from vtx.devices.apic_registers import ApicBase
 from vtx.x86 import smm
 from vtx.x86.msrs import bind_clock, tsc_of
 from vtx.x86.processor import LogicalProcessor
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vtx.vmx import Vmx
     from vtx.x86.mmu import Mmu
 
-_XAPIC_BROADCAST: Final = 0xFF
 _CACHE_BITS: Final = int(Cr0.CD | Cr0.NW)
 _KEPT_BY_INIT: Final = frozenset(
     {
@@ -85,8 +84,7 @@ class Cpu(LogicalProcessor):
     def send_interrupt(self, vector: int, destination: int) -> None:
         """Have the local APIC send a fixed interrupt to the processor whose APIC ID is ``destination``, or to all."""
         apic = self.socket.apic
-        everyone = destination == _XAPIC_BROADCAST and not apic.x2apic_mode
-        apic.send(vector, BROADCAST if everyone else destination)
+        apic.send(vector, apic.physical_destination(destination))
 
     def ring_doorbell(self, destination: int) -> None:
         """Signal the processor whose APIC ID is ``destination``: its guest's backing page has a new request."""

@@ -31,6 +31,7 @@ from vtx.devices.apic_registers import (
     LVT_REGISTERS,
     REGISTERS,
     X2APIC_MSR_BASE,
+    XAPIC_BROADCAST,
     Access,
     ApicBase,
     DeliveryMode,
@@ -325,6 +326,8 @@ class LocalApic(ApicCore):
         destination = registers[Register.ICR_HIGH]
         if not self.x2apic_mode:
             destination >>= 24
-            if destination == 0xFF and not value & Icr.LOGICAL:
-                destination = BROADCAST
-        self.send(value, destination)
+        self.send(value, destination if value & Icr.LOGICAL else self.physical_destination(destination))
+
+    def physical_destination(self, identity: int) -> int:
+        """Whom an APIC ID in a command names: FFH is `BROADCAST` in xAPIC mode."""
+        return BROADCAST if identity == XAPIC_BROADCAST and not self.x2apic_mode else identity

@@ -30,7 +30,7 @@
 #define KIND_SHORT_CODE 1
 #define KIND_LIKE_8086 4
 #define KIND_64 64
-#define KIND_BITS 20
+#define KIND_BITS 19
 
 #define CS 1
 #define FS 4

@@ -34,17 +34,17 @@ UNMASKED_SIMD: Final = 1 << 14
 CONTROL_FLOW: Final = 1 << 15
 """Near branches have a part in control-flow enforcement."""
 
-FRED: Final = 1 << 17
+FRED: Final = 1 << 16
 """SWAPGS is an invalid opcode."""
 
-BOUNDS: Final = 1 << 18
+BOUNDS: Final = 1 << 17
 """The instructions of Intel MPX are none that do nothing."""
 
-INITIALIZES_BOUNDS: Final = 1 << 19
+INITIALIZES_BOUNDS: Final = 1 << 18
 """Near branches without the prefix BND change bound registers."""
 
-BITS: Final = 20
-"""How many bits there are, those without a meaning included."""
+BITS: Final = 19
+"""How many bits a kind has."""
 
 _WIDTH: Final = 16 | 32 | 64
 _LIMITED_SHIFT: Final = 8

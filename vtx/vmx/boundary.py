@@ -18,7 +18,6 @@ from vtx.vmx.view import ControlView
 from vtx.vmx.virtual_apic import VirtualApic
 from vtx.x86.event import Event
 from vtx.x86.state import Activity, CpuState, Rflags, Shadow
-from vtx.x86.user_interrupts import UINTR
 from vtx.x86.user_interrupts import is_notification as is_user_notification
 
 _EXTERNAL_INTERRUPT_EXITING: Final = c.EXTERNAL_INTERRUPT_EXITING.mask
@@ -91,7 +90,7 @@ def _interrupt(operation: VmxOperation, view: ControlView, state: CpuState) -> V
 def _virtual_interrupt(operation: VmxOperation, apic: VirtualApic) -> Event:
     """Virtual-interrupt delivery; nothing but the processor itself will end service of a notification."""
     event, processor = apic.deliver(), operation.processor
-    if processor.state.cr4 & UINTR and is_user_notification(processor.state, processor.msrs.values, event):
+    if is_user_notification(processor.state, processor.msrs.values, event):
         apic.dismiss()
     return event
 

@@ -26,7 +26,7 @@ from vtx.x86 import msr_table as m
 from vtx.x86.branches import BTF
 from vtx.x86.outcome import NotModelled
 from vtx.x86.state import MASK32, Activity, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Shadow
-from vtx.x86.user_interrupts import notification_vector
+from vtx.x86.user_interrupts import notification_vector, set_notification_vector
 
 # CR0 bits that neither VM entry nor VM exit modifies: ET, NW, CD and the reserved bits.
 CR0_KEPT: Final = 0x7FFA_FFD0
@@ -174,13 +174,7 @@ def _load_msr_fields(operation: VmxOperation, values: dict[int, int], view: Cont
             if view.entry & control.mask:
                 write_msr(operation, control, index, values[source.encoding])
         if view.entry & c.ENTRY_LOAD_UINV.mask:
-            write_uinv(operation, c.ENTRY_LOAD_UINV, values[_UINV])
-
-
-def write_uinv(operation: VmxOperation, control: Control, vector: int) -> None:
-    """Load UINV, which is a part of an MSR, because of ``control``."""
-    misc = operation.processor.msrs.values.get(m.IA32_UINTR_MISC, 0)
-    write_msr(operation, control, m.IA32_UINTR_MISC, misc & ~m.UINV | vector << m.UINV_SHIFT)
+            set_notification_vector(operation.processor.msrs.values, values[_UINV])
 
 
 def write_msr(operation: VmxOperation, control: Control, index: int, value: int) -> None:

@@ -14,13 +14,14 @@ from vmcs.exits import AbortIndicator
 from vmcs.fields import Field
 from vmcs.region import Vmcs
 from vtx.vmx import fred_state
-from vtx.vmx.guest_state import CR0_KEPT, DR7_ALWAYS_1, uses_pae_paging, write_msr, write_uinv
+from vtx.vmx.guest_state import CR0_KEPT, DR7_ALWAYS_1, uses_pae_paging, write_msr
 from vtx.vmx.operation import VmxOperation
 from vtx.vmx.view import ControlView
 from vtx.x86 import msr_table as m
 from vtx.x86.outcome import InstructionAborted
 from vtx.x86.second_level import IdentitySecondLevel
 from vtx.x86.state import MASK32, AccessRights, Activity, CpuState, Cr4, Efer, Rflags, Shadow
+from vtx.x86.user_interrupts import set_notification_vector
 
 NO_SECOND_LEVEL: Final = IdentitySecondLevel()
 
@@ -146,7 +147,7 @@ def _load_rare_msrs(operation: VmxOperation, values: dict[int, int], view: Contr
         if view.exit & control.mask:
             write_msr(operation, control, index, 0)
     if view.exit & c.EXIT_CLEAR_UINV.mask:
-        write_uinv(operation, c.EXIT_CLEAR_UINV, 0)
+        set_notification_vector(operation.processor.msrs.values, 0)
 
 
 def _load_segments(state: CpuState, values: dict[int, int], is_64_bit: bool) -> None:

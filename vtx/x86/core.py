@@ -48,7 +48,6 @@ from vtx.x86.watch import PENDING_SINGLE_STEP
 
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
-_UINTR: Final = user_interrupts.UINTR
 
 
 @frozen
@@ -232,7 +231,7 @@ class ProcessorCore:
 
     def deliver(self, event: Event) -> None:
         """Deliver ``event``, through the IDT or by FRED, or take it as the user-interrupt notification it is."""
-        if self.state.cr4 & _UINTR and user_interrupts.is_notification(self.state, self.msrs.values, event):
+        if user_interrupts.is_notification(self.state, self.msrs.values, event):
             self._process_notification(event)
             return
         self.reload = True

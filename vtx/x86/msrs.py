@@ -216,21 +216,9 @@ def bind_control_flow(msrs: MsrFile, state: Callable[[], CpuState], changed: Cal
     IA32_BNDCFGS".
     """
 
-    def bind(index: int, name: str) -> None:
-        def write(index: int, value: int) -> bool:
-            setattr(state(), name, value)
-            changed()
-            return True
-
-        msrs.bind(index, lambda index: getattr(state(), name), write)
-
-    def write_pointer(index: int, value: int) -> bool:
-        state().pl_ssp[index - IA32_PL0_SSP] = value
-        return True
-
     for index, name in _CONTROLS:
-        bind(index, name)
-    msrs.bind(range(IA32_PL0_SSP, IA32_PL0_SSP + 4), lambda index: state().pl_ssp[index - IA32_PL0_SSP], write_pointer)
+        _bind_field(msrs, index, state, name, changed)
+    _bind_list(msrs, range(IA32_PL0_SSP, IA32_PL0_SSP + 4), lambda: state().pl_ssp)
 
 
 def bind_fred(msrs: MsrFile, state: Callable[[], CpuState]) -> None:
@@ -238,28 +226,31 @@ def bind_fred(msrs: MsrFile, state: Callable[[], CpuState]) -> None:
 
     Spec: SDM Vol. 4, "Architectural MSRs"; Vol. 3, "Flexible Return and Event Delivery (FRED)".
     """
+    _bind_field(msrs, IA32_FRED_CONFIG, state, "fred_config")
+    _bind_field(msrs, IA32_FRED_STKLVLS, state, "fred_stack_levels")
+    _bind_list(msrs, range(IA32_FRED_RSP0, IA32_FRED_RSP0 + 4), lambda: state().fred_rsp)
+    _bind_list(msrs, range(IA32_FRED_SSP1, IA32_FRED_SSP1 + 3), lambda: state().fred_ssp)
 
-    def write_config(index: int, value: int) -> bool:
-        state().fred_config = value
+
+def _bind_field(
+    msrs: MsrFile, index: int, state: Callable[[], CpuState], name: str, changed: Callable[[], None] = lambda: None
+) -> None:
+    def write(index: int, value: int) -> bool:
+        setattr(state(), name, value)
+        changed()
         return True
 
-    def write_levels(index: int, value: int) -> bool:
-        state().fred_stack_levels = value
+    msrs.bind(index, lambda index: getattr(state(), name), write)
+
+
+def _bind_list(msrs: MsrFile, indices: range, values: Callable[[], list[int]]) -> None:
+    """MSRs of consecutive ``indices`` are the elements of a list."""
+
+    def write(index: int, value: int) -> bool:
+        values()[index - indices.start] = value
         return True
 
-    def write_rsp(index: int, value: int) -> bool:
-        state().fred_rsp[index - IA32_FRED_RSP0] = value
-        return True
-
-    def write_ssp(index: int, value: int) -> bool:
-        state().fred_ssp[index - IA32_FRED_SSP1] = value
-        return True
-
-    msrs.bind(IA32_FRED_CONFIG, lambda index: state().fred_config, write_config)
-    msrs.bind(IA32_FRED_STKLVLS, lambda index: state().fred_stack_levels, write_levels)
-    rsps, ssps = range(IA32_FRED_RSP0, IA32_FRED_RSP0 + 4), range(IA32_FRED_SSP1, IA32_FRED_SSP1 + 3)
-    msrs.bind(rsps, lambda index: state().fred_rsp[index - IA32_FRED_RSP0], write_rsp)
-    msrs.bind(ssps, lambda index: state().fred_ssp[index - IA32_FRED_SSP1], write_ssp)
+    msrs.bind(indices, lambda index: values()[index - indices.start], write)
 
 
 def bind_protection_keys(msrs: MsrFile, changed: Callable[[int], None]) -> None:

@@ -332,7 +332,7 @@ class LogicalProcessor(ProcessorCore):
             if self.tracing is not None:
                 self.tracing.interrupt(vector)
             event = Event(vector, EventKind.EXTERNAL_INTERRUPT)
-            if state.cr4 & _UINTR and user_interrupts.is_notification(state, self.msrs.values, event):
+            if user_interrupts.is_notification(state, self.msrs.values, event):
                 self.end_of_interrupt()
             self.deliver(event)
             return True
